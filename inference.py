@@ -1,0 +1,1 @@
+tinylm/inference.py

@@ -1,0 +1,272 @@
+"""The model against transformers, and against itself in its other modes: cached, packed, padded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest_model import YARN, random_ids, reference_of, small_config, small_model
+
+from tinylm.model import attention as attention_module
+from tinylm.model.attention import document_starts
+from tinylm.model.kv_cache import KVCache
+from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
+
+SHAPES = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "mqa": {"num_key_value_heads": 1},
+    "yarn": {"rope_scaling": YARN},
+    "yarn_mscale": {"rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False}},
+    "yarn_attention_factor": {"rope_scaling": {**YARN, "attention_factor": 1.5, "beta_fast": 16}},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide_heads": {"head_dim": 32},
+    "qwen3": {"qk_norm": True},
+    "qwen3_mqa_yarn": {"qk_norm": True, "num_key_value_heads": 1, "rope_scaling": YARN},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_gradients_equal_transformers(shape):
+    model = small_model(**SHAPES[shape])
+    for name, parameter in model.named_parameters():  # norms and biases too must differ from their start
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    reference = reference_of(model)
+    ids = random_ids(2, 200)  # two blocks of queries
+    weights = torch.randn(2, 200, 300)
+    ours, theirs = model(ids), reference(ids).logits
+    assert ours.abs().max() > 1
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    (ours * weights).mean().backward()
+    (theirs * weights).mean().backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset, count", [("tiny", 3_475_712), ("small", 25_829_888), ("large", 104_030_976)])
+def test_presets_have_their_exact_parameter_counts(preset, count):
+    config = TinyLMConfig.preset(preset)
+    with torch.device("meta"):
+        model = TinyLMForCausalLM(config)
+    assert model.num_parameters() == config.num_parameters() == count
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"qk_norm": True, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+     {"position_embedding_type": "learned", "head_dim": 10}],
+)  # fmt: skip
+def test_parameter_formula_counts_every_option(changes):
+    model = small_model(**changes)
+    assert model.num_parameters() == model.config.num_parameters()
+
+
+@pytest.mark.parametrize("kind", ["rope", "sinusoidal", "learned"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_cached_decoding_equals_the_full_forward(kind, kv_heads):
+    model = small_model(num_key_value_heads=kv_heads, position_embedding_type=kind)
+    ids = random_ids(3, 160)
+    cache = KVCache(model.config, 3, 160)
+    with torch.no_grad():
+        full = model(ids)
+        chunks = [(0, 1), (1, 20), (20, 21), (21, 155), *((i, i + 1) for i in range(155, 160))]
+        cached = torch.cat([model(ids[:, a:b], cache=cache) for a, b in chunks], dim=1)
+        torch.testing.assert_close(cached, full, rtol=1e-5, atol=1e-5)
+        cache.rewind(30)
+        torch.testing.assert_close(model(ids[:, 30:40], cache=cache), full[:, 30:40], rtol=1e-5, atol=1e-5)
+
+
+def test_left_padded_batch_equals_each_prompt_alone():
+    model = small_model(qk_norm=True)
+    prompts = [random_ids(1, n) for n in (5, 150, 1)]
+    pads = torch.tensor([150 - p.shape[1] for p in prompts])
+    batch = torch.cat([torch.nn.functional.pad(p, (150 - p.shape[1], 0), value=7) for p in prompts])
+    more = random_ids(3, 2)
+    cache = KVCache(model.config, 3, 152, pad_lengths=pads)
+    with torch.no_grad():
+        out = torch.cat([model(x, cache=cache) for x in (batch, more[:, :1], more[:, 1:])], dim=1)
+        assert out.isfinite().all()
+        for row, prompt in enumerate(prompts):
+            alone = model(torch.cat((prompt, more[row : row + 1]), dim=1))
+            torch.testing.assert_close(out[row : row + 1, pads[row] :], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_documents_equal_the_documents_alone():
+    model = small_model()
+    lengths = (37, 1, 140, 22)
+    documents = [random_ids(1, n) for n in lengths]
+    ids = torch.cat(documents, dim=1)
+    document_ids = torch.cat([torch.full((1, n), i) for i, n in enumerate(lengths)], dim=1)
+    positions = torch.cat([torch.arange(n)[None] for n in lengths], dim=1)
+    weights = torch.randn(1, 200, 300)
+
+    packed = model(ids, positions, document_ids)
+    (packed * weights).mean().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    alone = torch.cat([model(document) for document in documents], dim=1)
+    (alone * weights).mean().backward()
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_the_flash_path_equals_the_blocked_path(monkeypatch, with_documents):
+    model = small_model()
+    ids = random_ids(2, 140)
+    documents = (torch.arange(140) // 50).expand(2, 140) if with_documents else None
+    with torch.no_grad():
+        blocked = model(ids, document_ids=documents)
+        monkeypatch.setattr(attention_module, "MAX_SCORES", 0)
+        monkeypatch.setattr(attention_module, "blocked_attention", None)
+        torch.testing.assert_close(model(ids, document_ids=documents), blocked, rtol=1e-5, atol=1e-5)
+
+
+def test_document_starts_begin_anew_at_every_row():
+    starts, longest = document_starts(torch.tensor([[0, 0, 1, 1], [1, 1, 1, -1]]))
+    assert starts.tolist() == [0, 2, 4, 7, 8] and starts.dtype == torch.int32 and longest == 3
+
+
+def test_bf16_autocast_stays_close_to_float32_and_dropout_acts_only_in_training():
+    model = small_model(hidden_dropout=0.5, attention_dropout=0.5)
+    ids = random_ids(2, 64)
+    with torch.no_grad():
+        exact = model(ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(ids)
+        assert half.dtype == torch.bfloat16
+        assert (half.float() - exact).norm() / exact.norm() < 0.02
+        model.train()
+        assert (model(ids) - exact).norm() / exact.norm() > 0.1
+        reference = small_model()
+        torch.testing.assert_close(model.eval()(ids), exact)
+        assert reference.config.hidden_dropout == 0
+
+
+def test_attention_dropout_alone_acts():
+    model = small_model(attention_dropout=0.5).train()
+    ids = random_ids(1, 32)
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_residual_projections_start_smaller_with_depth():
+    model = TinyLMForCausalLM(small_config(num_hidden_layers=8, hidden_size=256))
+    layer = model.model.layers[3]
+    for name, module in (("o", layer.self_attn.o_proj), ("down", layer.mlp.down_proj)):
+        assert module.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05), name
+    assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_it_compiles_and_trains_a_step_toward_the_target():
+    model = small_model().train()
+    ids = random_ids(2, 33)
+    before = None
+    for _ in range(5):
+        logits = model(ids[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        before = before or loss.item()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    assert loss.item() < before - 0.1
+
+
+BAD_SHAPES = [
+    ({"hidden_size": 65}, "not divisible by num_attention_heads"),
+    ({"num_key_value_heads": 3}, "not divisible by num_key_value_heads"),
+    ({"head_dim": 15}, "odd"),
+    ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"num_hidden_layers": 1.5}, "num_hidden_layers is 1.5"),
+    ({"position_embedding_type": "alibi"}, "choose one of rope"),
+    ({"position_embedding_type": "sinusoidal", "hidden_size": 65, "head_dim": 4}, "hidden_size 65 is odd"),
+    ({"hidden_dropout": 1.0}, "hidden_dropout 1.0"),
+    ({"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000"),
+    ({"rope_theta": 0.0}, "rope_theta 0.0"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type 'llama3'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factr": 8}}, "unknown key 'factr'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor of at least 1"),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD_SHAPES)
+def test_impossible_shapes_are_one_line_errors(changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        small_config(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_preset_overrides_and_unknown_presets():
+    wide = TinyLMConfig.preset("small", hidden_size=768)
+    assert (wide.head_dim, wide.intermediate_size) == (96, 2048)
+    with pytest.raises(ValueError, match="choose one of tiny, small, large"):
+        TinyLMConfig.preset("huge")
+
+
+@pytest.mark.parametrize("kind", ["rope", "sinusoidal", "learned"])
+def test_input_longer_than_the_model_is_refused(kind):
+    model = small_model(max_position_embeddings=16, position_embedding_type=kind)
+    assert model(random_ids(1, 16)).shape == (1, 16, 300)
+    with pytest.raises(ValueError, match="17 tokens were given; the model has max_position_embeddings 16"):
+        model(random_ids(1, 17))
+    with pytest.raises(ValueError, match="position_ids reach 16"):
+        model(random_ids(1, 2), position_ids=torch.tensor([[0, 16]]))
+    cache = KVCache(model.config, 1, 8)
+    model(random_ids(1, 8), cache=cache)
+    with pytest.raises(ValueError, match="holds 8 tokens and 1 more"):
+        model(random_ids(1, 1), cache=cache)
+    with pytest.raises(ValueError, match="document_ids cannot be used with a cache"):
+        model(random_ids(1, 1), document_ids=torch.zeros(1, 1), cache=cache)
+
+
+def test_hf_dict_round_trip_and_both_generations_of_keys():
+    for changes in ({}, {"qk_norm": True}, {"rope_scaling": YARN}, {"position_embedding_type": "learned"}):
+        config = small_config(**changes)
+        assert TinyLMConfig.from_hf_dict(config.to_hf_dict()) == config
+    data = small_config(rope_scaling=YARN, rope_theta=5e5).to_hf_dict()
+    old = {key: value for key, value in data.items() if key != "rope_parameters"}
+    new = {key: value for key, value in data.items() if key not in ("rope_theta", "rope_scaling")}
+    assert TinyLMConfig.from_hf_dict(old) == TinyLMConfig.from_hf_dict(new) == TinyLMConfig.from_hf_dict(data)
+    assert data["torch_dtype"] == data["dtype"] == "float32" and data["model_type"] == "llama"
+    assert data["rope_theta"] == data["rope_parameters"]["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear'"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+    ],
+)
+def test_configs_that_cannot_be_honoured_are_refused_with_the_reason(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TinyLMConfig.from_hf_dict({**small_config().to_hf_dict(), **changes})
+
+
+def test_models_without_a_llama_equivalent_say_so():
+    for changes, reason in (
+        ({"position_embedding_type": "learned"}, "position_embedding_type 'learned'"),
+        ({"position_embedding_type": "sinusoidal"}, "position_embedding_type 'sinusoidal'"),
+        ({"qk_norm": True, "mlp_bias": True}, "qk_norm with mlp_bias"),
+    ):
+        config = small_config(**changes)
+        assert config.to_hf_dict()["model_type"] == "tinylm"
+        with pytest.raises(ValueError, match=reason):
+            config.require_llama_shape()
+    small_config().require_llama_shape()
+    assert dataclasses.is_dataclass(TinyLMConfig)

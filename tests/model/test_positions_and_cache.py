@@ -1,0 +1,93 @@
+"""Positions against transformers and their equations; the cache's storage."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest_model import YARN, random_ids, small_config, small_model
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from tinylm.model.kv_cache import KVCache
+from tinylm.model.positions import RotaryEmbedding, apply_rotary, sinusoidal_table
+
+
+@pytest.mark.parametrize("scaling", [None, YARN, {"rope_type": "yarn", "factor": 2.5}])
+def test_rotary_equals_transformers(scaling):
+    config = small_config(rope_scaling=scaling)
+    reference = LlamaRotaryEmbedding(LlamaConfig(**config.to_hf_dict()))
+    x = torch.randn(2, 100, 4, 16)
+    positions = torch.randint(0, 256, (2, 100))
+    cos, sin = reference(x, positions)
+    expected, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+    torch.testing.assert_close(apply_rotary(x, *RotaryEmbedding(config)(positions, x.dtype)), expected)
+
+
+def test_rotary_turns_by_the_position_so_scores_depend_on_distance_only():
+    """The defining equation (arXiv:2104.09864, eq. 11), in complex numbers and float64."""
+    config = small_config()
+    x = torch.randn(1, 9, 1, 16, dtype=torch.float64)
+    turned = apply_rotary(x, *RotaryEmbedding(config)(slice(0, 9), torch.float64))
+    pairs = torch.complex(x[..., :8], x[..., 8:])
+    angle = torch.arange(9.0)[:, None] * 1e6 ** (-torch.arange(8.0, dtype=torch.float64) / 8)
+    expected = pairs * torch.polar(torch.ones_like(angle), angle)[None, :, None]
+    torch.testing.assert_close(turned, torch.cat((expected.real, expected.imag), -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_rope_never_promotes_queries_and_keys(qk_norm, monkeypatch):
+    """In the original, float32 tables made q and k float32: half the speed and a mixed-dtype attention."""
+    from tinylm.model import model_tinylm
+
+    seen = []
+    plain = model_tinylm.attention
+    monkeypatch.setattr(
+        model_tinylm, "attention", lambda q, k, v, *rest: seen.append({q.dtype, k.dtype, v.dtype}) or plain(q, k, v, *rest)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        small_model(qk_norm=qk_norm)(random_ids(1, 8))
+    small_model(qk_norm=qk_norm).to(torch.bfloat16)(random_ids(1, 8))
+    assert seen == [{torch.bfloat16}] * 4
+
+
+def test_tables_stay_float32_when_the_model_is_halved():
+    model = small_model()
+    exact = model.model.rotary_emb.cos.clone()
+    model.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(model.model.rotary_emb.cos, exact)
+    assert not any("rotary" in name for name in model.state_dict())
+
+
+def test_sinusoids_follow_their_equation():
+    table = sinusoidal_table(50, 16)
+    for position in (0, 1, 49):
+        for i in range(8):
+            angle = position / 10_000 ** (2 * i / 16)
+            assert table[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
+            assert table[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
+
+
+def test_cache_storage_never_moves():
+    """The original's cache grew by concatenation: every token copied all tokens before it."""
+    model = small_model()
+    cache = KVCache(model.config, 1, 40)
+    before = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
+    with torch.no_grad():
+        for step in range(40):
+            model(random_ids(1, 1), cache=cache)
+            assert cache.length == step + 1
+            view, _ = cache.update(0, torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 0, 16))
+            assert view.data_ptr() == before[0] and view.shape == (1, 2, step + 1, 16)
+    assert [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)] == before
+
+
+def test_cache_errors():
+    config = small_config()
+    with pytest.raises(ValueError, match="257 tokens was asked for; the model has max_position_embeddings 256"):
+        KVCache(config, 1, 257)
+    with pytest.raises(ValueError, match="batch_size 0"):
+        KVCache(config, 0, 8)
+    with pytest.raises(ValueError, match="cannot rewind to 1 tokens; the cache holds 0"):
+        KVCache(config, 1, 8).rewind(1)

@@ -1,0 +1,168 @@
+"""The command line: the table of commands, quick answers, and how failures end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinylm import __version__, cli
+from tinylm.program import run_main
+
+
+def tinylm(repository: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tinylm.cli", *argv]
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """`run_main` takes SIGTERM over; give it back, so that a test run can be stopped."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_quick_answers(repository: Path, flag: str) -> None:
+    """Measured as the best of three, so that a busy machine does not count against us."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = tinylm(repository, flag)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert (__version__ if flag == "--version" else "quickstart") in done.stdout
+    assert min(seconds) < 0.5
+
+
+def test_help_imports_nothing_heavy(repository: Path) -> None:
+    code = (
+        "import sys, tinylm.cli; tinylm.cli.main(['--help']);"
+        "print(sorted({'torch', 'numpy', 'jsonargparse', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+    assert all(command in done.stdout for command in cli.COMMANDS)
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrian"]) == 2
+    assert "did you mean tinylm pretrain?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_is_there(name: str) -> None:
+    assert callable(cli._load(cli.COMMANDS[name].target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "run"])
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: tinylm {name}" in capsys.readouterr().out
+
+
+def test_a_file_names_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("command: pretrain\nepochs: 2\n")
+    seen: list[list[str]] = []
+    monkeypatch.setattr(cli, "_load", lambda target: lambda argv: seen.append(argv) or 7)
+    assert cli.run_file([str(file), "--epochs", "3"]) == 7
+    assert seen == [["--config", str(file), "--epochs", "3"]]
+
+
+@pytest.mark.parametrize("text", ["epochs: 2\n", "command: pretrian\n", "command: run\n"])
+def test_a_file_without_a_command_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert cli.main(["run", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert "expected one of quickstart" in err
+    assert str(file) in err
+
+
+class CustomError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("epochs 0;\n  expected 1"), 2, "tinylm: error: epochs 0; expected 1"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "a.txt: No such file or directory"),
+        (FileNotFoundError("no model in x; expected y"), 2, "tinylm: error: no model in x; expected y"),
+        (IsADirectoryError(21, "Is a directory", "d"), 2, "tinylm: error: d: Is a directory"),
+        (PermissionError(13, "Permission denied", "p"), 2, "tinylm: error: p: Permission denied"),
+        (OSError(28, "No space left on device"), 1, "tinylm: error: No space left on device"),
+        (RuntimeError("loss is nan"), 1, "tinylm: error: loss is nan"),
+        (CustomError("odd"), 1, "tinylm: error: CustomError: odd"),
+        (KeyboardInterrupt(), 130, "tinylm: stopped; run the same command with --resume"),
+    ],
+)
+def test_failures_are_one_line(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str
+) -> None:
+    def command(argv: list[str]) -> int:
+        raise error
+
+    assert run_main(command, []) == status
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.rstrip("\n").endswith(line)
+    assert run_main(command, ["--debug"]) == status
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_arguments_and_status_pass_through() -> None:
+    seen: list[str] = []
+    assert run_main(lambda argv: seen.extend(argv) or 3, ["--epochs", "2", "--debug"]) == 3
+    assert seen == ["--epochs", "2"]
+
+
+def test_sigterm_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
+    cleaned: list[bool] = []
+
+    def command(argv: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            return 0
+        finally:
+            cleaned.append(True)
+
+    assert run_main(command, [], resumable=False) == 143
+    assert cleaned == [True]
+    assert capsys.readouterr().err == "tinylm: stopped\n"
+
+
+def test_a_reader_that_leaves_is_no_failure(repository: Path) -> None:
+    code = (
+        "from tinylm.program import run_main\n"
+        "def f(argv):\n"
+        "    for i in range(100000): print(i)\n"
+        "    return 0\n"
+        "raise SystemExit(run_main(f, []))"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("link", ["inference.py", "trainer"])
+def test_the_original_paths_still_work(repository: Path, link: str) -> None:
+    """`python inference.py` and `cd trainer && torchrun train_pretrain.py` are links into the package."""
+    assert (repository / link).is_symlink()
+    assert (repository / link).resolve() == repository / "tinylm" / link
+    assert (repository / link).exists()

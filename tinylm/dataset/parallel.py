@@ -1,0 +1,93 @@
+"""Work spread over processes, with results in order: tokenising is pure Python at its edges, so threads would
+wait.
+
+Processes are spawned, not forked: a fork of a process that runs torch's threads or holds a GPU can hang. So
+the functions sent here live in modules that do not import torch, and a worker starts in a fraction of a
+second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def available_cores() -> int:
+    """Processor cores this process may use; a container or `taskset` may allow fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def map_in_order(
+    function: Callable[..., Result], shared: Sequence[Any], chunks: Iterable[Item], num_workers: int
+) -> Iterator[Result]:
+    """`function(*shared, chunk)` for each chunk, in order; at most two chunks a worker are in memory.
+
+    Args:
+        function: at the top level of a module that does not import torch.
+        shared: sent once to each worker, for example the tokenizer.
+        num_workers: processes; 0 or 1 works in this process.
+    """
+    if num_workers <= 1 or not _can_spawn():
+        for chunk in chunks:
+            yield function(*shared, chunk)
+        return
+    pending: deque[Future[Result]] = deque()
+    executor = ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_set_shared,
+        initargs=(function, tuple(shared)),
+    )
+    try:
+        for chunk in chunks:
+            pending.append(executor.submit(_call, chunk))
+            if len(pending) >= 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _can_spawn() -> bool:
+    """A spawned process imports the main program again, which fails when that was typed in or piped in."""
+    if multiprocessing.current_process().daemon:
+        return False
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is not None:
+        return True
+    path = getattr(main, "__file__", None)
+    return path is not None and os.path.exists(path)
+
+
+_shared: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+
+
+def _set_shared(function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
+    global _shared
+    _shared = (function, shared)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
+
+
+def _call(chunk: Any) -> Any:
+    assert _shared is not None
+    function, shared = _shared
+    return function(*shared, chunk)

@@ -1,0 +1,136 @@
+"""Pretraining data: running text in rows of equal length; every token but a document's first is a target
+once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinylm.dataset.packing import RunningTextPacking
+from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
+from tinylm.dataset.sources import BadRows
+from tinylm.dataset.splits import Spans, hold_out_documents
+from tinylm.dataset.token_shards import TokenShards, cached_token_shards, tokenize_texts
+
+
+class PretrainDataset:
+    """Rows of `max_seq_len` positions over a tokenised corpus, or a part of it.
+
+    Args:
+        shards: the corpus, in memory or memory-mapped.
+        tokenizer: the tokenizer it was made with.
+        max_seq_len: positions of a row.
+        spans: (starts, lengths) of the documents to use; all of them by default.
+
+    Raises:
+        ValueError: if there is not a single target.
+    """
+
+    def __init__(
+        self, shards: TokenShards, tokenizer: Any, max_seq_len: int, spans: Spans | None = None
+    ) -> None:
+        self.shards = shards
+        self.tokenizer = tokenizer
+        self.max_seq_len = max_seq_len
+        self.starts, self.lengths = (shards.offsets[:-1], shards.lengths) if spans is None else spans
+        self.packing = RunningTextPacking(self.lengths, max_seq_len)
+        if len(self.packing) == 0:
+            raise ValueError("the text has fewer than two tokens; expected more; add data")
+        self.width = min(max_seq_len, self.packing.num_positions)
+
+    @classmethod
+    def from_texts(cls, texts: Iterable[str], tokenizer: Any, max_seq_len: int) -> PretrainDataset:
+        """Tokenise documents in memory."""
+        return cls(tokenize_texts(texts, tokenizer), tokenizer, max_seq_len)
+
+    def split(self, validation_fraction: float, seed: int) -> tuple[PretrainDataset, PretrainDataset | None]:
+        """(training, validation) parts of a whole corpus, by document; see `hold_out_documents`."""
+        train, held = hold_out_documents(self.shards.lengths, validation_fraction, seed)
+        if held[1].sum() < 2:
+            return self, None
+        return tuple(
+            PretrainDataset(self.shards, self.tokenizer, self.max_seq_len, part) for part in (train, held)
+        )  # type: ignore[return-value]
+
+    def __len__(self) -> int:
+        return len(self.packing)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, or parts of them, that the rows come from."""
+        return len(self.lengths)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are scored, in all rows."""
+        return self.packing.num_positions
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text that is scored: bits per byte = loss_sum / ln 2 / num_bytes.
+
+        A document's first token is no target and <|endoftext|> no text; neither counts.
+        """
+        sizes = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+        for token_id in range(self.tokenizer.vocab_size):
+            if token_id not in self.tokenizer.special_ids:
+                sizes[token_id] = len(self.tokenizer.token_bytes(token_id))
+        total = 0
+        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
+            total += int(sizes[self.shards.tokens[start + 1 : start + length]].sum())
+        return total
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when any token, the choice of documents or a row boundary does."""
+        digest = hashlib.sha256(f"pretrain {self.shards.fingerprint} {self.max_seq_len}".encode())
+        for array in (self.starts, self.lengths):
+            digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
+        return digest.hexdigest()[:16]
+
+    def row(self, index: int) -> Row:
+        """Row `index`: the pieces of documents that fall into it. Positions restart in each piece."""
+        pieces = self.packing.row(index)
+        starts = [int(self.starts[piece.document]) for piece in pieces]
+        return build_row(
+            (self.shards.tokens[start + piece.start : start + piece.stop], None)
+            for start, piece in zip(starts, pieces, strict=True)
+        )
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """Stack rows into a batch of `max_seq_len` positions; only the corpus's last row has filler."""
+        return collate_rows(rows, self.width, self.tokenizer.pad_id)
+
+
+def load_pretrain_data(
+    data_path: str,
+    tokenizer: Any,
+    max_seq_len: int,
+    cache_dir: str | Path,
+    validation_path: str | None = None,
+    validation_fraction: float = 0.01,
+    seed: int = 0,
+    bad_rows: BadRows | None = None,
+    num_workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[PretrainDataset, PretrainDataset | None]:
+    """Training and validation data from files, tokenised once and cached.
+
+    Args:
+        data_path: file, folder, glob or `hub:` path of {"text"} records.
+        cache_dir: where the token shards are kept.
+        validation_path: held-out files; without it `validation_fraction` of the data is held out, 0 for none.
+        seed: chooses which documents are held out.
+        progress: called with (documents, tokens) while tokenising.
+    """
+    shards = cached_token_shards(data_path, tokenizer, cache_dir, bad_rows, num_workers, progress)
+    whole = PretrainDataset(shards, tokenizer, max_seq_len)
+    if validation_path is None:
+        return whole.split(validation_fraction, seed)
+    held = cached_token_shards(validation_path, tokenizer, cache_dir, bad_rows, num_workers, progress)
+    return whole, PretrainDataset(held, tokenizer, max_seq_len)

@@ -1,0 +1,146 @@
+"""Rows and batches: what the packers make and the model eats.
+
+The shift by one happens here and nowhere else: `input_ids[t]` predicts `targets[t]`.
+
+Shapes: B rows of a batch, T positions of a row, P preference pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+IGNORE_INDEX = -100
+"""Target of a position that teaches nothing; the default `ignore_index` of torch's cross-entropy."""
+
+FILLER_DOCUMENT = -1
+"""Document id of the filler behind a row's last document."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row: whole documents, or pieces of them, side by side. All arrays are [T].
+
+    `position_ids` restart at 0 in every document (and in every piece of a document that was split over rows);
+    `document_ids` number the documents of this row from 0.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    position_ids: np.ndarray
+    document_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Positions that are scored."""
+        return int(np.count_nonzero(self.targets != IGNORE_INDEX))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model and the objective see. All tensors are [B, T] int64.
+
+    `targets` is -100 where nothing is scored. `document_ids` are unique within the batch and -1 on filler;
+    attention never crosses them. `count` is what the loss is divided by, summed over micro-batches and ranks:
+    the number of targets, or of preference pairs. In a batch of pairs, document 2i is pair i's chosen answer
+    and 2i + 1 its rejected one, and `reference_log_probs` [P, 2] float32 holds the frozen reference's
+    log-probabilities of both, once they are known.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    position_ids: torch.Tensor
+    document_ids: torch.Tensor
+    count: int
+    reference_log_probs: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; the copy is asynchronous when the memory is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, which a GPU copies from while it computes."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def without_targets(self) -> Batch:
+        """The same batch with nothing to learn: it adds exactly zero to the loss and to the count."""
+        reference = self.reference_log_probs
+        return replace(
+            self,
+            targets=torch.full_like(self.targets, IGNORE_INDEX),
+            count=0,
+            reference_log_probs=None if reference is None else reference[:0],
+        )
+
+    def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
+        reference = self.reference_log_probs
+        return Batch(
+            input_ids=function(self.input_ids),
+            targets=function(self.targets),
+            position_ids=function(self.position_ids),
+            document_ids=function(self.document_ids),
+            count=self.count,
+            reference_log_probs=None if reference is None else function(reference),
+        )
+
+
+def build_row(documents: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> Row:
+    """Lay documents side by side in one row, each shifted by one.
+
+    Args:
+        documents: (ids [n], is_target [n] or None for "every token is a target"). A document of n tokens
+            takes n - 1 positions: its inputs are ids[:-1], its targets ids[1:] where `is_target[1:]`, else
+            -100.
+    """
+    inputs, targets, positions, numbers = [], [], [], []
+    for number, (ids, is_target) in enumerate(documents):
+        wide = ids.astype(np.int64)
+        inputs.append(wide[:-1])
+        targets.append(wide[1:] if is_target is None else np.where(is_target[1:], wide[1:], IGNORE_INDEX))
+        positions.append(np.arange(len(ids) - 1, dtype=np.int64))
+        numbers.append(np.full(len(ids) - 1, number, dtype=np.int64))
+    return Row(*(np.concatenate(parts) for parts in (inputs, targets, positions, numbers)))
+
+
+def collate_rows(
+    rows: Sequence[Row], width: int, pad_id: int, document_ids: Sequence[np.ndarray] | None = None
+) -> Batch:
+    """Stack rows into a batch of `width` positions; what a row lacks is filler without targets.
+
+    Args:
+        rows: at least one row, none longer than `width`.
+        width: T of the batch.
+        pad_id: token id on filler positions.
+        document_ids: for each row, the batch-wide number of each of its documents; by default the documents
+            are numbered in the order in which they come.
+    """
+    assert rows and max(len(row) for row in rows) <= width
+    shape = (len(rows), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    documents = np.full(shape, FILLER_DOCUMENT, dtype=np.int64)
+    seen = 0
+    for index, row in enumerate(rows):
+        used = slice(0, len(row))
+        input_ids[index, used] = row.input_ids
+        targets[index, used] = row.targets
+        position_ids[index, used] = row.position_ids
+        if document_ids is None:
+            documents[index, used] = row.document_ids + seen
+            seen += int(row.document_ids[-1]) + 1
+        else:
+            documents[index, used] = document_ids[index][row.document_ids]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        targets=torch.from_numpy(targets),
+        position_ids=torch.from_numpy(position_ids),
+        document_ids=torch.from_numpy(documents),
+        count=int(np.count_nonzero(targets != IGNORE_INDEX)),
+    )

@@ -1,0 +1,44 @@
+"""The pages of TinyWorld's reading book: stories, stories with questions and answers, and pages of closed skills."""
+
+from __future__ import annotations
+
+import random
+
+from tinylm.dataset.tinyworld_plots import all_facts, ask, make_story
+from tinylm.dataset.tinyworld_skills import CLOSED
+
+STORY_SHARE, STORY_WITH_QUESTIONS_SHARE = 0.5, 0.3  # the rest are pages of closed skills
+
+# Skills whose answers say the whole fact: "7 plus 5 is 12."
+_FACTS = ("addition", "subtraction", "spelling", "opposites", "categories", "comparing")
+_PAGE_WEIGHTS = {
+    "addition": 18, "subtraction": 16, "counting": 10, "comparing": 8, "sorting": 12, "spelling": 10, "reversing": 10,
+    "opposites": 8, "categories": 5, "capitals": 6,
+}  # fmt: skip
+
+
+def _story_with_questions(rng: random.Random, split: str) -> str:
+    story = make_story(rng, split)
+    facts: list = all_facts(story)
+    facts += [("not_in_story", None)] * rng.randint(0, 2)
+    rng.shuffle(facts)
+    questions = [ask(rng, story, skill, split, subject) for skill, subject in facts[: rng.randint(3, 7)]]
+    form = "Question: {} Answer: {}" if rng.random() < 0.3 else "{} {}"
+    return "\n".join([story.text, *(form.format(question.text, question.answers[0]) for question in questions)])
+
+
+def _closed_page(rng: random.Random, split: str) -> str:
+    skill = rng.choices(tuple(_PAGE_WEIGHTS), tuple(_PAGE_WEIGHTS.values()))[0]
+    questions = [CLOSED[skill](rng, split) for _ in range(rng.randint(4, 7))]
+    if skill in _FACTS and rng.random() < 0.5:
+        return " ".join(question.answers[0] for question in questions)
+    return "\n".join(f"{question.text} {question.answers[0]}" for question in questions)
+
+
+def make_page(rng: random.Random, split: str) -> str:
+    draw = rng.random()
+    if draw < STORY_SHARE:
+        return make_story(rng, split).text
+    if draw < STORY_SHARE + STORY_WITH_QUESTIONS_SHARE:
+        return _story_with_questions(rng, split)
+    return _closed_page(rng, split)

@@ -1,0 +1,339 @@
+"""The skills of TinyWorld that need no story: numbers, word lists, letters, word knowledge, manners.
+
+Each function draws one `Question`. What a train question is about and how it is put, or the pair of numbers or words
+in it, is never a reserved pair; a test question always holds one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from tinylm.dataset.tinyworld_plots import Question
+from tinylm.dataset.tinyworld_words import (
+    BY_WEIGHT,
+    CATEGORIES,
+    CATEGORY_OF,
+    LIST_WORDS,
+    NAMES,
+    OPPOSITES,
+    SPELLING_WORDS,
+    a_or_an,
+    capitalise,
+    draw_pair,
+    reserved,
+    reserved_unordered,
+)
+
+ASSISTANT_NAME = "Tiny"
+
+_ADDITION = (
+    "What is {a} plus {b}?",
+    "How much is {a} plus {b}?",
+    "Add {a} and {b}.",
+    "Can you add {a} and {b}?",
+    "Tell me the sum of {a} and {b}.",
+)
+_SUBTRACTION = (
+    "What is {a} minus {b}?",
+    "How much is {a} minus {b}?",
+    "Take {b} away from {a}.",
+    "Can you take {b} away from {a}?",
+    "Tell me what {a} minus {b} is.",
+)
+_COUNT_WORDS = (
+    "How many times does the word {word} come in this list: {words}?",
+    "Count the word {word} in this list: {words}.",
+    "How often can you find the word {word} here: {words}?",
+    "Here is a list: {words}. How many times is the word {word} in it?",
+)
+_COUNT_LETTERS = (
+    "How many letters are in the word {word}?",
+    "How many letters does the word {word} have?",
+    "Count the letters in the word {word}.",
+    "Tell me how many letters the word {word} has.",
+)
+_COMPARE_NUMBERS = {
+    "bigger": ("Which is bigger, {a} or {b}?", "Which number is bigger: {a} or {b}?", "Tell me the bigger number: {a} or {b}.",
+               "Of {a} and {b}, which is bigger?"),
+    "smaller": ("Which is smaller, {a} or {b}?", "Which number is smaller: {a} or {b}?",
+                "Tell me the smaller number: {a} or {b}.", "Of {a} and {b}, which is smaller?"),
+}
+_COMPARE_WEIGHTS = (
+    "Which is {more}, {a} or {b}?",
+    "What is {more}: {a} or {b}?",
+    "Tell me which is {more}, {a} or {b}.",
+    "Think of {a} and {b}. Which is {more}?",
+)
+_SORT_NUMBERS = (
+    "Sort these numbers: {items}.",
+    "Put these numbers in order: {items}.",
+    "Please sort {items} from small to big.",
+    "Can you put these numbers in order: {items}?",
+)
+_SORT_WORDS = (
+    "Sort these words by their first letter: {items}.",
+    "Put these words in the order of the alphabet: {items}.",
+    "Please sort the words {items} from a to z.",
+    "Can you put these words in the order of the alphabet: {items}?",
+)
+_REVERSE = (
+    "Say these words backwards: {items}.",
+    "Reverse this list: {items}.",
+    "Can you turn this list around: {items}?",
+    "Say the list {items} from the end to the start.",
+)
+_SPELL = (
+    "How do you spell {word}?",
+    "Spell the word {word}.",
+    "Can you spell {word}?",
+    "Please spell {word} for me.",
+    "Which letters are in {word}?",
+)
+_OPPOSITE = (
+    "What is the opposite of {word}?",
+    "Tell me the opposite of {word}.",
+    "Which word is the opposite of {word}?",
+    "Do you know the opposite of {word}?",
+    "Give me the opposite of {word}.",
+    "Can you name the opposite of {word}?",
+)
+_CATEGORY = (
+    "What is {a_word}?",
+    "What kind of thing is {a_word}?",
+    "Is {a_word} {one} or {other}?",
+    "Tell me what {a_word} is.",
+    "Do you know what {a_word} is?",
+    "Which is right: is {a_word} {one} or {other}?",
+)
+_HELLO = (
+    "Hello, I am {name}.",
+    "Hi! My name is {name}.",
+    "Good morning! I am {name}.",
+    "Hello there, my name is {name}.",
+    "Hi, {name} here.",
+    "Hello! You can call me {name}.",
+    "Good evening, I am {name}.",
+    "Nice to meet you! I am {name}.",
+)
+_IDENTITY = {
+    "Who are you?": 0,
+    "Tell me who you are.": 0,
+    "Who am I talking to?": 0,
+    "Who is there?": 0,
+    "What is your name?": 1,
+    "Do you have a name?": 1,
+    "Tell me your name.": 1,
+    "How are you called?": 1,
+    "What are you?": 2,
+    "Are you a person?": 2,
+    "Are you a robot?": 2,
+    "Tell me what you are.": 2,
+    "What can you do?": 3,
+    "How can you help me?": 3,
+    "What are you good at?": 3,
+    "Tell me what you can do.": 3,
+}
+_LEAD_INS = ("", "Hello! ", "Hi! ", "Good morning! ", "Excuse me. ", "I have a question. ", "One thing, please. ",
+             "Let us talk. ")
+_CAPITALS = (
+    "Write {word} in capital letters.",
+    "Answer in capital letters. Say the word {word}.",
+    "Say {word} in capital letters.",
+    "Put the word {word} in capital letters.",
+    "Can you write {word} in capital letters?",
+    "Answer in capital letters. Repeat after me: {word}.",
+)
+
+
+def number_pair(rng: random.Random, split: str, kind: str) -> tuple[int, int]:
+    """Two operands (the first is not the smaller one for "minus"): both up to 20, or one up to 50 and one up to 10."""
+    while True:
+        if rng.random() < 0.6:
+            a, b = rng.randint(1, 20), rng.randint(1, 20)
+        else:
+            a, b = rng.randint(10, 50), rng.randint(1, 10)
+        if a < b and kind == "minus":
+            a, b = b, a
+        if reserved_unordered(kind, a, b) == (split != "train"):
+            return (a, b) if kind == "minus" or rng.random() < 0.5 else (b, a)
+
+
+def _addition(rng: random.Random, split: str) -> Question:
+    a, b = number_pair(rng, split, "plus")
+    wrong = tuple(f"{a} plus {b} is {a + b + off}." for off in (1, -1, 10))
+    return Question("addition", rng.choice(_ADDITION).format(a=a, b=b), (f"{a} plus {b} is {a + b}.",), wrong)
+
+
+def _subtraction(rng: random.Random, split: str) -> Question:
+    a, b = number_pair(rng, split, "minus")
+    wrong = tuple(f"{a} minus {b} is {value}." for value in (a - b + 1, a - b + 2, abs(a - b - 1)) if value != a - b)
+    return Question("subtraction", rng.choice(_SUBTRACTION).format(a=a, b=b), (f"{a} minus {b} is {a - b}.",), wrong)
+
+
+def times(n: int) -> str:
+    return "1 time" if n == 1 else f"{n} times"
+
+
+def word_list(rng: random.Random, split: str, kind: str, n: int) -> list[str]:
+    """`n` different words; in the test split some neighbours in the list are a reserved pair, in train none are."""
+    while True:
+        words = rng.sample(LIST_WORDS, n)
+        if any(reserved(kind, *pair) for pair in zip(words, words[1:], strict=False)) == (split != "train"):
+            return words
+
+
+def _counting(rng: random.Random, split: str) -> Question:
+    if rng.random() < 0.35:
+        by_length = rng.choice(_LENGTHS)
+        word, form = draw_pair(rng, split, "letters", _WORDS_OF_LENGTH[by_length], _COUNT_LETTERS)
+        wrong = tuple(f"The word {word} has {by_length + off} letters." for off in (1, -1))
+        return Question("counting", form.format(word=word), (f"The word {word} has {by_length} letters.",), wrong)
+    count = rng.randint(1, 4)
+    word, other, third = words = word_list(rng, split, "count", 3)
+    items = [word] * count + [rng.choice((other, third)) for _ in range(rng.randint(1, 3))]
+    rng.shuffle(items)
+    key = " ".join(items)
+    if reserved("count list", word, key) != (split != "train"):
+        return _counting(rng, split)
+    text = rng.choice(_COUNT_WORDS).format(word=words[0], words=", ".join(items))
+    wrong = tuple(f"The word {word} comes {times(n)}." for n in (count - 1, count + 1) if n > 0)
+    return Question("counting", text, (f"The word {word} comes {times(count)}.",), wrong)
+
+
+def _comparing(rng: random.Random, split: str) -> Question:
+    numbers = rng.random() < 0.6
+    while True:
+        if numbers:
+            a, b = sorted(rng.sample(range(1, 51), 2))
+        else:
+            a, b = sorted(rng.sample(range(len(BY_WEIGHT)), 2))
+        if reserved_unordered("numbers" if numbers else "weights", a, b) == (split != "train"):
+            break
+    up = rng.random() < 0.5
+    winner, loser = (b, a) if up else (a, b)
+    one, other = (a, b) if rng.random() < 0.5 else (b, a)
+    if numbers:
+        more = "bigger" if up else "smaller"
+        text = rng.choice(_COMPARE_NUMBERS[more]).format(a=one, b=other)
+        right, false = str(winner), str(loser)
+    else:
+        more = "heavier" if up else "lighter"
+        names = [a_or_an(BY_WEIGHT[k]) for k in range(len(BY_WEIGHT))]
+        text = rng.choice(_COMPARE_WEIGHTS).format(a=names[one], b=names[other], more=more)
+        right, false = names[winner], names[loser]
+    answers = (capitalise(f"{right} is {more} than {false}."),)
+    return Question("comparing", text, answers, (capitalise(f"{false} is {more} than {right}."),))
+
+
+def _listing(items: list) -> str:
+    return ", ".join(str(item) for item in items)
+
+
+def _sorting(rng: random.Random, split: str) -> Question:
+    if rng.random() < 0.7:
+        n = rng.choices((3, 4, 5), (0.5, 0.35, 0.15))[0]
+        while True:
+            items: list = rng.sample(range(1, 31), n)
+            pairs = zip(items, items[1:], strict=False)
+            held_out = any(reserved_unordered("sort", *pair) for pair in pairs)
+            if held_out == (split != "train") and items != sorted(items):
+                break
+        forms = _SORT_NUMBERS
+    else:
+        while True:
+            items = word_list(rng, split, "sort", 3)
+            if len({word[0] for word in items}) == 3 and items != sorted(items):
+                break
+        forms = _SORT_WORDS
+    answer = sorted(items)
+    wrong = (_listing(items) + ".", _listing([answer[1], answer[0], *answer[2:]]) + ".")
+    return Question("sorting", rng.choice(forms).format(items=_listing(items)), (_listing(answer) + ".",), wrong)
+
+
+def _reversing(rng: random.Random, split: str) -> Question:
+    items = word_list(rng, split, "reverse", rng.choices((3, 4, 5), (0.5, 0.35, 0.15))[0])
+    wrong = (_listing(items) + ".", _listing([items[0], *items[:0:-1]]) + ".")
+    text = rng.choice(_REVERSE).format(items=_listing(items))
+    return Question("reversing", text, (_listing(items[::-1]) + ".",), wrong)
+
+
+def spelled(word: str) -> str:
+    return f"The word {word} is spelled {'-'.join(word)}."
+
+
+def _spelling(rng: random.Random, split: str) -> Question:
+    word, form = draw_pair(rng, split, "spell", SPELLING_WORDS, _SPELL)
+    swapped = word[0] + word[2] + word[1] + word[3:]
+    letters = word[:-1] if swapped == word else swapped
+    wrong = (f"The word {word} is spelled {'-'.join(letters)}.",)
+    return Question("spelling", form.format(word=word), (spelled(word),), wrong)
+
+
+def _opposites(rng: random.Random, split: str) -> Question:
+    word, form = draw_pair(rng, split, "opposite", tuple(OPPOSITES), _OPPOSITE)
+    other = rng.choice([w for w in OPPOSITES if w not in (word, OPPOSITES[word])])
+    wrong = (f"The opposite of {word} is {other}.",)
+    return Question("opposites", form.format(word=word), (f"The opposite of {word} is {OPPOSITES[word]}.",), wrong)
+
+
+def _categories(rng: random.Random, split: str) -> Question:
+    category = rng.choice(tuple(CATEGORIES))
+    word, form = draw_pair(rng, split, "category", CATEGORIES[category], _CATEGORY)
+    other = rng.choice([name for name in CATEGORIES if name != category])
+    pair = [category, other] if rng.random() < 0.5 else [other, category]
+    text = form.format(a_word=a_or_an(word), one=a_or_an(pair[0]), other=a_or_an(pair[1]))
+    right, false = (capitalise(f"{a_or_an(word)} is {a_or_an(name)}.") for name in (category, other))
+    return Question("categories", text, (right,), (false,))
+
+
+def _greeting(rng: random.Random, split: str) -> Question:
+    name, form = draw_pair(rng, split, "hello", NAMES, _HELLO)
+    other = rng.choice([n for n in NAMES if n != name])
+    answers = (f"Hello, {name}! It is nice to meet you.", f"Nice to meet you, {name}!")
+    return Question("greeting", form.format(name=name), answers, (f"Hello, {other}! It is nice to meet you.",))
+
+
+def identity_answers(name: str) -> tuple[str, ...]:
+    return (
+        f"I am {name}, a tiny language model.",
+        f"My name is {name}.",
+        "I am a tiny language model.",
+        "I can tell stories and answer questions.",
+    )
+
+
+def identity_question(rng: random.Random, split: str, name: str = ASSISTANT_NAME) -> Question:
+    lead_in, text = draw_pair(rng, split, "identity", _LEAD_INS, tuple(_IDENTITY))
+    answers, kind = identity_answers(name), _IDENTITY[text]
+    accepted = (answers[0], answers[1]) if kind == 0 else (answers[1], answers[0]) if kind == 1 else (answers[kind],)
+    other = identity_answers(rng.choice(NAMES))
+    wrong = other[kind] if kind < 2 else answers[5 - kind]
+    return Question("identity", lead_in + text, accepted, (wrong,))
+
+
+def _capitals(rng: random.Random, split: str) -> Question:
+    word, form = draw_pair(rng, split, "capitals", CAPITAL_WORDS, _CAPITALS)
+    right, other = word.upper(), rng.choice(CAPITAL_WORDS).upper()
+    wrong = (word.lower() + ".",) if other == right else (other + ".", word.lower() + ".")
+    return Question("capitals", form.format(word=word), (right + ".", right), wrong)
+
+
+_LENGTHS = (3, 4, 5, 6)
+_WORDS_OF_LENGTH = {n: tuple(word for word in SPELLING_WORDS if len(word) == n) for n in _LENGTHS}
+CAPITAL_WORDS = tuple(dict.fromkeys((*LIST_WORDS, *CATEGORY_OF, *NAMES)))
+
+CLOSED: dict[str, Callable[[random.Random, str], Question]] = {
+    "addition": _addition,
+    "subtraction": _subtraction,
+    "counting": _counting,
+    "comparing": _comparing,
+    "sorting": _sorting,
+    "spelling": _spelling,
+    "reversing": _reversing,
+    "opposites": _opposites,
+    "categories": _categories,
+    "greeting": _greeting,
+    "identity": identity_question,
+    "capitals": _capitals,
+}

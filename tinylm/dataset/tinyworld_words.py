@@ -1,0 +1,140 @@
+"""The vocabulary of TinyWorld, its random streams and its held-out pairs.
+
+Everything that TinyWorld says is drawn from the lists in this file. They are small on purpose: a model of three
+million parameters meets every entity thousands of times, so what it has to learn is to *read*, not to remember.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from functools import lru_cache
+
+SPLITS = ("train", "test")
+
+GIRLS = tuple("Mia Anna Lily Rosa Ella Zoe Ruby Nora Emma Lucy Sara Amy Ivy Jane Kate Lena Maya Tina Eva Molly".split())
+BOYS = tuple("Ben Tom Max Sam Leo Jack Finn Noah Paul Adam Hugo Luke Oscar Peter Tim Dan Omar Ravi Ken Felix".split())
+NAMES = GIRLS + BOYS
+
+THINGS = tuple(
+    "ball kite doll drum book hat cup boat robot lamp key ring coin box bag spoon shell feather flower leaf apple pear "
+    "cake egg cookie scarf ribbon whistle basket brush balloon bell umbrella bucket candle pencil".split()
+)
+COLOURS = tuple("red blue green yellow white black brown pink orange purple".split())
+FEELINGS = tuple("happy sad proud tired angry hungry scared excited calm lonely".split())
+
+# Each place with the words that say somebody is there.
+PLACES = {
+    "garden": "in the garden",
+    "kitchen": "in the kitchen",
+    "park": "at the park",
+    "lake": "by the lake",
+    "farm": "on the farm",
+    "barn": "in the barn",
+    "forest": "in the forest",
+    "school": "at the school",
+    "beach": "on the beach",
+    "river": "by the river",
+    "library": "in the library",
+    "market": "at the market",
+    "shop": "in the shop",
+    "hill": "on the hill",
+    "cave": "in the cave",
+    "bridge": "on the bridge",
+}
+
+_OPPOSITE_PAIRS = """hot cold, big small, up down, day night, fast slow, open closed, old new, tall short, wet dry,
+full empty, hard soft, light dark, early late, loud quiet, rich poor, strong weak, clean dirty, first last, left right,
+in out, on off, good bad, near far, high low, thick thin, wide narrow, sweet sour, start stop, push pull, give take,
+win lose, black white, north south, east west, summer winter, morning evening, love hate, awake asleep, true false,
+inside outside, above below, before after, deep shallow, smooth rough, laugh cry, come go, buy sell, always never,
+many few, more less, top bottom, front back"""
+OPPOSITES: dict[str, str] = {}
+for _pair in _OPPOSITE_PAIRS.split(","):
+    _one, _other = _pair.split()
+    OPPOSITES[_one], OPPOSITES[_other] = _other, _one
+
+CATEGORIES = {
+    "animal": tuple("dog cat cow horse sheep duck frog mouse lion rabbit goat bear".split()),
+    "food": tuple("apple pear cake egg cookie carrot banana sandwich pie potato pancake sausage".split()),
+    "toy": tuple("ball doll kite robot puzzle balloon marble teddy".split()),
+    "tool": tuple("hammer saw spade rake axe drill ladder shovel".split()),
+    "vehicle": tuple("car bus train truck plane tractor van ship".split()),
+    "instrument": tuple("drum flute piano violin trumpet guitar harp horn".split()),
+    "plant": tuple("rose tree bush tulip daisy oak weed cactus".split()),
+}
+CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word in words}
+
+# From the lightest to the heaviest.
+BY_WEIGHT = tuple("ant bee mouse frog duck cat dog sheep pig cow horse elephant whale".split())
+
+_MORE_WORDS = """sun moon star sky rain snow wind cloud fire water tree grass bird fish house door window table chair
+bed wall road street town coat shoe sock shirt glove bread milk soup rice salt sugar honey cheese hand foot head nose
+ear eye arm leg mother father sister brother friend baby king queen song game story letter word page picture paper
+glass plate clock bottle stone sand hill farm lake park shop barn cave river beach school garden forest market bridge
+kitchen library sing jump run walk sleep read play swim draw cook one two three four five six seven eight nine ten"""
+SPELLING_WORDS = tuple(
+    dict.fromkeys(
+        [w for w in (*THINGS, *OPPOSITES, *CATEGORY_OF, *_MORE_WORDS.split(), *COLOURS, *BY_WEIGHT) if 3 <= len(w) <= 6]
+    )
+)
+LIST_WORDS = tuple(
+    dict.fromkeys(w for w in (*THINGS, *CATEGORIES["animal"], *"sun moon star tree fish bird house door".split()))
+)
+
+
+def is_girl(name: str) -> bool:
+    """Whether the pronoun of `name` is "she"."""
+    return name in GIRLS
+
+
+def a_or_an(phrase: str) -> str:
+    """`phrase` with its indefinite article: "red ball" -> "a red ball", "orange ball" -> "an orange ball"."""
+    return ("an " if phrase[0] in "aeio" or phrase == "umbrella" else "a ") + phrase
+
+
+def capitalise(text: str) -> str:
+    """`text` with its first letter in upper case, the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def join_and(words: list[str] | tuple[str, ...]) -> str:
+    """["a", "b", "c"] -> "a, b and c"."""
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def stream(seed: int, split: str, kind: str, i: int) -> random.Random:
+    """The random stream of item `i`: the same in every process, machine and Python version.
+
+    Raises: ValueError for an unknown split or a negative index.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}; expected one of {', '.join(SPLITS)}; choose one of them")
+    if i < 0:
+        raise ValueError(f"item {i}; expected an index of at least 0; count items from 0")
+    digest = hashlib.blake2b(f"{seed}/{split}/{kind}/{i}".encode(), digest_size=8).digest()
+    return random.Random(int.from_bytes(digest, "big"))
+
+
+@lru_cache(maxsize=1 << 16)
+def reserved(kind: str, one: object, other: object) -> bool:
+    """Whether the pair (one, other) is held out for the test split; true for about a tenth of all pairs.
+
+    The choice depends on the pair alone, not on the seed: no training set of any seed holds a reserved pair.
+    """
+    digest = hashlib.blake2b(f"{kind}/{one}/{other}".encode(), digest_size=2).digest()
+    return int.from_bytes(digest, "big") < 6554  # 6554 / 65536 = 10%
+
+
+def reserved_unordered(kind: str, one: object, other: object) -> bool:
+    """`reserved` for pairs in which the order does not matter, such as 3 + 4 and 4 + 3."""
+    return reserved(kind, *sorted((one, other), key=lambda value: (str(type(value)), value)))  # type: ignore[type-var]
+
+
+def draw_pair(rng: random.Random, split: str, kind: str, ones: tuple, others: tuple) -> tuple:
+    """A random (one, other) that is reserved if `split` is "test", and not reserved if it is "train"."""
+    held_out = split != "train"
+    while True:
+        pair = rng.choice(ones), rng.choice(others)
+        if reserved(kind, *pair) == held_out:
+            return pair

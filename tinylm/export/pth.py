@@ -1,0 +1,46 @@
+"""Export to the original project's `.pth`: its names, weights only, for its own scripts to load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tinylm.model.model_lora import has_lora
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.model.weights_file import base_state
+from tinylm.original_pth import NUM_KEY_VALUE_HEADS, name_to_original
+from tinylm.runtime import atomic_write
+
+
+def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
+    """Write the weights under the original's names, with `lm_head.weight` as it stores it.
+
+    Raises:
+        ValueError: a shape that the original's code cannot express (it has rotary positions, two key/value
+            heads, no biases and no query/key norms), or adapters that are not merged.
+    """
+    config = model.config
+    if has_lora(model):
+        raise ValueError("the model has adapters attached; merge_lora before exporting a .pth")
+    config.require_llama_shape()
+    if config.num_key_value_heads != NUM_KEY_VALUE_HEADS:
+        raise ValueError(
+            f"num_key_value_heads is {config.num_key_value_heads}; the original project's code has "
+            f"{NUM_KEY_VALUE_HEADS}: export this model as a model folder instead"
+        )
+    for name in ("qk_norm", "attention_bias", "mlp_bias", "rope_scaling"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name} is set; the original project's code has no such thing: export a model folder"
+            )
+    if config.rope_theta != 1e6 or config.rms_norm_eps != 1e-5:
+        raise ValueError(
+            f"rope_theta {config.rope_theta} and rms_norm_eps {config.rms_norm_eps} are not the 1e6 and 1e-5 "
+            "fixed "
+            "in the original project's code: export a model folder instead"
+        )
+    state = {name_to_original(name): tensor.detach().cpu() for name, tensor in base_state(model).items()}
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    with atomic_write(path) as file:
+        torch.save(state, file)

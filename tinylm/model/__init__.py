@@ -1,0 +1,1 @@
+"""The transformer: configuration, positions, cache, layers, LoRA."""

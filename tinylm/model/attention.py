@@ -1,0 +1,154 @@
+"""Scaled dot-product attention, softmax(q k^T / sqrt(D) + mask) v, in the form each machine runs fastest.
+
+Shapes: B batch, T queries, S keys (S >= T: the queries are the last T of S), H query heads,
+K key/value heads, G = H/K query heads per key/value head, D head dim, N documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_BLOCK = 128
+"""Rows per block of `blocked_attention`. Of 64, 128 and 256, 128 was fastest at T = 512 on AVX512-BF16."""
+MAX_SCORES = 2**28
+"""With more scores B*H*T*S than this (half a gigabyte in bf16) the flash kernel is used, which keeps none."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What all layers share in one forward pass: who may look at whom. Built once, by `plan_attention`.
+
+    mask: added to the scores, [T, S] or [B, 1, T, S], 0 where a query may look and a large negative number
+        where not; None if every query sees every key.
+    causal: the mask is exactly the causal triangle (so a kernel that knows it needs no mask).
+    cu_seqlens, max_seqlen: the documents' starts in the flattened [B*T] rows, [N+1] int32, and the longest
+        one's length; set only where the variable-length kernel will be used.
+    """
+
+    mask: Tensor | None = None
+    causal: bool = False
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+
+
+def plan_attention(
+    batch_size: int,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    document_ids: Tensor | None = None,
+    pad_lengths: Tensor | None = None,
+) -> AttentionPlan:
+    """Decide once per forward pass, for all layers.
+
+    Args:
+        num_queries, num_keys: T and S; the queries are the last T of the S positions.
+        dtype: the dtype of the scores (the compute dtype, bf16 under autocast).
+        document_ids: [B, T] or None; attention only between equal ids (needs T == S).
+        pad_lengths: [B] or None; the first pad_lengths[b] keys of row b are hidden.
+    """
+    if document_ids is not None and _can_use_varlen(device, dtype):
+        starts, longest = document_starts(document_ids)
+        return AttentionPlan(cu_seqlens=starts, max_seqlen=longest)
+    if document_ids is None and pad_lengths is None:
+        if num_queries == 1:
+            return AttentionPlan()
+        if device.type == "cuda" and num_queries == num_keys:
+            return AttentionPlan(causal=True)
+    keys = torch.arange(num_keys, device=device)
+    queries = keys[num_keys - num_queries :]
+    visible = keys <= queries[:, None]  # [T, S]
+    if document_ids is not None:
+        visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])  # [B, 1, T, S]
+    if pad_lengths is not None:
+        visible = visible & (keys >= pad_lengths.to(device)[:, None, None, None])
+    # Not -inf: a padding query sees no key at all, and softmax of nothing but -inf is NaN.
+    mask = torch.zeros(visible.shape, device=device, dtype=dtype)
+    mask.masked_fill_(~visible, torch.finfo(dtype).min)
+    plain = document_ids is None and pad_lengths is None and num_queries == num_keys
+    return AttentionPlan(mask=mask, causal=plain)
+
+
+def document_starts(document_ids: Tensor) -> tuple[Tensor, int]:
+    """([N+1] int32 starts in the flattened rows, length of the longest) of runs of equal ids in [B, T].
+
+    A row always starts a new document, whatever the id at the end of the row before.
+    """
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = is_start.flatten().nonzero().flatten()
+    starts = torch.cat((starts, starts.new_tensor([document_ids.numel()])))
+    return starts.to(torch.int32), int(starts.diff().max())
+
+
+def _can_use_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where torch's variable-length flash kernel runs: half precision on CUDA from sm80 on."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float = 0.0) -> Tensor:
+    """q [B, H, T, D] against k, v [B, K, S, D] under `plan`; returns [B, H, T, D] in q's dtype.
+
+    dropout: probability of dropping an attention weight (0 outside training).
+    """
+    batch, heads, num_queries, _ = q.shape
+    if plan.cu_seqlens is not None and dropout == 0.0:
+        return _varlen_attention(q, k, v, plan)
+    small = batch * heads * num_queries * k.shape[2] <= MAX_SCORES
+    if q.device.type == "cpu" and small:
+        return blocked_attention(q, k, v, plan.mask, dropout)
+    mask = None if plan.causal else plan.mask
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=plan.causal, enable_gqa=True)
+
+
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """The equation itself, as batched matrix products over blocks of queries: the fast way on a CPU.
+
+    A block of queries multiplies only the keys up to its own end, so nearly half of the causal square is
+    never computed. The G query heads that share a key/value head lie along the query axis, so keys and
+    values are never copied. At B=8, T=512, H=8, K=2, D=64 in bf16, forward and backward took 78 ms where
+    `F.scaled_dot_product_attention` took 189 (1 thread, AVX512-BF16).
+    """
+    batch, heads, num_queries, dim = q.shape
+    kv_heads, num_keys = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    past = num_keys - num_queries
+    # The scale belongs to q: D * T numbers to multiply instead of T * S.
+    q = (q * dim**-0.5).view(batch, kv_heads, group, num_queries, dim)
+    k = k.flatten(0, 1).transpose(1, 2)  # [B*K, D, S]
+    v = v.flatten(0, 1)  # [B*K, S, D]
+    outputs = []
+    for start in range(0, num_queries, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, num_queries)
+        rows, seen = end - start, past + end
+        q_block = q[:, :, :, start:end].reshape(batch * kv_heads, group * rows, dim)
+        scores = torch.bmm(q_block, k[:, :, :seen]).view(batch, heads, rows, seen)
+        if mask is not None:
+            scores = scores + mask[..., start:end, :seen]
+        weights = torch.softmax(scores, dim=-1)
+        if dropout:
+            weights = F.dropout(weights, dropout)
+        weights = weights.view(batch * kv_heads, group * rows, seen)
+        outputs.append(torch.bmm(weights, v[:, :seen]).view(batch, heads, rows, dim))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """Packed documents on CUDA: each attends causally within itself, with no mask and no wasted pairs."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, _, time, _ = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B*T, heads, D]
+    starts, longest = plan.cu_seqlens, plan.max_seqlen
+    assert starts is not None
+    # A window of (-1, 0) looks back without limit and never ahead: causal attention.
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    assert isinstance(out, Tensor)
+    return out.view(batch, time, *out.shape[1:]).transpose(1, 2)

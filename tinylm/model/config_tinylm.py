@@ -1,0 +1,307 @@
+"""The shape of a model: `TinyLMConfig`, its presets, and `config.json` in Hugging Face's words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+POSITION_EMBEDDING_TYPES = ("rope", "sinusoidal", "learned")
+_MAX_POSITIONS = 2**20
+_YARN_KEYS = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+}
+
+
+@dataclass(frozen=True)
+class TinyLMConfig:
+    """Every number that fixes the architecture; the field names are `LlamaConfig`'s.
+
+    Raises:
+        ValueError: the numbers do not fit together (the message names them and the way out).
+    """
+
+    vocab_size: int = 6400
+    """Number of entries in the vocabulary V."""
+    hidden_size: int = 512
+    """Width C of the residual stream."""
+    intermediate_size: int | None = None
+    """Inner width of the feed-forward layers; default 64 * ceil(8/3 * hidden_size / 64)."""
+    num_hidden_layers: int = 8
+    """Number of transformer blocks."""
+    num_attention_heads: int = 8
+    """Number of query heads H."""
+    num_key_value_heads: int = 2
+    """Number of key/value heads K: H is multi-head, 1 multi-query, anything between grouped-query."""
+    head_dim: int | None = None
+    """Width D of one head; default hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 2048
+    """Longest context, in tokens."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    rope_theta: float = 1e6
+    """Base of the rotary wavelengths."""
+    rope_scaling: dict[str, Any] | None = None
+    """YaRN context extension in Hugging Face's keys, e.g. {"rope_type": "yarn", "factor": 4.0,
+    "original_max_position_embeddings": 2048}."""
+    tie_word_embeddings: bool = True
+    """Use one matrix for the embedding and the output projection."""
+    qk_norm: bool = False
+    """RMSNorm on every query and key head before RoPE, as Qwen3 does."""
+    attention_bias: bool = False
+    """Biases on the four attention projections."""
+    mlp_bias: bool = False
+    """Biases on the three feed-forward projections."""
+    hidden_dropout: float = 0.0
+    """Dropout probability on the embeddings and on what each sub-layer adds to the residual stream."""
+    attention_dropout: float = 0.0
+    """Dropout probability on the attention weights."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    position_embedding_type: str = "rope"
+    """"rope", or "sinusoidal" / "learned" for study (those two cannot be exported as a Llama)."""
+    bos_token_id: int | None = 1
+    """Token id that starts a message."""
+    eos_token_id: int | None = 2
+    """Token id that ends a message."""
+    pad_token_id: int | None = 0
+    """Token id of padding and of a document's end."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            self._require_positive(name)
+        for name in ("num_key_value_heads", "max_position_embeddings"):
+            self._require_positive(name)
+        if self.max_position_embeddings > _MAX_POSITIONS:
+            raise ValueError(
+                f"max_position_embeddings is {self.max_position_embeddings}; at most {_MAX_POSITIONS} "
+                "positions are "
+                "tabulated: lower it to the context you use"
+            )
+        if self.intermediate_size is None:
+            object.__setattr__(self, "intermediate_size", 64 * math.ceil(8 * self.hidden_size / (3 * 64)))
+        self._require_positive("intermediate_size")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                    f"{self.num_attention_heads}; choose a multiple of it, or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        self._require_positive("head_dim")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
+                f"{self.num_key_value_heads}; every key/value head must serve the same number of query heads"
+            )
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"position_embedding_type {self.position_embedding_type!r} is unknown; "
+                f"choose one of {', '.join(POSITION_EMBEDDING_TYPES)}"
+            )
+        if self.position_embedding_type == "rope" and self.head_width % 2:
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd; RoPE turns pairs of numbers: choose an even one"
+            )
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} is odd; sinusoidal positions need an even one")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} {getattr(self, name)} is not a probability; choose 0 <= {name} < 1")
+        if self.rms_norm_eps < 0 or self.rope_theta <= 1 or self.initializer_range <= 0:
+            raise ValueError(
+                f"rms_norm_eps {self.rms_norm_eps} must be >= 0, rope_theta {self.rope_theta} > 1 and "
+                f"initializer_range {self.initializer_range} > 0; correct the one that is not"
+            )
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", _checked_yarn(self.rope_scaling, self))
+
+    def _require_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+
+    @property
+    def head_width(self) -> int:
+        """D as a plain int (`head_dim` may be None only before construction ends)."""
+        return int(self.head_dim or 0)
+
+    @property
+    def ffn_width(self) -> int:
+        """The inner width of the feed-forward layers as a plain int."""
+        return int(self.intermediate_size or 0)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> TinyLMConfig:
+        """One of `PRESETS`, with fields replaced. Widths that follow from others follow again."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def num_parameters(self) -> int:
+        """Number of distinct weights of the model (a tied matrix counts once)."""
+        width, head = self.hidden_size, self.head_width
+        query, key = self.num_attention_heads * head, self.num_key_value_heads * head
+        attention = width * (2 * query + 2 * key) + self.attention_bias * (query + 2 * key + width)
+        mlp = 3 * width * self.ffn_width + self.mlp_bias * (2 * self.ffn_width + width)
+        block = attention + mlp + 2 * width + self.qk_norm * 2 * head
+        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        if self.position_embedding_type == "learned":
+            embeddings += self.max_position_embeddings * width
+        return embeddings + self.num_hidden_layers * block + width
+
+    def require_llama_shape(self) -> None:
+        """Raise ValueError, with the reason, if no Llama or Qwen3 loader could run this model."""
+        if self.position_embedding_type != "rope":
+            raise ValueError(
+                f"position_embedding_type {self.position_embedding_type!r} has no equivalent in Llama or "
+                "Qwen3; "
+                "only models with rotary positions can be exported: train one with "
+                "position_embedding_type=rope"
+            )
+        if self.qk_norm and self.mlp_bias:
+            raise ValueError(
+                "qk_norm with mlp_bias exists in neither Llama nor Qwen3; export needs one of them off"
+            )
+
+    def to_hf_dict(self) -> dict[str, Any]:
+        """The contents of `config.json`, readable by transformers 4 and 5 alike.
+
+        Both spellings of the settings that were renamed are written (`rope_theta` and `rope_parameters`,
+        `torch_dtype` and `dtype`). A model with no Llama equivalent writes model_type "tinylm", which no
+        other loader claims to know.
+        """
+        try:
+            self.require_llama_shape()
+            kind = ("qwen3", "Qwen3ForCausalLM") if self.qk_norm else ("llama", "LlamaForCausalLM")
+        except ValueError:
+            kind = ("tinylm", "TinyLMForCausalLM")
+        rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
+        out: dict[str, Any] = {"model_type": kind[0], "architectures": [kind[1]], "hidden_act": "silu"}
+        out |= {key: value for key, value in asdict(self).items() if key not in _TINYLM_ONLY}
+        out |= {"rope_parameters": rope, "torch_dtype": "float32", "dtype": "float32", "use_cache": True}
+        out["hidden_dropout"] = self.hidden_dropout
+        if kind[0] == "tinylm":
+            out |= {name: getattr(self, name) for name in _TINYLM_ONLY}
+        return out
+
+    @classmethod
+    def from_hf_dict(cls, data: dict[str, Any]) -> TinyLMConfig:
+        """Read a `config.json` of either generation.
+
+        Raises:
+            ValueError: it asks for something this model does not do; the message says what.
+        """
+        kind = data.get("model_type")
+        if kind not in ("llama", "qwen3", "tinylm"):
+            raise ValueError(f"model_type {kind!r} is not supported; expected llama, qwen3 or tinylm")
+        if data.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise ValueError(f"hidden_act {data['hidden_act']!r} is not supported; expected silu (SwiGLU)")
+        if data.get("quantization_config"):
+            raise ValueError("quantization_config is set; only unquantised weights can be loaded")
+        if data.get("use_sliding_window"):
+            raise ValueError("use_sliding_window is true; this model attends to its whole context")
+        known = {field.name for field in fields(cls)}
+        kept = {key: value for key, value in data.items() if key in known and value is not None}
+        if kind != "tinylm":
+            kept["qk_norm"] = kind == "qwen3"
+            kept["position_embedding_type"] = "rope"
+        kept.setdefault("num_key_value_heads", data.get("num_attention_heads", 8))
+        # What transformers assumes when a key is absent, which is not always what we default to.
+        kept = {**_HF_DEFAULTS, **kept}
+        if kind == "qwen3" and "head_dim" not in kept:
+            kept["head_dim"] = 128
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = data.get(name)
+            kept[name] = value[0] if isinstance(value, list) and value else value
+        missing = [n for n in ("vocab_size", "hidden_size", "num_hidden_layers") if n not in kept]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing; a {kind} config.json must state it")
+        kept["rope_theta"], kept["rope_scaling"] = _rope_of(data)
+        try:
+            return cls(**kept)
+        except TypeError as error:
+            raise ValueError(f"a value has the wrong type ({error}); correct it") from None
+
+
+_TINYLM_ONLY = ("position_embedding_type", "qk_norm")
+_HF_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "intermediate_size": 11008,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 3,475,712 parameters: trains on a laptop CPU in minutes, with a vocabulary of its own.
+    "tiny": {
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    },
+    # 25,829,888 parameters.
+    "small": {"hidden_size": 512, "num_hidden_layers": 8},
+    # 104,030,976 parameters.
+    "large": {"hidden_size": 768, "num_hidden_layers": 16},
+}
+
+
+def _rope_of(data: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(theta, YaRN settings or None) from either generation of keys."""
+    rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
+    theta = rope.get("rope_theta") or data.get("rope_theta") or 10_000.0
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; expected 1"
+            )
+        return float(theta), None
+    return float(theta), {key: value for key, value in rope.items() if key != "rope_theta"}
+
+
+def _checked_yarn(scaling: dict[str, Any], config: TinyLMConfig) -> dict[str, Any] | None:
+    """`rope_scaling` with defaults filled in, or ValueError."""
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ValueError(f"rope_type {kind!r} is not supported; expected default or yarn")
+    if unknown := sorted(set(scaling) - _YARN_KEYS):
+        raise ValueError(
+            f"rope_scaling has the unknown key {unknown[0]!r}; expected {', '.join(sorted(_YARN_KEYS))}"
+        )
+    out = {
+        key: value
+        for key, value in scaling.items()
+        if key not in ("type", "rope_theta") and value is not None
+    }
+    out["rope_type"] = "yarn"
+    out.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    original = out["original_max_position_embeddings"]
+    if original <= 0 or out.get("factor", 1.0) < 1.0:
+        raise ValueError(
+            f"rope_scaling has factor {out.get('factor')} and original_max_position_embeddings {original}; "
+            "expected a factor of at least 1 and a positive length"
+        )
+    out.setdefault("factor", config.max_position_embeddings / original)
+    return out
+
+
+def with_vocab_size(config: TinyLMConfig, vocab_size: int) -> TinyLMConfig:
+    """The same shape with another vocabulary (a tokenizer trained at the start of a run)."""
+    return replace(config, vocab_size=vocab_size)

@@ -1,0 +1,279 @@
+"""The transformer: embeddings, blocks of attention and feed-forward layers, and the next-token logits.
+
+The shapes and names are Llama's (and Qwen3's with `qk_norm`), so a checkpoint is a Hugging Face checkpoint.
+
+Shapes: B batch, T time, C width, H query heads, K key/value heads, D head dim, F feed-forward width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinylm.model.attention import AttentionPlan, attention, plan_attention
+from tinylm.model.config_tinylm import PRESETS, TinyLMConfig
+from tinylm.model.kv_cache import KVCache
+from tinylm.model.positions import LearnedPositions, RotaryEmbedding, SinusoidalPositions, apply_rotary
+
+__all__ = [
+    "PRESETS",
+    "Attention",
+    "Block",
+    "RMSNorm",
+    "SwiGLU",
+    "TinyLM",
+    "TinyLMConfig",
+    "TinyLMForCausalLM",
+]
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The kernel computes in float32 inside. Weight and input must share a dtype for its fused path, and
+        # autocast may answer in float32: the result goes back to what came in, or q and k would be promoted.
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245).
+
+    K = H is multi-head attention, K = 1 multi-query attention. With `qk_norm` each query and key head is
+    normalised before the rotation, as in Qwen3.
+    """
+
+    def __init__(self, config: TinyLMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_width
+        self.dropout = config.attention_dropout
+        queries = config.num_attention_heads * self.head_dim
+        keys = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, plan: AttentionPlan, cache: KVCache | None
+    ) -> Tensor:
+        batch, time, _ = x.shape
+        q = self.q_proj(x).view(batch, time, -1, self.head_dim)  # [B, T, H, D]
+        k = self.k_proj(x).view(batch, time, -1, self.head_dim)  # [B, T, K, D]
+        v = self.v_proj(x).view(batch, time, -1, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
+        if cache is not None:
+            k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, D]
+        out = attention(q, k, v, plan, self.dropout if self.training else 0.0)  # [B, H, T, D]
+        return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: TinyLMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.ffn_width, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): normalised before, added after."""
+
+    def __init__(self, config: TinyLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = config.hidden_dropout
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, plan: AttentionPlan, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), rotation, plan, cache))
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+class TinyLM(nn.Module):
+    """The backbone: token ids in, hidden states out."""
+
+    def __init__(self, config: TinyLMConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb: RotaryEmbedding | None = None
+        self.embed_positions: SinusoidalPositions | LearnedPositions | None = None
+        if config.position_embedding_type == "learned":
+            self.embed_positions = LearnedPositions(config)
+        self.build_position_tables()
+
+    def build_position_tables(self) -> None:
+        """Compute the fixed position tables (again, for a model that was built on the meta device)."""
+        if self.config.position_embedding_type == "rope":
+            self.rotary_emb = RotaryEmbedding(self.config)
+        elif self.config.position_embedding_type == "sinusoidal":
+            self.embed_positions = SinusoidalPositions(self.config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        batch, time = input_ids.shape
+        past = cache.length if cache is not None else 0
+        self._check_lengths(time, past, document_ids, cache)
+        positions = self._positions(position_ids, time, past, cache)
+        x = self.embed_tokens(input_ids)  # [B, T, C]
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
+        # The compute dtype: autocast's where it is on, else the weights'.
+        device = x.device
+        if torch.is_autocast_enabled(device.type):
+            x = x.to(torch.get_autocast_dtype(device.type))
+        if self.training and self.config.hidden_dropout:
+            x = F.dropout(x, self.config.hidden_dropout)
+        rotation = self.rotary_emb(positions, x.dtype) if self.rotary_emb is not None else None
+        pads = cache.pad_lengths if cache is not None else None
+        plan = plan_attention(batch, time, past + time, device, x.dtype, document_ids, pads)
+        for layer in self.layers:
+            x = layer(x, rotation, plan, cache)
+        if cache is not None:
+            cache.advance(time)
+        return self.norm(x)
+
+    def _check_lengths(
+        self, time: int, past: int, document_ids: Tensor | None, cache: KVCache | None
+    ) -> None:
+        limit = self.config.max_position_embeddings
+        if past + time > limit:
+            raise ValueError(
+                f"{past + time} tokens were given; the model has max_position_embeddings {limit}: "
+                "shorten the input, or configure a longer context"
+            )
+        if cache is not None:
+            if document_ids is not None:
+                raise ValueError(
+                    "document_ids cannot be used with a cache; generate each document on its own"
+                )
+            cache.require_room(time)
+
+    def _positions(
+        self, position_ids: Tensor | None, time: int, past: int, cache: KVCache | None
+    ) -> Tensor | slice:
+        """The rows of the position table: a slice when they simply count up, else [B, T] indices."""
+        if position_ids is not None:
+            limit = self.config.max_position_embeddings
+            # Only where the answer costs nothing: on an accelerator this would wait for the device.
+            if position_ids.device.type == "cpu" and (highest := int(position_ids.max())) >= limit:
+                raise ValueError(
+                    f"position_ids reach {highest}; they must stay below max_position_embeddings {limit}: "
+                    "shorten the input, or configure a longer context"
+                )
+            return position_ids
+        if cache is None or cache.pad_lengths is None:
+            return slice(past, past + time)
+        pads = cache.pad_lengths
+        return (torch.arange(past, past + time, device=pads.device) - pads[:, None]).clamp_(min=0)
+
+
+class TinyLMForCausalLM(nn.Module):
+    """The language model: backbone and output projection.
+
+    Args:
+        config: its shape. Weights start normal with `initializer_range`; the two projections that write into
+            the residual stream (o_proj, down_proj) are scaled by 1/sqrt(2 * layers), so that the stream's
+            variance does not grow with depth (Radford et al. 2019, section 2.3).
+    """
+
+    def __init__(self, config: TinyLMConfig):
+        super().__init__()
+        self.config = config
+        self.model = TinyLM(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        std = self.config.initializer_range
+        residual_std = std * (2 * self.config.num_hidden_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 2:
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.normal_(0.0, residual_std if is_residual else std)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.model.embed_tokens.weight.dtype
+
+    def num_parameters(self) -> int:
+        """Number of distinct weights (a tied matrix counts once)."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """[B, T, C] after the final norm.
+
+        Args:
+            input_ids: [B, T] integers below vocab_size.
+            position_ids: [B, T], or None to count up (from the cache's length, after left padding).
+            document_ids: [B, T] integers, or None for plain causal attention. Tokens attend only within equal
+                ids; a document's tokens must be contiguous in their row.
+            cache: past keys and values; the new ones are added to it. Excludes document_ids.
+
+        Raises:
+            ValueError: more tokens or higher positions than the model (or the cache) has room for.
+        """
+        return self.model(input_ids, position_ids, document_ids, cache)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] in the compute dtype; arguments and errors as in `hidden_states`."""
+        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))

@@ -1,0 +1,192 @@
+"""Weights as files: safetensors headers checked before memory is taken, names, fingerprints.
+
+A `.safetensors` file is 8 bytes (little-endian header length), a JSON header that states every tensor's
+dtype, shape and place, then the numbers. So a file that was cut short, or is not what a config promises, is
+known from its first kilobytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tinylm.runtime import atomic_folder
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+_WRAPPERS = ("_orig_mod.", "module.")
+Shapes = dict[str, tuple[int, ...]]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s and DistributedDataParallel's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it (`_orig_mod.`, a leading `module.`)."""
+    name = name.replace(_WRAPPERS[0], "")
+    while name.startswith(_WRAPPERS[1]):
+        name = name.removeprefix(_WRAPPERS[1])
+    return name
+
+
+def read_header(path: Path) -> Shapes:
+    """Name and shape of every tensor in a safetensors file, without reading a single number.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file, or shorter or longer than its header says.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; a safetensors file with the weights is expected there"
+        )
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise ValueError(
+                f"{path} is cut short or not a safetensors file ({size} bytes); copy or save it again"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in header.items()}
+        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{path} has an unreadable safetensors header; copy or save it again") from None
+    expected = 8 + length + max(ends, default=0)
+    if expected != size:
+        raise ValueError(f"{path} has {size} bytes; its header promises {expected}: copy or save it again")
+    return shapes
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in memory of their own (not mapped onto the file)."""
+    read_header(path)
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from None
+
+
+def check_shapes(
+    path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError, naming the first tensor and the count, unless both hold the same names and shapes."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    wrong = [name for name in expected if name in found and found[name] != expected[name]]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} tensors, the first {missing[0]}; it must hold all {len(expected)} "
+            "of "
+            "its config: check that both come from the same model"
+        )
+    if extra:
+        raise ValueError(
+            f"{path} has {len(extra)} tensors too many, the first {extra[0]}; its config knows none of them: "
+            "check that both come from the same model"
+        )
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{path} has {len(wrong)} tensors of another shape, the first {name} {list(found[name])}; its "
+            "config "
+            f"expects {list(expected[name])}: check that both come from the same model"
+        )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that transformers, PEFT and vLLM accept; exact dtypes, any device."""
+    written: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        data = tensor.detach().to("cpu").contiguous()
+        # The format holds no aliases: a second view of the same memory is written as a copy.
+        if data.untyped_storage().data_ptr() in written or data.untyped_storage().nbytes() != data.nbytes:
+            data = data.clone()
+        written.add(data.untyped_storage().data_ptr())
+        plain[name] = data
+    save_file(plain, path, metadata={"format": "pt"})
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights under their names on disk: no wrappers, no adapters, a tied output projection left out."""
+    model = unwrapped(model)
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        name = plain_name(name).replace(".base.", ".")
+        if ".lora_A." in name or ".lora_B." in name or (tied and name == "lm_head.weight"):
+            continue
+        state[name] = tensor
+    return state
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """16 hex digits of a SHA-256 over the names, dtypes, shapes and exact values of the base weights.
+
+    Adapters, wrappers and the device make no difference to it; a single changed bit does.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_state(model).items()):
+        data = tensor.detach().to("cpu").contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many numbers tensors of these shapes hold together."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def replaceable_folder(path: str | Path, marker: str):  # type: ignore[no-untyped-def]
+    """`atomic_folder`, after making sure that what it would replace is one of ours.
+
+    Raises:
+        ValueError: the folder exists, is not empty and has no file `marker` in it.
+    """
+    folder = Path(path)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise ValueError(
+            f"{folder} exists and holds other files (no {marker}); it would be replaced: choose another "
+            "folder"
+        )
+    return atomic_folder(folder)
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; it is needed to load what lies beside it")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); repair it or save the folder again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; a JSON object is expected")
+    return data
+
+
+def write_json(path: Path, data: Mapping) -> None:
+    """Write a JSON object, indented, in UTF-8."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""The original project's `.pth` files: their names for our tensors, and how to read one safely."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinylm.model.config_tinylm import TinyLMConfig
+from tinylm.model.weights_file import plain_name
+
+NUM_KEY_VALUE_HEADS = 2  # fixed in the original; no tensor's shape tells it
+_TO_OURS = (
+    (".attention.out_proj.", ".self_attn.o_proj."),
+    (".attention.", ".self_attn."),
+    (".norm1.", ".input_layernorm."),
+    (".norm2.", ".post_attention_layernorm."),
+    (".ffn.", ".mlp."),
+)
+_TABLES = re.compile(r"(freqs_cos|freqs_sin|freqs_cis|inv_freq|cos_cached|sin_cached)$")
+
+
+def name_from_original(name: str) -> str:
+    """`model.layers.0.attention.out_proj.weight` -> `model.layers.0.self_attn.o_proj.weight`."""
+    for theirs, ours in _TO_OURS:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def name_to_original(name: str) -> str:
+    """The inverse of `name_from_original`."""
+    for theirs, ours in _TO_OURS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth`, under our names.
+
+    Only tensors are unpickled (`weights_only=True`): a file with code in it is refused, unexecuted.
+
+    Raises:
+        ValueError: code in the file, a damaged file, or no weights in it.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors and was refused unread, for it could run code; "
+            "save only the state_dict with torch.save"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or no PyTorch file ({reason}); copy or save it again") from None
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(data, dict) and isinstance(data.get(key), dict):
+            data = data[key]
+    if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()) or not data:
+        raise ValueError(
+            f"{path} holds no state_dict of tensors; save the model with torch.save(model.state_dict())"
+        )
+    named = {name_from_original(plain_name(str(name))): tensor for name, tensor in data.items()}
+    return {name: tensor.clone() for name, tensor in named.items() if not _TABLES.search(name)}
+
+
+def config_from_tensors(path: Path, tensors: dict[str, Tensor]) -> TinyLMConfig:
+    """The shape that the tensors of an original `.pth` tell; it always had two key/value heads.
+
+    Raises:
+        ValueError: a tensor that tells the shape is missing.
+    """
+    layer = "model.layers.0."
+    try:
+        vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
+        head_dim, uneven = divmod(tensors[f"{layer}self_attn.k_proj.weight"].shape[0], NUM_KEY_VALUE_HEADS)
+        num_heads, uneven_heads = divmod(
+            tensors[f"{layer}self_attn.q_proj.weight"].shape[0], max(head_dim, 1)
+        )
+        width = tensors[f"{layer}mlp.gate_proj.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} lacks {error}; expected the original project's tensors") from None
+    if uneven or uneven_heads:
+        raise ValueError(
+            f"{path} has q_proj and k_proj of unequal heads; expected {NUM_KEY_VALUE_HEADS} k/v heads"
+        )
+    numbers = [int(m.group(1)) for name in tensors if (m := re.match(r"model\.layers\.(\d+)\.", name))]
+    head = tensors.get("lm_head.weight")
+    return TinyLMConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=width,
+        num_hidden_layers=max(numbers) + 1,
+        num_attention_heads=num_heads,
+        num_key_value_heads=NUM_KEY_VALUE_HEADS,
+        head_dim=head_dim,
+        rope_theta=1e6,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=head is None or torch.equal(head, tensors["model.embed_tokens.weight"]),
+    )

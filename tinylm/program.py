@@ -1,0 +1,68 @@
+"""How a command ends: the only place where an exception becomes a line on the terminal and an exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, raised like Ctrl-C so that the same clean-up runs."""
+
+
+def run_main(
+    function: Callable[[list[str]], int], argv: list[str] | None = None, resumable: bool = True
+) -> int:
+    """Call a command's `main` and turn whatever it raises into one line on stderr and an exit status.
+
+    Status 2 for the user's mistakes (ValueError, a path that cannot be used), 130 for Ctrl-C, 143 for
+    SIGTERM, 1 for the rest. With --debug among the arguments the traceback is printed first.
+
+    Args:
+        function: `main(argv) -> status`.
+        argv: the arguments; those of the process when None.
+        resumable: whether the command knows --resume, which an interruption then mentions.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        status = function([word for word in argv if word != "--debug"])
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt as stop:
+        message = "stopped; run the same command with --resume" if resumable else "stopped"
+        return _report(message, 143 if isinstance(stop, _Terminated) else 130, debug)
+    except BrokenPipeError:
+        # the reader has left (`tinylm eval | head`); a closed stdout must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as when the system stops a program that writes to nobody
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        return _report(f"error: {_one_line(error)}", 2, debug)
+    except Exception as error:
+        kind = "" if type(error) in (RuntimeError, OSError) else f"{type(error).__name__}: "
+        return _report(f"error: {kind}{_one_line(error)}", 1, debug)
+
+
+def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def _report(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"tinylm: {message}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return " ".join(str(error).split())

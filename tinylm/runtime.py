@@ -1,0 +1,336 @@
+"""Where a run happens: device, number formats, processes, seed, and writes that cannot be half done.
+
+Nothing else in the project asks torch what machine this is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+DTYPE_NAMES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+# --------------------------------------------------------------------------------------------------
+# Device, precision, processes
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The machine as one process sees it.
+
+    `compute_dtype` is the format of matrix products; parameters and optimizer state are always float32.
+    `rank` counts processes over all machines, `local_rank` those of this machine.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision for the code inside; does nothing when computing in float32."""
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all processes, in place, and return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def all_reduce_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Sum the gradients of `parameters` over all processes, as one flat tensor: one message.
+
+        A parameter without a gradient counts as zero, so every process sends the same number of elements.
+        """
+        if self.world_size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = self.all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+    def barrier(self) -> None:
+        """Wait until every process has come this far."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def setup_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
+    """Choose device and precision, and join the other processes when started by torchrun.
+
+    Args:
+        device: auto, cpu, cuda, cuda:N or mps. auto takes CUDA, then MPS, then the CPU. Under torchrun,
+            `cuda` means the GPU numbered LOCAL_RANK.
+        dtype: auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16). auto is bfloat16 where the hardware
+            multiplies in it, else float32.
+
+    Raises:
+        ValueError: the device is unknown or absent, or the precision does not suit it.
+    """
+    rank, world_size, local_rank = _ranks_from_environment()
+    chosen = _choose_device(device, local_rank)
+    compute_dtype = _choose_dtype(dtype, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1 and not dist.is_initialized():
+        _check_one_gpu_each(chosen, device, local_rank)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        atexit.register(shutdown_runtime)
+    return Runtime(chosen, compute_dtype, rank, world_size, local_rank)
+
+
+def shutdown_runtime() -> None:
+    """Leave the process group, if this process is in one. Safe to call twice, and after an interruption."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators on every device. `seed` is at least 0 and below 2**32."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed}; expected an integer from 0 to {2**32 - 1}; choose one in that range")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def cpu_has_bf16() -> bool:
+    """True when this CPU multiplies bfloat16 in hardware: AVX512-BF16 or AMX.
+
+    Elsewhere bfloat16 on a CPU is emulated, and slower than float32.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        return _names_bf16(torch.cpu.get_capabilities())
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.group(1).split())
+
+
+def _names_bf16(capabilities: Mapping[str, Any]) -> bool:
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def measured_matmul_flops(runtime: Runtime) -> float:
+    """Speed of a large square matrix product in the run's compute dtype, in FLOP/s (2n^3 for n x n by n x n).
+
+    It is the ceiling that a training step's speed is reported against. Takes a fraction of a second.
+    """
+    size = 4096 if runtime.device.type == "cuda" else 1024
+    left = torch.rand(size, size, device=runtime.device, dtype=runtime.compute_dtype)
+    right = torch.rand(size, size, device=runtime.device, dtype=runtime.compute_dtype)
+    best = float("inf")
+    deadline = time.perf_counter() + 0.3
+    torch.mm(left, right)  # the first product pays for set-up
+    _synchronize(runtime.device)
+    while time.perf_counter() < deadline or best == float("inf"):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        _synchronize(runtime.device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _ranks_from_environment() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; one process when they are absent."""
+    values = []
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name, str(default))
+        if not text.isdigit():
+            raise ValueError(
+                f"environment variable {name}={text!r}; expected a number; unset it or use torchrun"
+            )
+        values.append(int(text))
+    rank, world_size, local_rank = values
+    if rank >= world_size:
+        raise ValueError(
+            f"RANK={rank} with WORLD_SIZE={world_size}; expected RANK below WORLD_SIZE; use torchrun"
+        )
+    return rank, world_size, local_rank
+
+
+def _choose_device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device {name!r}; expected auto, cpu, cuda, cuda:N or mps; choose one of these")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError(
+                "device 'mps', but this machine has none; expected auto or cpu; use --device auto"
+            )
+        return torch.device("mps")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}, but torch sees no CUDA GPU; use --device auto or --device cpu")
+    index = int(name.partition(":")[2]) if ":" in name else local_rank
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device cuda:{index}, but torch sees {torch.cuda.device_count()} GPU(s); "
+            "choose a lower number, or start no more processes than there are GPUs"
+        )
+    return torch.device("cuda", index)
+
+
+def _check_one_gpu_each(chosen: torch.device, asked: str, local_rank: int) -> None:
+    """NCCL hangs when two processes share a GPU, so say it before joining."""
+    if chosen.type == "cuda" and chosen.index != local_rank:
+        raise ValueError(
+            f"device {asked!r} for process {local_rank}; expected one GPU each; use --device cuda"
+        )
+    if chosen.type == "mps":
+        raise ValueError("device 'mps' with several processes; expected cpu or cuda; use --device cpu")
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if _device_has_bf16(device) else torch.float32
+    if name not in DTYPE_NAMES:
+        raise ValueError(f"dtype {name!r}; expected auto, float32, bfloat16 or float16; choose one of these")
+    dtype = DTYPE_NAMES[name]
+    if dtype == torch.float16 and device.type != "cuda":
+        raise ValueError(
+            f"dtype float16 on {device.type}; it needs CUDA, where a gradient scaler keeps small gradients "
+            "from rounding to zero; use --dtype auto"
+        )
+    return dtype
+
+
+def _device_has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, the first with bf16 tensor cores
+    return device.type == "cpu" and cpu_has_bf16()
+
+
+# --------------------------------------------------------------------------------------------------
+# Writes that happen whole or not at all
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a temporary sibling of `path` for binary writing; it becomes `path` when the block ends well.
+
+    When the block fails (a full disk, an interruption) the temporary file goes and the old `path` stays.
+    Parent folders are made. Symbolic links are followed, so the file they point to is replaced.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected a file name; choose another path")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, target.stat().st_mode & 0o777 if target.exists() else _default_mode(0o666))
+        os.replace(name, target)
+        _sync_folder(target.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; it becomes `path` when the block ends well.
+
+    An existing folder at `path` is swapped out, then deleted. When the block fails the temporary folder goes
+    and the old one stays.
+
+    Raises:
+        NotADirectoryError: `path` is a file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{path} is a file; expected a folder name; choose another path")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield fresh
+        for file in sorted(fresh.rglob("*")):
+            _sync_folder(file)
+        fresh.chmod(_default_mode(0o777))
+        _swap_in(fresh, target)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _swap_in(fresh: Path, target: Path) -> None:
+    """Rename `fresh` to `target`; put the old folder back if that fails."""
+    if not target.exists():
+        os.rename(fresh, target)
+        _sync_folder(target.parent)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    os.rename(target, old)  # a rename onto an empty folder replaces it
+    try:
+        os.rename(fresh, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk; not on Windows, which cannot open folders."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _default_mode(full: int) -> int:
+    """The permissions the user's umask gives a new file; temporary files are private, results not."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return full & ~mask

@@ -1,0 +1,129 @@
+"""Chats: messages to text, to token ids and to the loss mask, by the ChatML template.
+
+    <|im_start|>user
+    What is the sky?<|im_end|>
+    <|im_start|>assistant
+    Blue.<|im_end|>
+
+The same template exists twice. `CHAT_TEMPLATE` (chat_template_jinja.py) goes into every model folder, for
+transformers, vLLM and llama.cpp. The functions below are what we use ourselves: they place the control
+tokens by id, from the structure of the chat, so nothing that a message says can forge a control token or
+move the loss mask. For chats that do not contain control tokens as text both give the same ids; tests hold
+them together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE as CHAT_TEMPLATE
+from tinylm.tokenizer.chat_template_jinja import TOOLS_INTRODUCTION
+from tinylm.tokenizer.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+"""{"role": one of ROLES, "content": a string}"""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def render_chat(
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """The chat as text, exactly as `CHAT_TEMPLATE` renders it. For people and for tests: never encode this
+    text."""
+    text = "".join(
+        f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in _checked_turns(messages, tools)
+    )
+    return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+
+
+def chat_turns(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[tuple[list[int], list[bool]]]:
+    """Ids and loss mask of each turn, so that a chat too long for a model can be cut between two of them.
+
+    One piece per message, in order (with `tools` but no system message, the turn that presents the tools
+    comes first, as a piece of its own). The mask is True on the tokens that the assistant has to write: its
+    content and the <|im_end|> after it, not the header before and not the newline behind, which the
+    template adds.
+
+    Header and content are encoded apart, so where the content begins is a fact and not a search. That
+    changes no id: the content is stripped, and between a newline and a character that is not blank the
+    split pattern always cuts.
+    """
+    if not tokenizer.has_chat_tokens:
+        raise ValueError(
+            "this tokenizer has no <|im_start|> and <|im_end|>; a chat needs them; use another tokenizer"
+        )
+    newline = tokenizer.encode("\n")
+    turns = []
+    for role, content in _checked_turns(messages, tools):
+        header = [tokenizer.im_start_id, *tokenizer.encode(role + "\n")]
+        body = [*tokenizer.encode(content), tokenizer.im_end_id]
+        mask = [False] * len(header) + [role == "assistant"] * len(body) + [False] * len(newline)
+        turns.append((header + body + newline, mask))
+    return turns
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[list[int], list[bool]]:
+    """Ids and loss mask of a whole chat: `chat_turns` joined, and if asked the header that invites an answer.
+
+    Raises ValueError, naming the message, for an unknown role, a content that is no string, or no message
+    at all.
+    """
+    ids: list[int] = []
+    mask: list[bool] = []
+    for turn_ids, turn_mask in chat_turns(tokenizer, messages, tools):
+        ids += turn_ids
+        mask += turn_mask
+    if add_generation_prompt:
+        prompt = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
+        ids += prompt
+        mask += [False] * len(prompt)
+    return ids, mask
+
+
+def _checked_turns(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+) -> list[tuple[str, str]]:
+    """The (role, stripped content) of each turn, after the tools have been written into the system turn."""
+    if isinstance(messages, (str, Mapping)) or not messages:
+        raise ValueError(
+            "no messages; expected a list of {'role': ..., 'content': ...} with at least one message"
+        )
+    turns = [_checked_turn(number, message) for number, message in enumerate(messages)]
+    if tools:
+        lines = [TOOLS_INTRODUCTION, *(json.dumps(tool, ensure_ascii=False) for tool in tools)]
+        system = turns.pop(0)[1] if turns[0][0] == "system" else ""
+        turns.insert(0, ("system", (system + "\n\n" if system else "") + "\n".join(lines)))
+    return turns
+
+
+def _checked_turn(number: int, message: Message) -> tuple[str, str]:
+    if not isinstance(message, Mapping):
+        raise ValueError(
+            f"message {number} is a {type(message).__name__}; expected {{'role': ..., 'content': ...}}"
+        )
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"message {number} has the role {role!r:.60}; expected one of {', '.join(ROLES)}")
+    if message.get("tool_calls"):
+        raise ValueError(
+            f"message {number} has `tool_calls`; expected the call written out as text in `content`"
+        )
+    if not isinstance(content, str):
+        raise ValueError(
+            f"message {number} ({role}) has a content of type {type(content).__name__}; expected a string"
+        )
+    return role, content.strip()

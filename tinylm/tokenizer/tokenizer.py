@@ -1,0 +1,260 @@
+"""Tokenizer: the type that all other code uses. Text to ids and back, special tokens, files.
+
+Training is ours (`bpe.py`). Encoding here goes through the `tokenizers` library, a hundred times faster
+than Python, and token for token equal to `BytePairEncoding.encode`; tests hold the two together.
+
+Text is always plain text. `encode("<|im_end|>")` gives the tokens of those ten characters and never the
+control token: the control tokens are known only by their ids, and only the chat template and the datasets
+place them. Otherwise whoever may write a message could end it and speak in another role.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tinylm.tokenizer import tokenizer_json
+from tinylm.tokenizer.bpe import CHARACTER_TO_BYTE, count_pieces, train_bpe
+from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE
+
+SPECIAL_TOKENS: tuple[str, ...] = (
+    "<|endoftext|>",  # 0: padding, and the end of a document
+    "<|im_start|>",  # 1: opens a turn of a chat; "bos" to the outside
+    "<|im_end|>",  # 2: closes a turn; "eos" to the outside
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+    *(f"<|reserved_{number}|>" for number in range(7)),
+)
+
+# What other makers call the three tokens we need, by preference. A tokenizer without ChatML's own two can
+# still be used for text; `has_chat_tokens` says that it cannot be used for chats.
+_ENDOFTEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+_START_NAMES = ("<|im_start|>", "<|begin_of_text|>", "<s>", "<bos>", *_ENDOFTEXT_NAMES)
+_END_NAMES = ("<|im_end|>", "<|eot_id|>", *_ENDOFTEXT_NAMES)
+
+_DEFAULT_FOLDER = Path(__file__).parent / "default"
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer, made by `train`, `load` or `default`.
+
+    Two tokenizers are equal when their fingerprints are. Pickling keeps the definition and rebuilds the rest.
+
+    Args:
+        definition: the content of a tokenizer.json. Raises ValueError where it is unusable.
+
+    Attributes:
+        vocab_size: the largest id plus one; the number of rows a model's embedding needs.
+        fingerprint: 16 hex digits that name the definition, for caches and lineage.
+        endoftext_id, im_start_id, im_end_id: control tokens, in our own tokenizers 0, 1 and 2.
+        pad_id, bos_id, eos_id: the same three, by the names that other libraries give their tasks.
+        special_ids: ids that `decode` leaves out unless told otherwise.
+        has_chat_tokens: whether <|im_start|> and <|im_end|> exist, so that chats can be encoded.
+    """
+
+    def __init__(self, definition: dict[str, Any]) -> None:
+        tokenizer_json.check_definition(definition)
+        definition = {"added_tokens": [], **definition}
+        self.definition = definition
+        self.fingerprint: str = tokenizer_json.fingerprint_of(definition)
+        self._fast = _build_fast(definition)
+        added = {token["content"]: token["id"] for token in definition["added_tokens"]}
+        names = {**definition["model"]["vocab"], **added}
+        self.vocab_size: int = max(names.values()) + 1
+        self._bytes: list[bytes] = [b""] * self.vocab_size  # an id that no token has decodes to nothing
+        for name, token_id in names.items():
+            self._bytes[token_id] = _token_bytes(name, is_added=name in added)
+        self.special_ids: frozenset[int] = frozenset(
+            token["id"] for token in definition["added_tokens"] if token.get("special")
+        )
+        self.endoftext_id = self.pad_id = _find(names, _ENDOFTEXT_NAMES)
+        self.im_start_id = self.bos_id = _find(names, _START_NAMES)
+        self.im_end_id = self.eos_id = _find(names, _END_NAMES)
+        self.has_chat_tokens: bool = "<|im_start|>" in names and "<|im_end|>" in names
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int = 6400, progress: Callable[[int, int], None] | None = None
+    ) -> Tokenizer:
+        """Train a tokenizer: 16 special tokens, 256 bytes and `vocab_size - 272` merges (fewer if the texts
+        are tiny).
+
+        Args:
+            texts: any iterable of strings; read once, never held in memory together.
+            vocab_size: entries in all.
+            progress: called as `progress(merges_learned, merges_wanted)`.
+
+        Raises ValueError for a vocab_size out of range and for texts that are empty or not valid Unicode
+        strings.
+        """
+        smallest = len(SPECIAL_TOKENS) + 256
+        if not smallest <= vocab_size <= tokenizer_json.MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size {vocab_size}; expected {smallest} (special tokens and bytes) "
+                f"to {tokenizer_json.MAX_VOCAB_SIZE}"
+            )
+        piece_counts = count_pieces(texts)
+        if not piece_counts:
+            raise ValueError("no text to train a tokenizer on; expected at least one text that is not empty")
+        bpe = train_bpe(piece_counts, vocab_size - len(SPECIAL_TOKENS), progress)
+        return cls(tokenizer_json.definition_from_bpe(bpe, SPECIAL_TOKENS))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Load a folder with a tokenizer.json, or such a file: ours, or any byte-level BPE (GPT-2, Qwen,
+        Llama 3).
+
+        Raises FileNotFoundError or ValueError, in one line that names the file.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        definition = tokenizer_json.read_definition(file)
+        try:
+            return cls(definition)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: {error}") from None
+
+    @classmethod
+    def default(cls) -> Tokenizer:
+        """The tokenizer that ships with the package: 6400 entries for English, code and some Chinese."""
+        return cls.load(_DEFAULT_FOLDER)
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, each one whole or not at
+        all."""
+        from tinylm.runtime import atomic_write  # here: it imports torch, which encoding does not need
+
+        chat_template = CHAT_TEMPLATE if self.has_chat_tokens else None
+        config = tokenizer_json.config_for_transformers(
+            endoftext=self.token_bytes(self.endoftext_id).decode(),
+            im_start=self.token_bytes(self.im_start_id).decode(),
+            im_end=self.token_bytes(self.im_end_id).decode(),
+            chat_template=chat_template,
+        )
+        contents = {
+            "tokenizer.json": tokenizer_json.to_json_text(self.definition),
+            "tokenizer_config.json": tokenizer_json.to_json_text(config),
+        }
+        if chat_template is not None:
+            contents["chat_template.jinja"] = chat_template
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            with atomic_write(folder / name) as file:
+                file.write(content.encode("utf-8"))
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids; no special token is ever among them.
+
+        Raises ValueError for a lone surrogate: it is no Unicode text and has no UTF-8 form.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` for many texts at once, on all cores."""
+        try:
+            encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            raise ValueError(_why_not_encodable(texts)) from None
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Ids to text. Bytes that are not UTF-8 (half a character) become U+FFFD. ValueError for an unknown
+        id."""
+        ids = [int(token_id) for token_id in ids]
+        if skip_special_tokens:
+            ids = [token_id for token_id in ids if token_id not in self.special_ids]
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; for a special token its name. ValueError for an unknown id."""
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(f"token id {token_id}; this tokenizer has ids 0 to {self.vocab_size - 1}")
+        return self._bytes[token_id]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, fingerprint={self.fingerprint!r})"
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[dict[str, Any]]]:
+        return Tokenizer, (self.definition,)
+
+
+class StreamDecoder:
+    """Decode one id at a time, as a model produces them, without ever giving out half a character.
+
+    A token can end in the middle of a character's UTF-8 bytes; these wait for the rest. The strings that
+    `feed` and `flush` return, joined, equal `Tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token_id: int) -> str:
+        """Take the next id; return the text that is now certain (often empty)."""
+        token_bytes = self._tokenizer.token_bytes(token_id)
+        return "" if token_id in self._skipped else self._decoder.decode(token_bytes)
+
+    def flush(self) -> str:
+        """End of the stream: a character that was never completed becomes U+FFFD. The decoder can be used
+        again."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def _build_fast(definition: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The library's tokenizer, with nothing that would add tokens to the text's or look for special ones in
+    it."""
+    plain = {**definition, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    plain["model"] = {**definition["model"], "type": "BPE", "dropout": None}  # dropout: encoding by chance
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(plain))
+    except BaseException as error:  # the library's Rust code may "panic", which is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the `tokenizers` library cannot use this tokenizer.json ({reason:.200})") from None
+
+
+def _token_bytes(name: str, is_added: bool) -> bytes:
+    """An ordinary token is written in byte characters, an added one in itself."""
+    if is_added or any(character not in CHARACTER_TO_BYTE for character in name):
+        return name.encode("utf-8")
+    return bytes(CHARACTER_TO_BYTE[character] for character in name)
+
+
+def _find(names: dict[str, int], candidates: tuple[str, ...]) -> int:
+    for name in candidates:
+        if name in names:
+            return names[name]
+    raise ValueError(f"no token marks the end of a text; expected one of {', '.join(_ENDOFTEXT_NAMES)}")
+
+
+def _why_not_encodable(texts: list[str]) -> str:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            return f"text {number} is a {type(text).__name__}; expected a string"
+        for position, character in enumerate(text):
+            if "\ud800" <= character <= "\udfff":
+                return (
+                    f"lone surrogate U+{ord(character):04X} at character {position} of text {number}; "
+                    "expected valid Unicode; clean the text with text.encode('utf-8', 'replace').decode()"
+                )
+    return f"got {type(texts).__name__}; expected a list of strings"

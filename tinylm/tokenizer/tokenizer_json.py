@@ -1,0 +1,189 @@
+"""The file format: `tokenizer.json` (the `tokenizers` library's) and `tokenizer_config.json` (transformers').
+
+Reading is strict and runs no code: the file is JSON, its size and shape are checked before anything is
+built from it, and whatever is wrong is told in one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tinylm.tokenizer.bpe import BYTE_TO_CHARACTER, SPLIT_PATTERN, BytePairEncoding
+
+MAX_FILE_BYTES = 64 << 20
+"""The largest tokenizer.json in use (262,144 entries) takes 33 MB."""
+
+MAX_VOCAB_SIZE = 1 << 20
+
+
+def token_to_text(token: bytes) -> str:
+    """A token's bytes in the printable characters that tokenizer.json writes them in."""
+    return "".join(BYTE_TO_CHARACTER[byte] for byte in token)
+
+
+def definition_from_bpe(bpe: BytePairEncoding, special_tokens: tuple[str, ...]) -> dict[str, Any]:
+    """The content of tokenizer.json for our tokenizer: ids are the special tokens', then the bytes', then
+    the merges'."""
+    names = [*special_tokens, *(token_to_text(token) for token in bpe.tokens)]
+    ordinary = names[len(special_tokens) :]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": token_id,
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for token_id, name in enumerate(special_tokens)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": SPLIT_PATTERN},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
+        "post_processor": None,
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {name: token_id for token_id, name in enumerate(names)},
+            # "left right" in one string: the older of the two spellings, which loaders of any age read
+            "merges": [f"{ordinary[left]} {ordinary[right]}" for left, right in bpe.merges],
+        },
+    }
+
+
+def config_for_transformers(
+    endoftext: str, im_start: str, im_end: str, chat_template: str | None
+) -> dict[str, Any]:
+    """The content of tokenizer_config.json, which makes transformers' AutoTokenizer load the folder as it
+    is."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": im_start,
+        "eos_token": im_end,
+        "pad_token": endoftext,
+        "unk_token": None,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": False,
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template  # for transformers before 4.52, which know no .jinja file
+    return config
+
+
+def to_json_text(content: dict[str, Any]) -> str:
+    """JSON for people and for version control: one entry a line, characters as they are."""
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+
+def fingerprint_of(definition: dict[str, Any]) -> str:
+    """16 hex digits of the SHA-256 of what decides the encoding, however the file spells it.
+
+    Parts that we do not use (truncation, padding, post-processor, decoder), which other tools rewrite when
+    they save a folder, leave it unchanged; so does the spelling of the merges.
+    """
+    content = {key: definition.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer")}
+    model = definition["model"]
+    content["model"] = {**model, "merges": [_pair(merge) for merge in model["merges"]]}
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:16]
+
+
+def read_definition(path: Path) -> Any:
+    """Read a tokenizer.json; `check_definition` says whether we can use it.
+
+    Raises FileNotFoundError if there is none, ValueError if it is too large or not JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no tokenizer at {path}; expected a folder with tokenizer.json, or such a file; "
+            "make one with `tinylm train-tokenizer`"
+        )
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {size} bytes; a tokenizer.json has at most {MAX_FILE_BYTES}")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); expected a tokenizer.json") from None
+
+
+def check_definition(definition: Any) -> None:
+    """Raise ValueError unless this is the content of a byte-level BPE tokenizer.json, in shape and in
+    sizes."""
+    if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
+        raise ValueError("no `model` object; expected the content of a tokenizer.json")
+    model = definition["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"model type is {model.get('type')!r}; expected BPE (byte-level)")
+    vocab, merges, added = model.get("vocab"), model.get("merges"), definition.get("added_tokens", [])
+    if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(added, list):
+        raise ValueError(
+            "`model.vocab`, `model.merges` or `added_tokens` has the wrong type; expected {}, [], []"
+        )
+    for token in added:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
+            raise ValueError(f"an added token is {token!r:.60}; expected an object with `content` and `id`")
+    ids = [*vocab.values(), *(token.get("id") for token in added)]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"token id {token_id!r:.40}; expected a whole number from 0 to {MAX_VOCAB_SIZE - 1}"
+            )
+    _check_one_token_per_id(vocab, added)
+    for merge in merges:
+        if any(part not in vocab for part in _pair(merge)):
+            raise ValueError(f"merge {merge!r:.60} has a part that is not in the vocabulary")
+    missing = [byte for byte in range(256) if BYTE_TO_CHARACTER[byte] not in vocab]
+    if missing or "ByteLevel" not in json.dumps(definition.get("pre_tokenizer")):
+        what = f"byte 0x{missing[0]:02x} has no token" if missing else "its pre-tokenizer is not ByteLevel"
+        raise ValueError(
+            f"not a byte-level tokenizer: {what}; expected byte-level BPE (as of GPT-2, Qwen, Llama 3)"
+        )
+
+
+def _check_one_token_per_id(vocab: dict[str, int], added: list[dict[str, Any]]) -> None:
+    name_of: dict[int, str] = {}
+    for name, token_id in [*vocab.items(), *((token["content"], token["id"]) for token in added)]:
+        if name_of.setdefault(token_id, name) != name:
+            raise ValueError(f"two tokens have id {token_id}: {name_of[token_id]!r:.40} and {name!r:.40}")
+
+
+def _pair(merge: Any) -> list[str]:
+    """A merge in either spelling, "left right" or ["left", "right"], as a list of two."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise ValueError(f"merge {merge!r:.60}; expected a pair of tokens")
+    return pair

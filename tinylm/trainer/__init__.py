@@ -1,0 +1,1 @@
+"""Objectives, optimizers, the training loop, and one recipe per stage."""

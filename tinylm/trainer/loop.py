@@ -1,0 +1,143 @@
+"""The one training loop. It knows batches, an objective and a schedule; it does not know which stage it runs.
+
+Gradients are normalised by the *global* number of targets of an optimizer step, over micro-batches and ranks.
+A row with few targets therefore weighs as little as it should, and how a batch is cut up does not matter:
+batch 8x1, 1x8 accumulated, and 2 ranks x 4 agree to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tinylm.dataset.batches import Batch
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.runtime import Runtime
+from tinylm.trainer.objectives import Objective
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step did; handed to the `on_step` callables."""
+
+    step: int
+    """Optimizer steps done so far, this one included."""
+    num_steps: int
+    """Optimizer steps of the whole run."""
+    loss: float
+    """Mean over the step's targets, all ranks."""
+    learning_rate: float
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    num_tokens: int
+    """Positions the model processed in this step, all ranks, filler included."""
+    num_targets: int
+    """Targets (or preference pairs) that the loss averages over, all ranks."""
+    seconds: float
+    """Wall-clock time of the step, data loading included."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The objective's metrics, means over the step's targets."""
+
+
+def fit(
+    model: TinyLMForCausalLM,
+    objective: Objective,
+    optimizers: Sequence[torch.optim.Optimizer],
+    learning_rate: Callable[[int], float],
+    step_batches: Iterable[list[Batch]],
+    runtime: Runtime,
+    num_steps: int,
+    start_step: int = 0,
+    grad_clip: float = 1.0,
+    on_step: Sequence[Callable[[StepReport], None]] = (),
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Train in place, from `start_step` to `num_steps` or to the end of `step_batches`, whichever comes first.
+
+    Args:
+        step_batches: for each optimizer step the micro-batches this rank accumulates.
+        learning_rate: optimizer step (from 0) -> learning rate.
+        grad_clip: largest global gradient norm; 0 turns clipping off.
+        on_step: called after every step, in order: logging, evaluation, saving are the recipe's.
+        scaler: fp16's gradient scaler; bf16 and fp32 need none.
+
+    Raises:
+        RuntimeError: the loss or the gradient is not a number. The weights are still those of the step before.
+    """
+    trained = [p for group in _groups(optimizers) for p in group["params"]]
+    batches = iter(step_batches)
+    model.train()
+    for step in range(start_step, num_steps):
+        start = time.perf_counter()
+        micro_batches = next(batches, None)
+        if micro_batches is None:
+            break
+        rate = learning_rate(step)
+        for group in _groups(optimizers):
+            group["lr"] = rate
+        totals = _accumulate_gradients(model, objective, micro_batches, runtime, scaler)
+        runtime.all_reduce_gradients(trained)
+        for optimizer in optimizers if scaler is not None else ():
+            scaler.unscale_(optimizer)  # type: ignore[union-attr]
+        norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip if grad_clip > 0 else math.inf)
+        loss, grad_norm = totals["loss"].item(), norm.item()
+        if not math.isfinite(loss) or (scaler is None and not math.isfinite(grad_norm)):
+            raise RuntimeError(
+                f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; nothing was updated; "
+                "go on from the last checkpoint (--resume) with a lower --learning_rate or a smaller --grad_clip"
+            )
+        for optimizer in optimizers:
+            scaler.step(optimizer) if scaler is not None else optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if scaler is not None:
+            scaler.update()
+        report = StepReport(
+            step=step + 1,
+            num_steps=num_steps,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            num_tokens=int(totals.pop("num_tokens").item()),
+            num_targets=int(totals.pop("count").item()),
+            seconds=time.perf_counter() - start,
+            metrics={name: value.item() for name, value in totals.items() if name != "loss"},
+        )
+        for callback in on_step:
+            callback(report)
+        model.train()
+
+
+def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[dict]:
+    return (group for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def _accumulate_gradients(
+    model: TinyLMForCausalLM,
+    objective: Objective,
+    micro_batches: list[Batch],
+    runtime: Runtime,
+    scaler: torch.amp.GradScaler | None,
+) -> dict[str, Tensor]:
+    """Backward through every micro-batch, each divided by the global count; returns the global means."""
+    sizes = torch.tensor(
+        [sum(b.count for b in micro_batches), sum(b.input_ids.numel() for b in micro_batches)],
+        dtype=torch.float64,
+    )
+    count, num_tokens = runtime.all_reduce_sum(sizes.to(runtime.device)).unbind()
+    sums: dict[str, Tensor] = {}
+    for batch in micro_batches:
+        batch = batch.to(runtime.device)
+        with runtime.autocast():
+            loss_sum, metrics = objective(model, batch)
+        loss = loss_sum / count
+        (scaler.scale(loss) if scaler is not None else loss).backward()
+        for name, value in {"loss": loss_sum.detach(), **metrics}.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+    means = torch.stack([value.double() for value in sums.values()])
+    means = runtime.all_reduce_sum(means) / count
+    return {**dict(zip(sums, means.unbind(), strict=True)), "count": count, "num_tokens": num_tokens}

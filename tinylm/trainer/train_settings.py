@@ -1,0 +1,99 @@
+"""The settings that every training stage shares; each stage's own dataclass adds to them.
+
+A field is a flag and a YAML key; the text below it is its help. Names are the original project's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tinylm.trainer.optimizer import cosine_with_warmup
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings of every training stage."""
+
+    output_dir: str = "out"
+    """folder for the model folders, the training state and metrics.jsonl"""
+    data_path: str | None = None
+    """training data: a file, a folder or a glob; without it the stage runs on TinyWorld"""
+    validation_path: str | None = None
+    """held-out data; without it a part of the training data is held out"""
+    validation_fraction: float = 0.01
+    """share of the training data held out when there is no validation_path"""
+    max_bad_rows: float = 0.001
+    """share of rows that may be broken (listed and skipped) before the data is refused"""
+    tokenizer_path: str | None = None
+    """tokenizer folder; by default the model's own, or the one that comes with the project"""
+
+    epochs: int = 1
+    """passes over the training data"""
+    max_steps: int = 0
+    """stop after this many optimizer steps; 0 means all epochs"""
+    batch_size: int = 8
+    """rows (or preference pairs) of a micro-batch, per process"""
+    accumulation_steps: int = 1
+    """micro-batches whose gradients are added up for one optimizer step"""
+    max_seq_len: int = 512
+    """tokens of a packed row"""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon (with adamw for embeddings and norms)"""
+    learning_rate: float = 1e-3
+    """peak learning rate"""
+    weight_decay: float = 0.1
+    """decay of matrices, times the learning rate, per step"""
+    beta1: float = 0.9
+    """Adam's decay of the gradient average"""
+    beta2: float = 0.95
+    """Adam's decay of the squared gradient average"""
+    warmup_fraction: float = 0.02
+    """share of the steps over which the learning rate rises to its peak"""
+    final_lr_fraction: float = 0.1
+    """the cosine ends at this share of the peak"""
+    grad_clip: float = 1.0
+    """largest global gradient norm; 0 turns clipping off"""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    dtype: str = "auto"
+    """precision of matrix products: auto, float32, bfloat16 or float16; weights stay float32"""
+    num_workers: int = 0
+    """threads that prepare batches ahead"""
+    use_compile: bool = False
+    """compile the model with torch.compile (needs a C++ compiler on a CPU)"""
+    seed: int = 42
+    """seed of initialisation, data order and dropout"""
+
+    log_interval: int = 10
+    """optimizer steps between log lines"""
+    eval_interval: int = 200
+    """optimizer steps between validations (one always comes at the end); 0 means only at the end"""
+    eval_batches: int = 50
+    """most validation batches per validation; 0 means all"""
+    save_interval: int = 500
+    """optimizer steps between training states, from which --resume goes on; 0 means only at epoch ends"""
+    resume: bool = False
+    """go on from the training state in output_dir"""
+    tensorboard: bool = False
+    """also write TensorBoard event files to output_dir/tensorboard"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation_steps", "max_seq_len", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1; pass --{name} 1 or more")
+        for name in ("max_steps", "eval_interval", "eval_batches", "save_interval", "num_workers", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more; pass --{name} 0 or more")
+        for name in ("validation_fraction", "warmup_fraction", "final_lr_fraction", "max_bad_rows", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number, such as 1e-3")
+
+    def learning_rate_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of optimizer step `step` (from 0) in a run of `num_steps`."""
+        warmup_steps = round(self.warmup_fraction * num_steps)
+        return cosine_with_warmup(step, num_steps, warmup_steps, self.learning_rate, self.final_lr_fraction)

@@ -1,0 +1,313 @@
+"""A training run around `fit`: the plan, the order of the data, evaluation, checkpoints, resume, the report.
+
+Recipes make the parts (data, model, optimizers) and hand them over; what all stages share is here, once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tinylm.checkpoint import load_training_state, save_training_state
+from tinylm.dataset.batches import Batch, BatchSampler, Dataset, batches
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.runtime import Runtime, measured_matmul_flops
+from tinylm.trainer.loop import StepReport, fit
+from tinylm.trainer.objectives import Objective
+from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.trainer_utils import (
+    MetricsLog,
+    ProgressLine,
+    format_count,
+    format_seconds,
+    print_facts,
+    relative_change,
+    snapshot,
+    training_flops_per_token,
+)
+
+EXPECTED_MATMUL_SHARE = 0.4
+"""Share of the measured matmul speed assumed for the estimate before the first step; the live line then measures."""
+
+
+@dataclass
+class TrainingRun:
+    """One stage's run. Make it, `fit()` it, and read `best_validation_loss`."""
+
+    stage: str
+    """pretrain, full_sft, lora or dpo: the prefix of every file name."""
+    settings: TrainSettings
+    runtime: Runtime
+    model: TinyLMForCausalLM
+    optimizers: Sequence[torch.optim.Optimizer]
+    objective: Objective
+    train_data: Dataset
+    validation_data: Dataset | None
+    save: Callable[[Path, dict[str, Any]], None]
+    """(folder, lineage) -> writes the model folder (or the adapter folder)."""
+    lineage: dict[str, Any] = field(default_factory=dict)
+    """Where the model comes from: parent, data, tokenizer."""
+    sample: Callable[[], list[str]] | None = None
+    """Texts to look at after each validation; shown and recorded."""
+    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+    best_validation_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        settings, runtime = self.settings, self.runtime
+        self.sampler = BatchSampler(
+            len(self.train_data), settings.batch_size, settings.seed, runtime.rank, runtime.world_size
+        )
+        self.steps_per_epoch = -(-self.sampler.num_batches // settings.accumulation_steps)
+        self.num_steps = settings.epochs * self.steps_per_epoch
+        if settings.max_steps:
+            self.num_steps = min(self.num_steps, settings.max_steps)
+        self.output_dir = Path(settings.output_dir)
+        self.start_step = 0
+        fp16 = runtime.compute_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(runtime.device.type) if fp16 else None
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state_folder(self) -> Path:
+        """Training state lives beside the model folders, never inside one."""
+        return self.output_dir / f"{self.stage}_{self.model.config.hidden_size}_state"
+
+    def model_folder(self, epoch: int) -> Path:
+        """Folder of the model after `epoch` (from 0), named as the original project names its files."""
+        return self.output_dir / f"{self.stage}_{self.model.config.hidden_size}_epoch{epoch}"
+
+    # --- the run -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Path:
+        """Train, from the start or from where `--resume` finds it; returns the last model folder."""
+        if self.settings.resume:
+            self._load_state()
+        matmul_flops = measured_matmul_flops(self.runtime)
+        context = float(self.settings.max_seq_len)
+        flops = training_flops_per_token(self.model.config, sum(p.numel() for p in self.model.parameters()), context)
+        self._print_plan(flops, matmul_flops)
+        self._check_output()
+        before = snapshot(self.model.parameters())
+        self.metrics = MetricsLog(self.output_dir, self.stage, self.start_step, self.settings.tensorboard) if self.runtime.is_main else None
+        self.line = ProgressLine(
+            self.console, self.runtime, self.stage, self.num_steps, self.start_step, flops, matmul_flops,
+            self.settings.log_interval,
+        )  # fmt: skip
+        if self.settings.use_compile:
+            self.model.model.compile(dynamic=False)  # in place, so parameter names stay what they are
+        started = time.perf_counter()
+        try:
+            fit(
+                self.model,
+                self.objective,
+                self.optimizers,
+                lambda step: self.settings.learning_rate_at(step, self.num_steps),
+                self._step_batches(),
+                self.runtime,
+                self.num_steps,
+                start_step=self.start_step,
+                grad_clip=self.settings.grad_clip,
+                on_step=(self._log, self._evaluate, self._save),
+                scaler=self.scaler,
+            )
+        finally:
+            self.line.close()
+            if self.metrics is not None:
+                self.metrics.close()
+        folder = self.model_folder(max(0, -(-self.num_steps // self.steps_per_epoch) - 1))
+        self._print_result(folder, time.perf_counter() - started, relative_change(before, self.model.parameters()))
+        return folder
+
+    def _step_batches(self) -> Iterator[list[Batch]]:
+        """For each optimizer step from `start_step` on, its micro-batches; a step never spans two epochs.
+
+        Dropout's generator is seeded by (seed, step, rank): a resumed run draws what the unbroken run drew, on
+        any number of ranks, with no generator state to keep.
+        """
+        settings, runtime = self.settings, self.runtime
+        per_step = settings.accumulation_steps
+        step = self.start_step
+        for epoch in range(step // self.steps_per_epoch, settings.epochs):
+            position = (step % self.steps_per_epoch) * per_step * self.sampler.rows_per_step
+            stream = batches(
+                self.train_data, settings.batch_size, settings.seed, epoch, position, runtime.rank, runtime.world_size,
+                num_workers=settings.num_workers,
+            )  # fmt: skip
+            while micro_batches := list(itertools.islice(stream, per_step)):
+                torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + runtime.rank)
+                yield micro_batches
+                step += 1
+
+    # --- what happens after a step ---------------------------------------------------------------------------------
+
+    def _log(self, report: StepReport) -> None:
+        values = self.line.update(report)
+        if self.metrics is not None and (report.step % self.settings.log_interval == 0 or report.step == 1):
+            self.metrics.write(report.step, values)
+
+    def _evaluate(self, report: StepReport) -> None:
+        due = self.settings.eval_interval and report.step % self.settings.eval_interval == 0
+        if self.validation_data is None or not (due or report.step == self.num_steps):
+            return
+        values: dict[str, float | str] = dict(self.validate(self.validation_data))
+        loss = float(values["validation_loss"])
+        self.line.validation_loss = loss
+        if self.best_validation_loss is None or loss < self.best_validation_loss:
+            self.best_validation_loss = loss
+        if not self.runtime.is_main:
+            return
+        shown = " · ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+        self.console.print(f"{self.stage} {report.step}/{report.num_steps} · {shown}")
+        for index, text in enumerate(self.sample() if self.sample is not None else []):
+            self.console.print(f"    {' '.join(text.split())}", style="dim", markup=False)
+            values[f"sample_{index}"] = text
+        if self.metrics is not None:
+            self.metrics.write(report.step, values)
+
+    @torch.no_grad()
+    def validate(self, data: Dataset) -> dict[str, float]:
+        """Mean loss (and the objective's metrics) per target over the held-out data, and bits per byte of text."""
+        self.model.eval()
+        sums: dict[str, float] = {}
+        count = 0
+        num_batches = self.settings.eval_batches or None
+        stream = batches(data, self.settings.batch_size, shuffle=False)
+        # Every rank walks the same few batches: simpler than sharding, and the sums need no exchange.
+        for batch in itertools.islice(stream, num_batches):
+            with self.runtime.autocast():
+                loss, metrics = self.objective(self.model, batch.to(self.runtime.device))
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            count += batch.count
+        self.model.train()
+        means = {f"validation_{name}": value / count for name, value in sums.items()}
+        bytes_per_target = getattr(data, "bytes_per_target", None)
+        if bytes_per_target:
+            means["bits_per_byte"] = means["validation_loss"] / torch.log(torch.tensor(2.0)).item() / bytes_per_target
+        return means
+
+    def _save(self, report: StepReport) -> None:
+        epoch_done = report.step % self.steps_per_epoch == 0 or report.step == self.num_steps
+        due = self.settings.save_interval and report.step % self.settings.save_interval == 0
+        if not (epoch_done or due):
+            return
+        if self.runtime.is_main:
+            if epoch_done:
+                epoch = -(-report.step // self.steps_per_epoch) - 1
+                facts = {"epoch": epoch, "step": report.step, "validation_loss": self.best_validation_loss}
+                self.save(self.model_folder(epoch), {"stage": self.stage, **facts, **self.lineage})
+            save_training_state(self.state_folder, self._state(report.step))
+        self.runtime.barrier()
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a resume to be the same run."""
+        settings = self.settings
+        return {
+            "stage": self.stage,
+            "data": self.train_data.fingerprint,
+            "num_steps": self.num_steps,
+            "rows_per_optimizer_step": self.sampler.rows_per_step * settings.accumulation_steps,
+            "seed": settings.seed,
+            "optimizer": settings.optimizer,
+        }
+
+    def _state(self, step: int) -> dict[str, Any]:
+        # Only what trains: a frozen base under an adapter is in its own folder.
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            "step": step,
+            "identity": self._identity(),
+            "best_validation_loss": self.best_validation_loss,
+            "weights": trained,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
+    def _load_state(self) -> None:
+        if not self.state_folder.exists():
+            self._say(f"nothing to resume in {self.output_dir}: starting from the beginning")
+            return
+        state = load_training_state(self.state_folder)
+        ours, theirs = self._identity(), state["identity"]
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"{self.state_folder} was made with {name} {theirs.get(name)}, this run has {value}; resume with "
+                    "the settings and data it was started with, or choose another --output_dir"
+                )
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                parameters[name].copy_(weight)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.start_step = int(state["step"])
+        self.best_validation_loss = state["best_validation_loss"]
+
+    def _check_output(self) -> None:
+        """Refuse to overwrite a finished model of another run: nothing good is lost by a repeated command."""
+        if self.start_step or not self.runtime.is_main or not self.state_folder.exists():
+            return
+        state = load_training_state(self.state_folder)
+        if state["step"] < state["identity"]["num_steps"]:
+            self._say(f"note: {self.output_dir} holds an unfinished {self.stage} run; starting over (--resume goes on)")
+
+    # --- what the user reads ---------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        if self.runtime.is_main:
+            self.console.print(text, markup=False)
+
+    def _print_plan(self, flops: float, matmul_flops: float) -> None:
+        if not self.runtime.is_main:
+            return
+        settings, model = self.settings, self.model
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows = self.sampler.rows_per_step * settings.accumulation_steps
+        tokens = self.num_steps * rows * settings.max_seq_len
+        seconds = tokens * flops / (EXPECTED_MATMUL_SHARE * matmul_flops * self.runtime.world_size)
+        # fp32 weights, gradients and two moments; activations: about 34 C + logits 3 V numbers per token and layer
+        config = model.config
+        activations = settings.batch_size * settings.max_seq_len * (
+            20 * config.hidden_size * config.num_hidden_layers * 2 + 3 * config.vocab_size * 4
+        )  # fmt: skip
+        memory = 4 * total + 12 * trained + activations
+        device = f"{self.runtime.device}, {str(self.runtime.compute_dtype).removeprefix('torch.')}"
+        if self.runtime.world_size > 1:
+            device += f", {self.runtime.world_size} processes"
+        facts = {
+            "parameters": f"{total:,}" + (f", of which {trained:,} train ({trained / total:.2%})" if trained < total else ""),
+            "data": f"{len(self.train_data):,} {'pairs' if self.stage == 'dpo' else 'rows'}, {self.train_data.num_targets:,} target tokens",
+            "steps": f"{self.num_steps:,} ({settings.epochs} epoch{'s' * (settings.epochs > 1)}), batch {rows} x {settings.max_seq_len} = {rows * settings.max_seq_len:,} tokens",
+            "device": device,
+            "estimate": f"about {format_seconds(seconds)}, {format_count(memory)}B of memory",
+            "output": str(self.model_folder(settings.epochs - 1)),
+        }
+        if self.start_step:
+            facts["resuming"] = f"from step {self.start_step:,}"
+        print_facts(self.console, f"{self.stage}: what will happen", facts)
+
+    def _print_result(self, folder: Path, seconds: float, change: float) -> None:
+        if not self.runtime.is_main:
+            return
+        facts = {"time": format_seconds(seconds)}
+        if self.best_validation_loss is not None:
+            facts["best validation loss"] = f"{self.best_validation_loss:.4f}"
+        facts["weights moved"] = f"{change:.2%} of their size"
+        facts["model"] = str(folder)
+        print_facts(self.console, f"{self.stage}: done", facts)
+        if change < 1e-5 and self.start_step < self.num_steps:
+            self._say("warning: the weights hardly moved; raise --learning_rate or train for more steps")
