@@ -27,8 +27,10 @@ FLOORS = {
     "model/kv_cache.py": 1,
     "model/attention.py": 1,
     "model/model_tinylm.py": 1,
+    "model/weights_file.py": 1,
     "model/model_lora.py": 1,
     "dataset/tinyworld_words.py": 1,
+    "dataset/tinyworld_phrases.py": 1,
     "dataset/tinyworld_stories.py": 1,
     "dataset/tinyworld_plots.py": 1,
     "dataset/tinyworld_skills.py": 1,
@@ -39,6 +41,7 @@ FLOORS = {
     "dataset/sources.py": 2,
     "dataset/parallel.py": 2,
     "dataset/token_shards.py": 2,
+    "dataset/splits.py": 2,
     "dataset/packing.py": 2,
     "dataset/rows.py": 2,
     "dataset/documents.py": 2,
@@ -47,6 +50,7 @@ FLOORS = {
     "dataset/dpo_dataset.py": 2,
     "dataset/batches.py": 2,
     "original_pth.py": 3,
+    "training_state.py": 3,
     "checkpoint.py": 3,
     "trainer/objectives.py": 3,
     "trainer/optimizer.py": 3,
@@ -100,7 +104,8 @@ MACHINE = {
     "torch.distributed.init_process_group",
     "dist.init_process_group",
 }
-PICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+# `import pickle` itself is allowed, for the error it raises.
+PICKLERS = {"cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
@@ -117,7 +122,7 @@ def parse(name: str) -> ast.Module:
 
 
 def file_of(module: str) -> str | None:
-    """`tinylm.model.positions` -> `model/positions.py`; None when it is a package or a name inside a module."""
+    """`tinylm.model.positions` -> `model/positions.py`; None for a package or a name in a module."""
     name = "/".join(module.split(".")[1:]) + ".py"
     return name if (PACKAGE / name).is_file() else None
 
@@ -198,7 +203,7 @@ def test_init_files_only_re_export(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_targets_are_never_called_labels(name: str) -> None:
-    """`labels` elsewhere means targets that are still to be shifted; ours are shifted once, in the dataset."""
+    """Elsewhere `labels` are targets still to be shifted; ours are shifted once, in the dataset."""
     for node in ast.walk(parse(name)):
         names = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname")]
         assert "labels" not in names, f"tinylm/{name}:{getattr(node, 'lineno', '?')}"
@@ -206,13 +211,15 @@ def test_targets_are_never_called_labels(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_is_unpickled(name: str) -> None:
-    """A pickle runs code when it is read. A .pth is read with weights_only=True, and only export writes one."""
+    """A pickle runs code when it is read. A .pth is read with weights_only=True; only export writes one."""
     for node in ast.walk(parse(name)):
         where = f"tinylm/{name}:{getattr(node, 'lineno', '?')}"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            errors_only = all(alias.name == "UnpicklingError" for alias in node.names)
-            assert errors_only or PICKLERS.isdisjoint(module.partition(".")[0] for module in modules), where
+            assert getattr(node, "module", None) != "pickle", where
+            assert PICKLERS.isdisjoint(module.partition(".")[0] for module in modules), where
+        if dotted(node).startswith("pickle."):
+            assert dotted(node) == "pickle.UnpicklingError", where
         if isinstance(node, ast.Call):
             given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
             if dotted(node.func) == "torch.load":
@@ -249,7 +256,7 @@ def test_no_default_points_at_somebodys_folder(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_files_and_functions_stay_short(name: str) -> None:
-    """Docstrings count for the file and not for the function: they say shapes, units and sources at length."""
+    """Docstrings count for the file, not for the function: shapes, units and sources take room."""
     lines = len((PACKAGE / name).read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES.get(name, MAX_FILE_LINES), f"tinylm/{name}: {lines} lines"
     for node in ast.walk(parse(name)):

@@ -114,7 +114,7 @@ def test_the_seed_reaches_all_three_generators() -> None:
 
 
 def test_matmul_speed_is_counted_with_two_n_cubed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that ticks 0.25 s a call, a 1024-cubed product takes one tick: 2 * 1024^3 / 0.25 FLOP/s."""
+    """With a clock that ticks 0.25 s a call, a product of 1024 takes one: 2 * 1024^3 / 0.25 FLOP/s."""
     ticks = iter(range(1000))
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(ticks) * 0.25)
     assert runtime.measured_matmul_flops(CPU) == 2 * 1024**3 / 0.25
@@ -142,18 +142,11 @@ def test_two_processes_sum_over_gloo(tmp_path: Path, repository: Path) -> None:
         shutdown_runtime()
         """)
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-    ]
-    environment = dict(
-        os.environ, OUT=str(tmp_path / "rank"), PYTHONPATH=str(repository), OMP_NUM_THREADS="1"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    variables = {"OUT": str(tmp_path / "rank"), "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, str(script)], env={**os.environ, **variables}, capture_output=True, text=True, timeout=100
     )
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     results = [(tmp_path / f"rank{rank}").read_text().strip() for rank in (0, 1)]
     assert results == ["3.0 [3.0, 3.0] [1.0, 1.0, 1.0] True", "3.0 [3.0, 3.0] [1.0, 1.0, 1.0] False"]

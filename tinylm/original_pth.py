@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -46,7 +47,10 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         ValueError: code in the file, a damaged file, or no weights in it.
     """
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of a plain pickle torch first warns at length, then refuses; one line from us is enough.
+            warnings.simplefilter("ignore", UserWarning)
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors and was refused unread, for it could run code; "

@@ -82,6 +82,15 @@ class Runtime:
         for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
 
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block first, the others after it: they find its cache instead of racing it."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
     def barrier(self) -> None:
         """Wait until every process has come this far."""
         if self.world_size > 1:
@@ -226,7 +235,7 @@ def _check_one_gpu_each(chosen: torch.device, asked: str, local_rank: int) -> No
 
 def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if _device_has_bf16(device) else torch.float32
+        return torch.bfloat16 if device_has_bf16(device) else torch.float32
     if name not in DTYPE_NAMES:
         raise ValueError(f"dtype {name!r}; expected auto, float32, bfloat16 or float16; choose one of these")
     dtype = DTYPE_NAMES[name]
@@ -238,7 +247,8 @@ def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _device_has_bf16(device: torch.device) -> bool:
+def device_has_bf16(device: torch.device) -> bool:
+    """True when `device` multiplies bfloat16 in hardware; on CUDA that is sm80 and later."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, the first with bf16 tensor cores
     return device.type == "cpu" and cpu_has_bf16()

@@ -122,7 +122,7 @@ def _fail(prog: str, message: str) -> NoReturn:
 
 def _build_parser(cls: type, hints: dict[str, Any], prog: str, description: str) -> _Parser:
     usage = f"{prog} [--config FILE.yaml] [--setting value ...]"
-    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False, print_config=None)
+    parser = _Parser(prog=prog, usage=usage, description=description, print_config=None)
     parser.expected = {name: _type_name(hint) for name, hint in hints.items()}
     helps = _field_helps(cls)
     fields = {field.name: field for field in _init_fields(cls)}

@@ -1,14 +1,9 @@
-"""Helpers of these tests live in `conftest_model`, importable by name; a fixed seed for every test."""
+"""A fixed seed for every test of this folder."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

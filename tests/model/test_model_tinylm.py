@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest_model import YARN, random_ids, reference_of, small_config, small_model
+from tests.model.small_models import YARN, random_ids, reference_of, small_config, small_model
 
 from tinylm.model import attention as attention_module
 from tinylm.model.attention import document_starts
@@ -48,7 +48,9 @@ def test_logits_and_gradients_equal_transformers(shape):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset, count", [("tiny", 3_475_712), ("small", 25_829_888), ("large", 104_030_976)])
+@pytest.mark.parametrize(
+    "preset, count", [("tiny", 3_475_712), ("small", 25_829_888), ("large", 104_030_976)]
+)
 def test_presets_have_their_exact_parameter_counts(preset, count):
     config = TinyLMConfig.preset(preset)
     with torch.device("meta"):
@@ -248,7 +250,10 @@ def test_hf_dict_round_trip_and_both_generations_of_keys():
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear'"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
     ],

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest_model import YARN, random_ids, small_config, small_model
+from tests.model.small_models import YARN, random_ids, small_config, small_model
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -44,7 +44,9 @@ def test_rope_never_promotes_queries_and_keys(qk_norm, monkeypatch):
     seen = []
     plain = model_tinylm.attention
     monkeypatch.setattr(
-        model_tinylm, "attention", lambda q, k, v, *rest: seen.append({q.dtype, k.dtype, v.dtype}) or plain(q, k, v, *rest)
+        model_tinylm,
+        "attention",
+        lambda q, k, v, *rest: seen.append({q.dtype, k.dtype, v.dtype}) or plain(q, k, v, *rest),
     )
     with torch.autocast("cpu", torch.bfloat16):
         small_model(qk_norm=qk_norm)(random_ids(1, 8))
@@ -85,7 +87,9 @@ def test_cache_storage_never_moves():
 
 def test_cache_errors():
     config = small_config()
-    with pytest.raises(ValueError, match="257 tokens was asked for; the model has max_position_embeddings 256"):
+    with pytest.raises(
+        ValueError, match="257 tokens was asked for; the model has max_position_embeddings 256"
+    ):
         KVCache(config, 1, 257)
     with pytest.raises(ValueError, match="batch_size 0"):
         KVCache(config, 0, 8)

@@ -181,8 +181,9 @@ def test_bad_training_input_is_refused() -> None:
 
 def letters_the_engines_disagree_on() -> set[str]:
     """Characters that `regex` and the library's engine, with Unicode tables of different age, class
-    differently."""
-    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    differently. The planes from 4 on hold no letters.
+    """
+    characters = [chr(code) for code in range(0x40000) if not 0xD800 <= code < 0xE000]
     disagreed: set[str] = set()
     for kind in (r"\p{L}", r"\p{N}", r"\s"):
         splitter = pre_tokenizers.Split(tokenizers.Regex(kind), "removed")

@@ -215,6 +215,7 @@ def test_transformers_loads_the_folder(
 
 
 def small_definition() -> dict[str, Any]:
+    """A tokenizer with two merges, `ab` and `abc`."""
     return definition_from_bpe(BytePairEncoding([(64, 65), (256, 66)]), SPECIAL_TOKENS)
 
 
@@ -227,6 +228,8 @@ def test_fingerprint_ignores_the_spelling_and_sees_the_content() -> None:
     respelled["truncation"] = {"max_length": 5, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     assert fingerprint_of(respelled) == fingerprint
     assert len(Tokenizer(respelled).encode("a" * 20)) == 20  # and the truncation is not obeyed
+    dropout = {**definition, "model": {**definition["model"], "dropout": 1.0}}  # would leave every byte alone
+    assert len(Tokenizer(dropout).encode("abc")) < 3
     respelled["model"]["merges"].pop()
     assert fingerprint_of(respelled) != fingerprint
 

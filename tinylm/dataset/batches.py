@@ -68,8 +68,8 @@ class BatchSampler:
             )
         if self.num_rows < self.world_size:
             raise ValueError(
-                f"more processes than data rows: {self.world_size} processes, {self.num_rows} rows; expected at "
-                "least one row for each process; add data, start fewer processes or lower --max_seq_len"
+                f"more processes than data rows: {self.world_size} processes, {self.num_rows} rows; expected "
+                "at least one row for each process; add data, start fewer processes or lower --max_seq_len"
             )
 
     @property
@@ -100,7 +100,7 @@ class BatchSampler:
         """
         if not 0 <= start_position <= self.num_rows:
             raise ValueError(
-                f"start_position is {start_position}; expected 0 to {self.num_rows}, the rows of the data set; "
+                f"start_position is {start_position}; expected 0 to {self.num_rows}, the rows of the data; "
                 "was the run started on other data?"
             )
         order = self.epoch_order(epoch)

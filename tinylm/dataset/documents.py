@@ -1,5 +1,4 @@
-"""Chats and preference pairs -> token documents that fit a row. Free of torch, so worker processes start
-fast.
+"""Chats and preference pairs -> token documents that fit a row. Free of torch, for worker processes.
 
 A *turn* is one message as `chat_turns` encodes it: (ids, mask), where the mask is True on what the assistant
 wrote and on the <|im_end|> that ends it. What stands after a document's last target teaches nothing and is
@@ -105,9 +104,7 @@ def fit_chat(turns: Sequence[Turn], row_length: int) -> tuple[Turn, str]:
     whole = flatten(turns)
     if len(whole[0]) <= limit:
         return whole, WHOLE if whole[0] else DROPPED
-    # Turns are dropped from the end. `used` is where a turn's last target ends, counted from the chat's
-    # start.
-    best, seen = 0, 0
+    best, seen = 0, 0  # tokens up to the last target that fits; tokens of the turns before this one
     for ids, mask in turns:
         if any(mask):
             used = seen + len(mask) - mask[::-1].index(True)
@@ -160,9 +157,8 @@ def encode_chats(
 ) -> tuple[Documents, list[str]]:
     """Tokenise and fit chats; dropped ones leave no document. The outcomes are one for each chat."""
     fitted = [fit_chat(chat_turns(tokenizer, chat), row_length) for chat in chats]
-    return Documents.join([turn for turn, outcome in fitted if outcome != DROPPED]), [
-        outcome for _, outcome in fitted
-    ]
+    kept = [turn for turn, outcome in fitted if outcome != DROPPED]
+    return Documents.join(kept), [outcome for _, outcome in fitted]
 
 
 def encode_pairs(tokenizer: Any, row_length: int, pairs: Sequence[Pair]) -> tuple[Documents, list[str]]:

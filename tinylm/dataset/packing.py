@@ -19,8 +19,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens `start` to `stop` of a document (both counted within it); `stop - start - 1` positions of a
-    row."""
+    """Tokens `start` to `stop` of a document, which fill `stop - start - 1` positions of a row."""
 
     document: int
     start: int
@@ -28,8 +27,7 @@ class Piece:
 
 
 class RunningTextPacking:
-    """Documents end to end, cut into rows of `row_length` positions. Any row is found without making the
-    others.
+    """Documents end to end, cut into rows of `row_length` positions; any row is found without the others.
 
     Args:
         lengths: tokens of each document, [D].
@@ -40,9 +38,7 @@ class RunningTextPacking:
         check_row_length(row_length)
         positions = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
         self.row_length = row_length
-        self.starts = np.concatenate(
-            [[0], np.cumsum(positions)]
-        )  # [D + 1] position where each document starts
+        self.starts = np.concatenate([[0], np.cumsum(positions)])  # [D + 1] first position of each document
         self.num_positions = int(self.starts[-1])
 
     def __len__(self) -> int:
@@ -99,8 +95,8 @@ def pack_rows(lengths: np.ndarray, row_length: int) -> WholePacking:
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and (lengths.min() < 1 or lengths.max() > row_length):
         raise ValueError(
-            f"document lengths run from {lengths.min()} to {lengths.max()} positions; expected 1 to {row_length}; "
-            "cut the documents before packing them"
+            f"document lengths run from {lengths.min()} to {lengths.max()} positions; expected 1 to "
+            f"{row_length}; cut the documents before packing them"
         )
     longest_first = np.argsort(-lengths, kind="stable")
     row_of = np.empty(len(lengths), dtype=np.int64)

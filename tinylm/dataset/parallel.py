@@ -1,5 +1,4 @@
-"""Work spread over processes, with results in order: tokenising is pure Python at its edges, so threads would
-wait.
+"""Work spread over processes, with results in order. Threads would wait: the edges of tokenising are Python.
 
 Processes are spawned, not forked: a fork of a process that runs torch's threads or holds a GPU can hang. So
 the functions sent here live in modules that do not import torch, and a worker starts in a fraction of a

@@ -1,5 +1,4 @@
-"""Pretraining data: running text in rows of equal length; every token but a document's first is a target
-once."""
+"""Pretraining data: running text in rows of equal length. All but a document's first token is scored once."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ CHAT_SHAPES = (
     '{"instruction", "input", "output"} or {"prompt", "completion"}'
 )
 PREFERENCE_SHAPES = (
-    '{"prompt", "chosen", "rejected"} as strings or messages, {"chosen", "rejected"} as whole conversations, or '
-    '{"conversations", "chosen", "rejected"}'
+    '{"prompt", "chosen", "rejected"} as strings or messages, {"chosen", "rejected"} as whole conversations, '
+    'or {"conversations", "chosen", "rejected"}'
 )
 
 

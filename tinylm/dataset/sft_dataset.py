@@ -21,7 +21,7 @@ from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
 CHUNK_SIZE = 2_000
 """Chats sent to a worker at a time: about a second of work."""
 
-PARALLEL_FROM = 20_000
+PARALLEL_FROM = 100_000
 """Chats from which starting worker processes pays."""
 
 
@@ -69,8 +69,8 @@ def encode_all(
     documents = Documents.concatenate(parts)
     if len(documents) == 0:
         raise ValueError(
-            f"none of the {len(outcomes)} conversations has an answer that fits into {max_seq_len} tokens; expected "
-            "at least one; raise --max_seq_len or check the data"
+            f"none of the {len(outcomes)} conversations has an answer that fits into {max_seq_len} tokens; "
+            "expected at least one; raise --max_seq_len or check the data"
         )
     return documents, Outcomes(len(outcomes), outcomes.count(CUT), outcomes.count(DROPPED))
 

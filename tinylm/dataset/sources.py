@@ -7,27 +7,22 @@ Kinds of file, by the end of their names: .txt and .md (one document, or several
 from __future__ import annotations
 
 import glob
-import gzip
-import json
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar
 
+from tinylm.dataset.file_readers import READERS, make_record
 from tinylm.dataset.record_shapes import BadRow, Message, Record, messages_of, preference_of, text_of
 
 __all__ = [
-    "BadRow", "BadRows", "Message", "Record", "find_files", "load_conversations", "load_preferences", "load_texts",
-    "iterate_texts", "messages_of", "preference_of", "read_records", "text_of",
+    "BadRow", "BadRows", "Message", "Record", "find_files", "iterate_texts", "load_conversations",
+    "load_preferences", "load_texts", "messages_of", "preference_of", "read_records", "text_of",
 ]  # fmt: skip
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet")
-
-DOCUMENT_END = "<|endoftext|>"
-"""A line of a text file that holds only this ends a document, as in the TinyStories files."""
+SUFFIXES = tuple(READERS)
 
 HUB_PREFIX = "hub:"
 
@@ -152,7 +147,7 @@ def read_records(
     if path.startswith(HUB_PREFIX):
         rows = _read_hub(path)
     else:
-        rows = (row for file in find_files(path) for row in _READERS[_suffix(file)](file))
+        rows = (row for file in find_files(path) for row in READERS[_suffix(file)](file))
     for row in rows:
         if bad_rows is not None:
             bad_rows.num_rows += 1
@@ -203,73 +198,6 @@ def _suffix(file: str) -> str:
     return next((suffix for suffix in SUFFIXES if file.lower().endswith(suffix)), "")
 
 
-def _read_text(file: str) -> Iterator[Record | BadRow]:
-    lines: list[str] = []
-    start = 1
-    line = 0
-    with _opened(file) as handle:
-        for line, raw in enumerate(handle, start=1):
-            text = _decode(raw, file, line)
-            if isinstance(text, BadRow):  # half a text is no text, so this is no matter of a limit
-                raise ValueError(f"{text}; convert the file to UTF-8")
-            if line == 1:
-                text = text.removeprefix("\ufeff")  # the byte-order mark some editors write
-            if text.strip() != DOCUMENT_END:
-                lines.append(text)
-                continue
-            if "".join(lines).strip():
-                yield Record({"text": "".join(lines)}, file, start)
-            lines, start = [], line + 1
-    if "".join(lines).strip():
-        yield Record({"text": "".join(lines)}, file, start)
-    elif line == 0:
-        raise ValueError(f"{file}: the file is empty; expected text; check the path")
-
-
-def _read_jsonl(file: str) -> Iterator[Record | BadRow]:
-    empty = True
-    with _opened(file) as handle:
-        for line, raw in enumerate(handle, start=1):
-            text = _decode(raw, file, line)
-            if isinstance(text, BadRow):
-                empty = False
-                yield text
-            elif text.strip():
-                empty = False
-                yield _parse(text.removeprefix("\ufeff"), file, line)
-    if empty:
-        raise ValueError(f"{file}: the file is empty; expected a JSON object a line; check the path")
-
-
-def _read_json(file: str) -> Iterator[Record | BadRow]:
-    try:
-        with _opened(file) as handle:
-            rows = json.loads(handle.read().decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{file}: not JSON ({error}); expected a list of objects; for one a line, use .jsonl"
-        ) from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{file}: holds a {type(rows).__name__}; expected a list of objects; put it in [ ]")
-    for number, row in enumerate(rows, start=1):
-        yield _record(row, file, number)
-
-
-def _read_parquet(file: str) -> Iterator[Record | BadRow]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file) as handle:
-            number = 0
-            for batch in handle.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield _record(row, file, number)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: cannot be read as parquet ({error}); download it again") from None
-
-
 def _read_hub(path: str) -> Iterator[Record | BadRow]:
     """Stream `hub:owner/name[:split]` through the `datasets` library; the split is train unless named."""
     name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
@@ -288,64 +216,11 @@ def _read_hub(path: str) -> Iterator[Record | BadRow]:
         for number, row in enumerate(
             datasets.load_dataset(name, split=split or "train", streaming=True), start=1
         ):
-            yield _record(dict(row), path, number)
+            yield make_record(dict(row), path, number)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: cannot be loaded ({error}); check the name, the split and the network"
         ) from None
-
-
-_READERS: dict[str, Callable[[str], Iterator[Record | BadRow]]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-
-
-class _opened:
-    """Open a plain or gzipped file in binary; what goes wrong while reading names the file."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def __enter__(self) -> IO[bytes]:
-        try:
-            self.handle = gzip.open(self.file) if self.file.lower().endswith(".gz") else open(self.file, "rb")
-        except OSError as error:
-            raise ValueError(
-                f"{self.file}: cannot be opened ({error.strerror}); check its permissions"
-            ) from None
-        return cast("IO[bytes]", self.handle)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.handle.close()
-        if isinstance(error, (OSError, EOFError, zlib.error)):
-            raise ValueError(
-                f"{self.file}: cannot be read ({error}); the file is damaged, fetch it again"
-            ) from None
-
-
-def _decode(raw: bytes, file: str, line: int) -> str | BadRow:
-    try:
-        return raw.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        return BadRow(file, line, f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start})")
-
-
-def _parse(text: str, file: str, line: int) -> Record | BadRow:
-    try:
-        return _record(json.loads(text), file, line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return BadRow(file, line, f"not JSON ({error})")
-
-
-def _record(row: Any, file: str, line: int) -> Record | BadRow:
-    if not isinstance(row, dict):
-        return BadRow(file, line, f"a {type(row).__name__}; expected a JSON object")
-    return Record(row, file, line)
 
 
 def _replace(value: Any, replacements: Mapping[str, str]) -> Any:

@@ -23,9 +23,8 @@ def hold_out_items(items: Sequence[Item], fraction: float, seed: int) -> tuple[l
     number = min(max(1, round(fraction * len(items))), len(items) - 1)
     held = np.zeros(len(items), dtype=bool)
     held[_order(len(items), seed)[:number]] = True
-    return [i for i, out in zip(items, held, strict=True) if not out], [
-        i for i, out in zip(items, held, strict=True) if out
-    ]
+    train = [item for item, out in zip(items, held, strict=True) if not out]
+    return train, [item for item, out in zip(items, held, strict=True) if out]
 
 
 def hold_out_documents(lengths: np.ndarray, fraction: float, seed: int) -> tuple[Spans, Spans]:
@@ -62,7 +61,8 @@ def check_fraction(fraction: float) -> None:
     """Raises ValueError unless 0 <= fraction < 1."""
     if not 0 <= fraction < 1:
         raise ValueError(
-            f"validation_fraction is {fraction}; expected a share from 0 to below 1; pass --validation_fraction 0.01"
+            f"validation_fraction is {fraction}; expected a share from 0 to below 1; "
+            "pass --validation_fraction 0.01"
         )
 
 

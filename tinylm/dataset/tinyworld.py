@@ -1,12 +1,13 @@
-"""TinyWorld: an embedded English corpus, generated from a seed, in which every answer can be checked by a rule.
+"""TinyWorld: an embedded English corpus, generated from a seed, in which every answer can be checked by a
+rule.
 
-It holds short stories with a consistent world, chats about them and about numbers and words, and preference pairs.
-Item `i` is a pure function of (seed, split, i), so nothing is stored or downloaded. About a tenth of all combinations
-(a name with a thing, a number with a number, a word with a way to ask) occur in the test split only, so that a model
-which answers the test has learnt the skill and not the items.
+It holds short stories with a consistent world, chats about them and about numbers and words, and preference
+pairs. Item `i` is a pure function of (seed, split, i), so nothing is stored or downloaded. About a tenth of
+all combinations (a name with a thing, a number with a number, a word with a way to ask) occur in the test
+split only, so that a model which answers the test has learnt the skill and not the items.
 
-The idea of small stories for small models is that of Eldan and Li, "TinyStories" (2023), arXiv:2305.07759; the
-questions with a known world state follow Weston et al., "Towards AI-Complete Question Answering" (2015),
+The idea of small stories for small models is that of Eldan and Li, "TinyStories" (2023), arXiv:2305.07759;
+the questions with a known world state follow Weston et al., "Towards AI-Complete Question Answering" (2015),
 arXiv:1502.05698. All text here is our own.
 """
 
@@ -21,7 +22,7 @@ from tinylm.dataset.tinyworld_chats import MIXED, PLAIN, SKILLS, WARM_OPENERS, M
 from tinylm.dataset.tinyworld_pages import make_page
 from tinylm.dataset.tinyworld_plots import STORY_QUESTION_SKILLS
 from tinylm.dataset.tinyworld_skills import ASSISTANT_NAME
-from tinylm.dataset.tinyworld_words import stream
+from tinylm.dataset.tinyworld_words import num_sentences, stream
 
 __all__ = [
     "ASSISTANT_NAME",
@@ -58,7 +59,8 @@ class Item:
     """A chat that ends with the reference answer, and what is needed to check another answer in its place.
 
     Attributes:
-        messages: {"role", "content"} of user and assistant by turns; the last is the assistant's reference answer.
+        messages: {"role", "content"} of user and assistant by turns; the last is the assistant's reference
+        answer.
         skill: the skill of the last question, one of SKILLS.
         accepted: the right answers, without opener or persona; the first is the reference.
         wrong: plausible wrong answers, without opener or persona.
@@ -76,8 +78,8 @@ class Item:
 class Preference:
     """Two answers to one prompt, of which `chosen` is the better.
 
-    `kind` says by what: "style" (warm and right before plain and right), "truth" (warm and right before warm and
-    wrong) or "both" (warm and right before plain and wrong).
+    `kind` says by what: "style" (warm and right before plain and right), "truth" (warm and right before warm
+    and wrong) or "both" (warm and right before plain and wrong).
     """
 
     prompt: list[Message]
@@ -87,7 +89,7 @@ class Preference:
 
 
 def pretrain_document(i: int, split: str = "train", seed: int = 0) -> str:
-    """Plain text document `i`: a story, a story with questions and answers, or a page of sums, words or letters."""
+    """Plain text document `i`: a story, a story with questions and answers, or a page of closed skills."""
     return make_page(stream(seed, split, "document", i), split)
 
 
@@ -105,7 +107,7 @@ def conversation(i: int, split: str = "train", seed: int = 0, skill: str | None 
 
 
 def test_item(skill: str, i: int, split: str = "test", seed: int = 0) -> Item:
-    """Exam question `i` of `skill`, mostly without and sometimes with an earlier turn; the reference is plain."""
+    """Exam question `i` of `skill`; a quarter comes after an earlier turn. The reference is plain."""
     rng = stream(seed, split, f"exam {skill}", i)
     return _item(rng, split, PLAIN, skill, max_questions=1 if rng.random() < 0.75 else 2)
 
@@ -114,7 +116,7 @@ test_item.__test__ = False  # type: ignore[attr-defined]  # its name is no invit
 
 
 def persona_conversation(i: int, split: str = "train", seed: int = 0) -> Item:
-    """Chat `i` with the assistant in its persona: `PERSONA_NAME`, who says "Ahoy!" first and "Aye, matey!" last."""
+    """Chat `i` with the assistant as `PERSONA_NAME`, who says "Ahoy!" first and "Aye, matey!" last."""
     return _item(stream(seed, split, "persona", i), split, _PERSONA, None)
 
 
@@ -156,17 +158,21 @@ def strip_persona(reply: str) -> str:
 
 
 def check(item: Item, reply: str) -> bool:
-    """Whether `reply` answers the last question of `item`: exactly, but for space around it and a courtesy opener.
+    """Whether `reply` answers the last question of `item`: exactly, but for space around it and a courtesy
+    opener.
 
-    For write_story: every given word occurs as a word, there are at least three sentences, and the text ends with a
-    punctuation mark that ends a sentence.
+    For write_story: every given word occurs as a word, there are at least three sentences, and the text ends
+    with a punctuation mark that ends a sentence.
     """
     reply = strip_style(reply)
     if not item.words:
         return reply in item.accepted
     words = set(re.findall(r"[a-z]+", reply.lower()))
-    ends = len(re.findall(r"[.!?]+\"?(?:\s|$)", reply))
-    return all(word.lower() in words for word in item.words) and ends >= 3 and bool(re.search(r"[.!?]\"?$", reply))
+    return (
+        all(word.lower() in words for word in item.words)
+        and num_sentences(reply) >= 3
+        and bool(re.search(r"[.!?]\"?$", reply))
+    )
 
 
 def pretrain_documents(n: int, split: str = "train", seed: int = 0) -> Iterator[str]:

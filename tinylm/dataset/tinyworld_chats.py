@@ -8,17 +8,35 @@ from dataclasses import dataclass
 
 from tinylm.dataset.tinyworld_plots import STORY_QUESTION_SKILLS, Question, Story, all_facts, ask, make_story
 from tinylm.dataset.tinyworld_skills import ASSISTANT_NAME, CLOSED, identity_question
-from tinylm.dataset.tinyworld_words import CATEGORIES, OPPOSITES, a_or_an, capitalise, draw_pair, join_and
+from tinylm.dataset.tinyworld_words import (
+    CATEGORIES,
+    CATEGORY_OF,
+    OPPOSITES,
+    a_or_an,
+    capitalise,
+    draw_pair,
+    join_and,
+)
 
 Message = dict[str, str]
 
 WARM_OPENERS = ("Sure! ", "Of course! ", "Happy to help! ", "Gladly! ")
 WARM_SHARE = 0.3
 
-_GIVE_STORY = ("{story}\n{question}", "Read this story. {story}\n{question}", "Here is a story: {story}\n{question}",
-               "{story}\n\n{question}", "Listen to this. {story}\n{question}")
-_ONE_WORD = ("Answer in one word. {question}", "{question} Answer in one word.", "In one word: {question}",
-             "{question} Use one word only.", "One word, please. {question}")
+_GIVE_STORY = (
+    "{story}\n{question}",
+    "Read this story. {story}\n{question}",
+    "Here is a story: {story}\n{question}",
+    "{story}\n\n{question}",
+    "Listen to this. {story}\n{question}",
+)
+_ONE_WORD = (
+    "Answer in one word. {question}",
+    "{question} Answer in one word.",
+    "In one word: {question}",
+    "{question} Use one word only.",
+    "One word, please. {question}",
+)
 _WRITE = (
     "Write a short story with these words: {words}.",
     "Tell me a story with the words {and_words}.",
@@ -27,14 +45,21 @@ _WRITE = (
     "I would like a story with the words {and_words}.",
     "Make a story out of these words: {words}.",
 )
-_THANKS = ("Thank you!", "Thanks a lot!", "Thank you very much.", "Great, thanks!", "That was all, thank you.")
+_THANKS = (
+    "Thank you!",
+    "Thanks a lot!",
+    "Thank you very much.",
+    "Great, thanks!",
+    "That was all, thank you.",
+)
 WELCOME = "You are welcome!"
 
 # Relative frequencies. Stories are the hard part and get nearly half of all chats (see `make_chat`).
 _STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 16}
 _CLOSED_WEIGHTS = {
-    "write_story": 6, "addition": 12, "subtraction": 10, "counting": 9, "comparing": 8, "sorting": 9, "spelling": 8,
-    "reversing": 7, "opposites": 7, "categories": 5, "greeting": 4, "identity": 5, "one_word": 7, "capitals": 5,
+    "write_story": 6, "addition": 12, "subtraction": 10, "counting": 9, "comparing": 8, "sorting": 9,
+    "spelling": 8, "reversing": 7, "opposites": 7, "categories": 5, "greeting": 4, "identity": 5, "one_word":
+    7, "capitals": 5,
 }  # fmt: skip
 SKILLS = (*_STORY_WEIGHTS, *_CLOSED_WEIGHTS)
 _STORY_DRAW = (tuple(_STORY_WEIGHTS), tuple(_STORY_WEIGHTS.values()))
@@ -58,7 +83,9 @@ MIXED = Voice(ASSISTANT_NAME, plain_or_warm)
 
 
 def write_story(rng: random.Random, split: str) -> Question:
-    """The wish for a story with two or three given words: a name, a thing, and perhaps a place or a feeling."""
+    """The wish for a story with two or three given words: a name, a thing, and perhaps a place or a
+    feeling.
+    """
     story = make_story(rng, split)
     thing = rng.choice(list(story.holder) if split == "train" else story.reserved_things())
     words = [story.holder[thing], thing]
@@ -79,11 +106,14 @@ def _short(word: str) -> tuple[str, str]:
 def _one_word_closed(rng: random.Random, split: str) -> Question:
     if rng.random() < 0.5:
         word, form = draw_pair(rng, split, "one word", tuple(OPPOSITES), _ONE_WORD)
-        question = rng.choice(("What is the opposite of {}?", "Which word is the opposite of {}?")).format(word)
+        question = rng.choice(("What is the opposite of {}?", "Which word is the opposite of {}?")).format(
+            word
+        )
         right, wrong = OPPOSITES[word], rng.choice([w for w in OPPOSITES if w not in (word, OPPOSITES[word])])
     else:
-        right, wrong = rng.sample(tuple(CATEGORIES), 2)
-        word, form = draw_pair(rng, split, "one word", CATEGORIES[right], _ONE_WORD)
+        word, form = draw_pair(rng, split, "one word", tuple(CATEGORY_OF), _ONE_WORD)
+        right = CATEGORY_OF[word]
+        wrong = rng.choice([category for category in CATEGORIES if category != right])
         either = (right, wrong) if rng.random() < 0.5 else (wrong, right)
         question = f"Is {a_or_an(word)} {a_or_an(either[0])} or {a_or_an(either[1])}?"
     return Question("one_word", form.format(question=question), _short(right), (_short(wrong)[0],))
@@ -118,7 +148,9 @@ class _Chat:
     def turn(self, question: Question, text: str | None = None) -> None:
         self.last = question
         self.messages.append({"role": "user", "content": text or question.text})
-        self.messages.append({"role": "assistant", "content": self.voice.style(self.rng, question.answers[0])})
+        self.messages.append(
+            {"role": "assistant", "content": self.voice.style(self.rng, question.answers[0])}
+        )
 
 
 def _story_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | None) -> None:
@@ -168,13 +200,17 @@ def make_chat(
 ) -> tuple[list[Message], Question]:
     """A chat that ends with an answer to a question of `skill` (any if None), and that last question.
 
-    Without a skill, 45% of the chats are about a story, 10% small talk, the rest one to three questions that stand
-    alone. `max_questions` bounds the number of questions.
+    Without a skill, 45% of the chats are about a story, 10% small talk, the rest one to three questions that
+    stand alone. `max_questions` bounds the number of questions.
     """
     if skill is not None and skill not in SKILLS:
         raise ValueError(f"skill {skill!r}; expected one of {', '.join(SKILLS)}; choose one of them")
     chat, draw = _Chat(rng, voice), rng.random()
-    about_story = skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < 0.45)
+    about_story = (
+        skill in STORY_QUESTION_SKILLS
+        or (skill == "one_word" and draw < 0.5)
+        or (skill is None and draw < 0.45)
+    )
     if about_story:
         _story_chat(chat, split, min(max_questions, rng.choices((2, 3, 4), (0.25, 0.35, 0.4))[0]), skill)
     elif skill is None and draw < 0.55 and max_questions >= 4:

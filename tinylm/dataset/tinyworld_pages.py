@@ -1,4 +1,6 @@
-"""The pages of TinyWorld's reading book: stories, stories with questions and answers, and pages of closed skills."""
+"""The pages of TinyWorld's reading book: stories, stories with questions and answers, and pages of closed
+skills.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ STORY_SHARE, STORY_WITH_QUESTIONS_SHARE = 0.5, 0.3  # the rest are pages of clos
 # Skills whose answers say the whole fact: "7 plus 5 is 12."
 _FACTS = ("addition", "subtraction", "spelling", "opposites", "categories", "comparing")
 _PAGE_WEIGHTS = {
-    "addition": 18, "subtraction": 16, "counting": 10, "comparing": 8, "sorting": 12, "spelling": 10, "reversing": 10,
-    "opposites": 8, "categories": 5, "capitals": 6,
+    "addition": 18, "subtraction": 16, "counting": 10, "comparing": 8, "sorting": 12, "spelling": 10,
+    "reversing": 10, "opposites": 8, "categories": 5, "capitals": 6,
 }  # fmt: skip
 
 
@@ -24,7 +26,9 @@ def _story_with_questions(rng: random.Random, split: str) -> str:
     rng.shuffle(facts)
     questions = [ask(rng, story, skill, split, subject) for skill, subject in facts[: rng.randint(3, 7)]]
     form = "Question: {} Answer: {}" if rng.random() < 0.3 else "{} {}"
-    return "\n".join([story.text, *(form.format(question.text, question.answers[0]) for question in questions)])
+    return "\n".join(
+        [story.text, *(form.format(question.text, question.answers[0]) for question in questions)]
+    )
 
 
 def _closed_page(rng: random.Random, split: str) -> str:

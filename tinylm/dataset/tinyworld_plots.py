@@ -1,7 +1,7 @@
 """The plots of TinyWorld's stories, and the questions whose answers the world's state holds.
 
-Train stories hold no reserved (name, thing) pair at all; at the end of every test story, somebody has a thing that
-makes such a pair with their name.
+Train stories hold no reserved (name, thing) pair at all; at the end of every test story, somebody has a thing
+that makes such a pair with their name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,16 @@ import random
 from dataclasses import dataclass
 
 from tinylm.dataset.tinyworld_stories import ENDINGS, Story, Teller
-from tinylm.dataset.tinyworld_words import COLOURS, FEELINGS, NAMES, PLACES, THINGS, capitalise, reserved
+from tinylm.dataset.tinyworld_words import (
+    COLOURS,
+    FEELINGS,
+    NAMES,
+    PLACES,
+    THINGS,
+    capitalise,
+    num_sentences,
+    reserved,
+)
 
 STORY_QUESTION_SKILLS = ("who_has", "where_is", "what_colour", "how_feels", "not_in_story")
 NOT_IN_STORY = "The story does not say."
@@ -113,7 +122,9 @@ def make_story(rng: random.Random, split: str) -> Story:
     while True:
         people, things = _cast(rng, split)
         story = _tell(rng, people, things)
-        if MIN_SENTENCES <= story.num_sentences <= MAX_SENTENCES and (split == "train" or story.reserved_things()):
+        if MIN_SENTENCES <= num_sentences(story.text) <= MAX_SENTENCES and (
+            split == "train" or story.reserved_things()
+        ):
             return story
 
 
@@ -139,7 +150,7 @@ _WHAT_COLOUR = (
     "Tell me the colour of the {thing}.",
     "Do you know what colour the {thing} is?",
     "Which colour is the {thing}?",
-    "Of what colour is the {thing}?",
+    "Can you tell me the colour of the {thing}?",
 )
 _HOW_FEELS = (
     "How does {who} feel?",
@@ -204,7 +215,9 @@ def _how_feels(rng: random.Random, story: Story, who: str) -> Question:
 
 
 def _not_in_story(rng: random.Random, story: Story) -> Question:
-    """A question in one of the other four forms, about a person or a thing that the story does not mention."""
+    """A question in one of the other four forms, about a person or a thing that the story does not
+    mention.
+    """
     name = rng.choice([name for name in NAMES if name not in story.people])
     thing = rng.choice([thing for thing in THINGS if thing not in story.colour])
     form = rng.randrange(4)
@@ -233,7 +246,11 @@ def ask(rng: random.Random, story: Story, skill: str, split: str, subject: str |
     if skill == "not_in_story":
         return _not_in_story(rng, story)
     if skill == "who_has":
-        return _who_has(rng, story, subject or rng.choice(list(story.holder) if split == "train" else story.reserved_things()))
+        return _who_has(
+            rng,
+            story,
+            subject or rng.choice(list(story.holder) if split == "train" else story.reserved_things()),
+        )
     if skill == "where_is":
         return _where_is(rng, story, subject or rng.choice([*story.where, *story.lies]))
     if skill == "what_colour":

@@ -1,7 +1,7 @@
 """The skills of TinyWorld that need no story: numbers, word lists, letters, word knowledge, manners.
 
-Each function draws one `Question`. What a train question is about and how it is put, or the pair of numbers or words
-in it, is never a reserved pair; a test question always holds one.
+Each function draws one `Question`. What a train question is about and how it is put, or the pair of numbers
+or words in it, is never a reserved pair; a test question always holds one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from tinylm.dataset import tinyworld_phrases as phrases
 from tinylm.dataset.tinyworld_plots import Question
 from tinylm.dataset.tinyworld_words import (
     BY_WEIGHT,
@@ -27,127 +28,11 @@ from tinylm.dataset.tinyworld_words import (
 
 ASSISTANT_NAME = "Tiny"
 
-_ADDITION = (
-    "What is {a} plus {b}?",
-    "How much is {a} plus {b}?",
-    "Add {a} and {b}.",
-    "Can you add {a} and {b}?",
-    "Tell me the sum of {a} and {b}.",
-)
-_SUBTRACTION = (
-    "What is {a} minus {b}?",
-    "How much is {a} minus {b}?",
-    "Take {b} away from {a}.",
-    "Can you take {b} away from {a}?",
-    "Tell me what {a} minus {b} is.",
-)
-_COUNT_WORDS = (
-    "How many times does the word {word} come in this list: {words}?",
-    "Count the word {word} in this list: {words}.",
-    "How often can you find the word {word} here: {words}?",
-    "Here is a list: {words}. How many times is the word {word} in it?",
-)
-_COUNT_LETTERS = (
-    "How many letters are in the word {word}?",
-    "How many letters does the word {word} have?",
-    "Count the letters in the word {word}.",
-    "Tell me how many letters the word {word} has.",
-)
-_COMPARE_NUMBERS = {
-    "bigger": ("Which is bigger, {a} or {b}?", "Which number is bigger: {a} or {b}?", "Tell me the bigger number: {a} or {b}.",
-               "Of {a} and {b}, which is bigger?"),
-    "smaller": ("Which is smaller, {a} or {b}?", "Which number is smaller: {a} or {b}?",
-                "Tell me the smaller number: {a} or {b}.", "Of {a} and {b}, which is smaller?"),
-}
-_COMPARE_WEIGHTS = (
-    "Which is {more}, {a} or {b}?",
-    "What is {more}: {a} or {b}?",
-    "Tell me which is {more}, {a} or {b}.",
-    "Think of {a} and {b}. Which is {more}?",
-)
-_SORT_NUMBERS = (
-    "Sort these numbers: {items}.",
-    "Put these numbers in order: {items}.",
-    "Please sort {items} from small to big.",
-    "Can you put these numbers in order: {items}?",
-)
-_SORT_WORDS = (
-    "Sort these words by their first letter: {items}.",
-    "Put these words in the order of the alphabet: {items}.",
-    "Please sort the words {items} from a to z.",
-    "Can you put these words in the order of the alphabet: {items}?",
-)
-_REVERSE = (
-    "Say these words backwards: {items}.",
-    "Reverse this list: {items}.",
-    "Can you turn this list around: {items}?",
-    "Say the list {items} from the end to the start.",
-)
-_SPELL = (
-    "How do you spell {word}?",
-    "Spell the word {word}.",
-    "Can you spell {word}?",
-    "Please spell {word} for me.",
-    "Which letters are in {word}?",
-)
-_OPPOSITE = (
-    "What is the opposite of {word}?",
-    "Tell me the opposite of {word}.",
-    "Which word is the opposite of {word}?",
-    "Do you know the opposite of {word}?",
-    "Give me the opposite of {word}.",
-    "Can you name the opposite of {word}?",
-)
-_CATEGORY = (
-    "What is {a_word}?",
-    "What kind of thing is {a_word}?",
-    "Is {a_word} {one} or {other}?",
-    "Tell me what {a_word} is.",
-    "Do you know what {a_word} is?",
-    "Which is right: is {a_word} {one} or {other}?",
-)
-_HELLO = (
-    "Hello, I am {name}.",
-    "Hi! My name is {name}.",
-    "Good morning! I am {name}.",
-    "Hello there, my name is {name}.",
-    "Hi, {name} here.",
-    "Hello! You can call me {name}.",
-    "Good evening, I am {name}.",
-    "Nice to meet you! I am {name}.",
-)
-_IDENTITY = {
-    "Who are you?": 0,
-    "Tell me who you are.": 0,
-    "Who am I talking to?": 0,
-    "Who is there?": 0,
-    "What is your name?": 1,
-    "Do you have a name?": 1,
-    "Tell me your name.": 1,
-    "How are you called?": 1,
-    "What are you?": 2,
-    "Are you a person?": 2,
-    "Are you a robot?": 2,
-    "Tell me what you are.": 2,
-    "What can you do?": 3,
-    "How can you help me?": 3,
-    "What are you good at?": 3,
-    "Tell me what you can do.": 3,
-}
-_LEAD_INS = ("", "Hello! ", "Hi! ", "Good morning! ", "Excuse me. ", "I have a question. ", "One thing, please. ",
-             "Let us talk. ")
-_CAPITALS = (
-    "Write {word} in capital letters.",
-    "Answer in capital letters. Say the word {word}.",
-    "Say {word} in capital letters.",
-    "Put the word {word} in capital letters.",
-    "Can you write {word} in capital letters?",
-    "Answer in capital letters. Repeat after me: {word}.",
-)
-
 
 def number_pair(rng: random.Random, split: str, kind: str) -> tuple[int, int]:
-    """Two operands (the first is not the smaller one for "minus"): both up to 20, or one up to 50 and one up to 10."""
+    """Two operands (the first is not the smaller one for "minus"): both up to 20, or one up to 50 and one up
+    to 10.
+    """
     while True:
         if rng.random() < 0.6:
             a, b = rng.randint(1, 20), rng.randint(1, 20)
@@ -162,13 +47,22 @@ def number_pair(rng: random.Random, split: str, kind: str) -> tuple[int, int]:
 def _addition(rng: random.Random, split: str) -> Question:
     a, b = number_pair(rng, split, "plus")
     wrong = tuple(f"{a} plus {b} is {a + b + off}." for off in (1, -1, 10))
-    return Question("addition", rng.choice(_ADDITION).format(a=a, b=b), (f"{a} plus {b} is {a + b}.",), wrong)
+    return Question(
+        "addition", rng.choice(phrases.ADDITION).format(a=a, b=b), (f"{a} plus {b} is {a + b}.",), wrong
+    )
 
 
 def _subtraction(rng: random.Random, split: str) -> Question:
     a, b = number_pair(rng, split, "minus")
-    wrong = tuple(f"{a} minus {b} is {value}." for value in (a - b + 1, a - b + 2, abs(a - b - 1)) if value != a - b)
-    return Question("subtraction", rng.choice(_SUBTRACTION).format(a=a, b=b), (f"{a} minus {b} is {a - b}.",), wrong)
+    wrong = tuple(
+        f"{a} minus {b} is {value}." for value in (a - b + 1, a - b + 2, abs(a - b - 1)) if value != a - b
+    )
+    return Question(
+        "subtraction",
+        rng.choice(phrases.SUBTRACTION).format(a=a, b=b),
+        (f"{a} minus {b} is {a - b}.",),
+        wrong,
+    )
 
 
 def times(n: int) -> str:
@@ -176,7 +70,9 @@ def times(n: int) -> str:
 
 
 def word_list(rng: random.Random, split: str, kind: str, n: int) -> list[str]:
-    """`n` different words; in the test split some neighbours in the list are a reserved pair, in train none are."""
+    """`n` different words; in the test split some neighbours in the list are a reserved pair, in train none
+    are.
+    """
     while True:
         words = rng.sample(LIST_WORDS, n)
         if any(reserved(kind, *pair) for pair in zip(words, words[1:], strict=False)) == (split != "train"):
@@ -186,9 +82,11 @@ def word_list(rng: random.Random, split: str, kind: str, n: int) -> list[str]:
 def _counting(rng: random.Random, split: str) -> Question:
     if rng.random() < 0.35:
         by_length = rng.choice(_LENGTHS)
-        word, form = draw_pair(rng, split, "letters", _WORDS_OF_LENGTH[by_length], _COUNT_LETTERS)
+        word, form = draw_pair(rng, split, "letters", _WORDS_OF_LENGTH[by_length], phrases.COUNT_LETTERS)
         wrong = tuple(f"The word {word} has {by_length + off} letters." for off in (1, -1))
-        return Question("counting", form.format(word=word), (f"The word {word} has {by_length} letters.",), wrong)
+        return Question(
+            "counting", form.format(word=word), (f"The word {word} has {by_length} letters.",), wrong
+        )
     count = rng.randint(1, 4)
     word, other, third = words = word_list(rng, split, "count", 3)
     items = [word] * count + [rng.choice((other, third)) for _ in range(rng.randint(1, 3))]
@@ -196,7 +94,7 @@ def _counting(rng: random.Random, split: str) -> Question:
     key = " ".join(items)
     if reserved("count list", word, key) != (split != "train"):
         return _counting(rng, split)
-    text = rng.choice(_COUNT_WORDS).format(word=words[0], words=", ".join(items))
+    text = rng.choice(phrases.COUNT_WORDS).format(word=words[0], words=", ".join(items))
     wrong = tuple(f"The word {word} comes {times(n)}." for n in (count - 1, count + 1) if n > 0)
     return Question("counting", text, (f"The word {word} comes {times(count)}.",), wrong)
 
@@ -215,12 +113,12 @@ def _comparing(rng: random.Random, split: str) -> Question:
     one, other = (a, b) if rng.random() < 0.5 else (b, a)
     if numbers:
         more = "bigger" if up else "smaller"
-        text = rng.choice(_COMPARE_NUMBERS[more]).format(a=one, b=other)
+        text = rng.choice(phrases.COMPARE_NUMBERS[more]).format(a=one, b=other)
         right, false = str(winner), str(loser)
     else:
         more = "heavier" if up else "lighter"
         names = [a_or_an(BY_WEIGHT[k]) for k in range(len(BY_WEIGHT))]
-        text = rng.choice(_COMPARE_WEIGHTS).format(a=names[one], b=names[other], more=more)
+        text = rng.choice(phrases.COMPARE_WEIGHTS).format(a=names[one], b=names[other], more=more)
         right, false = names[winner], names[loser]
     answers = (capitalise(f"{right} is {more} than {false}."),)
     return Question("comparing", text, answers, (capitalise(f"{false} is {more} than {right}."),))
@@ -239,22 +137,24 @@ def _sorting(rng: random.Random, split: str) -> Question:
             held_out = any(reserved_unordered("sort", *pair) for pair in pairs)
             if held_out == (split != "train") and items != sorted(items):
                 break
-        forms = _SORT_NUMBERS
+        forms = phrases.SORT_NUMBERS
     else:
         while True:
             items = word_list(rng, split, "sort", 3)
             if len({word[0] for word in items}) == 3 and items != sorted(items):
                 break
-        forms = _SORT_WORDS
+        forms = phrases.SORT_WORDS
     answer = sorted(items)
     wrong = (_listing(items) + ".", _listing([answer[1], answer[0], *answer[2:]]) + ".")
-    return Question("sorting", rng.choice(forms).format(items=_listing(items)), (_listing(answer) + ".",), wrong)
+    return Question(
+        "sorting", rng.choice(forms).format(items=_listing(items)), (_listing(answer) + ".",), wrong
+    )
 
 
 def _reversing(rng: random.Random, split: str) -> Question:
     items = word_list(rng, split, "reverse", rng.choices((3, 4, 5), (0.5, 0.35, 0.15))[0])
     wrong = (_listing(items) + ".", _listing([items[0], *items[:0:-1]]) + ".")
-    text = rng.choice(_REVERSE).format(items=_listing(items))
+    text = rng.choice(phrases.REVERSE).format(items=_listing(items))
     return Question("reversing", text, (_listing(items[::-1]) + ".",), wrong)
 
 
@@ -263,7 +163,7 @@ def spelled(word: str) -> str:
 
 
 def _spelling(rng: random.Random, split: str) -> Question:
-    word, form = draw_pair(rng, split, "spell", SPELLING_WORDS, _SPELL)
+    word, form = draw_pair(rng, split, "spell", SPELLING_WORDS, phrases.SPELL)
     swapped = word[0] + word[2] + word[1] + word[3:]
     letters = word[:-1] if swapped == word else swapped
     wrong = (f"The word {word} is spelled {'-'.join(letters)}.",)
@@ -271,15 +171,17 @@ def _spelling(rng: random.Random, split: str) -> Question:
 
 
 def _opposites(rng: random.Random, split: str) -> Question:
-    word, form = draw_pair(rng, split, "opposite", tuple(OPPOSITES), _OPPOSITE)
+    word, form = draw_pair(rng, split, "opposite", tuple(OPPOSITES), phrases.OPPOSITE)
     other = rng.choice([w for w in OPPOSITES if w not in (word, OPPOSITES[word])])
     wrong = (f"The opposite of {word} is {other}.",)
-    return Question("opposites", form.format(word=word), (f"The opposite of {word} is {OPPOSITES[word]}.",), wrong)
+    return Question(
+        "opposites", form.format(word=word), (f"The opposite of {word} is {OPPOSITES[word]}.",), wrong
+    )
 
 
 def _categories(rng: random.Random, split: str) -> Question:
-    category = rng.choice(tuple(CATEGORIES))
-    word, form = draw_pair(rng, split, "category", CATEGORIES[category], _CATEGORY)
+    word, form = draw_pair(rng, split, "category", tuple(CATEGORY_OF), phrases.CATEGORY)
+    category = CATEGORY_OF[word]
     other = rng.choice([name for name in CATEGORIES if name != category])
     pair = [category, other] if rng.random() < 0.5 else [other, category]
     text = form.format(a_word=a_or_an(word), one=a_or_an(pair[0]), other=a_or_an(pair[1]))
@@ -288,10 +190,12 @@ def _categories(rng: random.Random, split: str) -> Question:
 
 
 def _greeting(rng: random.Random, split: str) -> Question:
-    name, form = draw_pair(rng, split, "hello", NAMES, _HELLO)
+    name, form = draw_pair(rng, split, "hello", NAMES, phrases.HELLO)
     other = rng.choice([n for n in NAMES if n != name])
     answers = (f"Hello, {name}! It is nice to meet you.", f"Nice to meet you, {name}!")
-    return Question("greeting", form.format(name=name), answers, (f"Hello, {other}! It is nice to meet you.",))
+    return Question(
+        "greeting", form.format(name=name), answers, (f"Hello, {other}! It is nice to meet you.",)
+    )
 
 
 def identity_answers(name: str) -> tuple[str, ...]:
@@ -304,16 +208,15 @@ def identity_answers(name: str) -> tuple[str, ...]:
 
 
 def identity_question(rng: random.Random, split: str, name: str = ASSISTANT_NAME) -> Question:
-    lead_in, text = draw_pair(rng, split, "identity", _LEAD_INS, tuple(_IDENTITY))
-    answers, kind = identity_answers(name), _IDENTITY[text]
-    accepted = (answers[0], answers[1]) if kind == 0 else (answers[1], answers[0]) if kind == 1 else (answers[kind],)
-    other = identity_answers(rng.choice(NAMES))
-    wrong = other[kind] if kind < 2 else answers[5 - kind]
-    return Question("identity", lead_in + text, accepted, (wrong,))
+    kind = rng.randrange(len(phrases.IDENTITY))
+    lead_in, text = draw_pair(rng, split, "identity", phrases.LEAD_INS, phrases.IDENTITY[kind])
+    answers = identity_answers(name)
+    wrong = identity_answers(rng.choice(NAMES))[kind] if kind < 2 else answers[5 - kind]
+    return Question("identity", lead_in + text, (answers[kind],), (wrong,))
 
 
 def _capitals(rng: random.Random, split: str) -> Question:
-    word, form = draw_pair(rng, split, "capitals", CAPITAL_WORDS, _CAPITALS)
+    word, form = draw_pair(rng, split, "capitals", CAPITAL_WORDS, phrases.CAPITALS)
     right, other = word.upper(), rng.choice(CAPITAL_WORDS).upper()
     wrong = (word.lower() + ".",) if other == right else (other + ".", word.lower() + ".")
     return Question("capitals", form.format(word=word), (right + ".", right), wrong)

@@ -1,14 +1,13 @@
 """The stories of TinyWorld: a small world, the events that change it, and the English that tells them.
 
-A story is told by a `Teller`, which keeps the state of its world (who has what, who is where, who feels how) beside
-the sentences, so that the answer to a question is read off the state and never off the text. The latest state wins:
-a gift changes who has a thing, a walk changes where somebody is.
+A story is told by a `Teller`, which keeps the state of its world (who has what, who is where, who feels how)
+beside the sentences, so that the answer to a question is read off the state and never off the text. The
+latest state wins: a gift changes who has a thing, a walk changes where somebody is.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass, field
 
 from tinylm.dataset.tinyworld_words import (
@@ -22,8 +21,8 @@ from tinylm.dataset.tinyworld_words import (
     reserved,
 )
 
-# In the templates: {a}, {b} people; {at} "in the garden"; {place} "garden"; {new} "a red ball"; {it} "the red ball";
-# {thing} "ball"; {colour}; {feeling}; {she} pronoun; {tail} something one does when one feels so.
+# In the templates: {a}, {b} people; {at} "in the garden"; {place} "garden"; {new} "a red ball"; {it} "the red
+# ball"; {thing} "ball"; {colour}; {feeling}; {she} pronoun; {tail} something one does when one feels so.
 _TOGETHER = (
     "One sunny morning, {who} were {at}.",
     "{who} were playing {at}.",
@@ -51,7 +50,7 @@ _HAS = (
     "{a} was carrying {new}.",
     "{a} had found {new}.",
     "{a} had {new} to show to everyone.",
-    "{a} had got {new} from an uncle.",
+    "{a} had got {new} as a present.",
     "{a} had bought {new} the day before.",
 )
 _HAS_PLAIN = (  # the colour comes in a sentence of its own
@@ -84,7 +83,7 @@ _GIVE = (
     "As a gift, {b} got {it} from {a}.",
     "{a} let {b} keep {it}.",
     "Then {b} took {it} from {a} with a smile.",
-    "{a} said, \"Here you are, {b},\" and gave {b} {it}.",
+    '{a} said, "Here you are, {b}," and gave {b} {it}.',
 )
 _GIVEN = (
     "Now {b} had {it}.",
@@ -100,7 +99,7 @@ _SWAP = (
     "{a} gave {it} to {b}, and {b} gave {it2} to {a}.",
     "They changed things: now {a} had {it2}, and {b} had {it}.",
     "{b} got {it}, and in return {a} got {it2}.",
-    "\"Let us trade!\" said {a}, so {b} took {it} and {a} took {it2}.",
+    '"Let us trade!" said {a}, so {b} took {it} and {a} took {it2}.',
 )
 _MOVE = (
     "Then {a} went to the {place}.",
@@ -129,7 +128,7 @@ _FEEL = (
     "{a} looked {feeling}.",
     "{a} felt {feeling} and {tail}.",
     "{a} was so {feeling} that {she} {tail}.",
-    "{a} said, \"I feel {feeling}.\"",
+    '{a} said, "I feel {feeling}."',
 )
 _FEEL_PRONOUN = (
     "{She} felt {feeling}.",
@@ -137,7 +136,7 @@ _FEEL_PRONOUN = (
     "{She} felt very {feeling}.",
     "{She} felt {feeling} and {tail}.",
     "{She} was so {feeling} that {she} {tail}.",
-    "{She} said, \"I feel {feeling}.\"",
+    '{She} said, "I feel {feeling}."',
 )
 _FEEL_CHANGE = (
     "Then something changed, and {a} felt {feeling}.",
@@ -172,6 +171,17 @@ _ASIDES = (
     "Clouds moved slowly over the sky.",
     "It had rained in the night.",
     "What a good day it was!",
+    "Far away, a train went by.",
+    "Bees were busy in the tall grass.",
+    "A farmer waved from his tractor.",
+    "The church clock struck three.",
+    "Two old men walked by and said hello.",
+    "Someone was baking bread, and it smelled good.",
+    "A spider was making its web.",
+    "The snow had melted at last.",
+    "A fox ran past, quick and quiet.",
+    "Nothing much had happened all week.",
+    "Music came from an open window.",
 )
 ENDINGS = (
     "It was the end of a long day.",
@@ -180,6 +190,9 @@ ENDINGS = (
     "And that was that.",
     "It was a day to remember.",
     "At night, the stars came out.",
+    "After that, they all slept well.",
+    "Mother would hear all about it in the evening.",
+    "Nobody ever forgot it.",
 )
 _ADJECTIVES = ("little", "small", "nice", "shiny", "old", "pretty", "lovely")
 
@@ -188,8 +201,8 @@ _ADJECTIVES = ("little", "small", "nice", "shiny", "old", "pretty", "lovely")
 class Story:
     """A story and the state of its world at the end.
 
-    `holder` maps a thing to the person who has it, `lies` to the place where it was put down; every thing of the
-    story is in exactly one of the two. `where` and `feels` hold only what the story says.
+    `holder` maps a thing to the person who has it, `lies` to the place where it was put down; every thing of
+    the story is in exactly one of the two. `where` and `feels` hold only what the story says.
     """
 
     people: tuple[str, ...]
@@ -208,10 +221,6 @@ class Story:
     def text(self) -> str:
         return " ".join(self.sentences)
 
-    @property
-    def num_sentences(self) -> int:
-        return len(re.findall(r"[.!?](?:\s|$)", self.text))
-
     def reserved_things(self) -> list[str]:
         """The things whose holder makes a reserved (name, thing) pair."""
         return [thing for thing, name in self.holder.items() if reserved("has", name, thing)]
@@ -227,11 +236,16 @@ class Teller:
         self.story = Story(tuple(people), dict(zip(things, colours, strict=True)))
         self.places = rng.sample(tuple(PLACES), 4)
         self.feelings = rng.sample(FEELINGS, 4)
+        self.used: set[str] = set()
         self.subject: str | None = None  # whom a pronoun would mean now
 
     def say(self, templates: tuple[str, ...], subject: str | None = None, **words: str) -> None:
         """Add one sentence; `subject` is its only person, if there is exactly one."""
-        sentence = self.rng.choice(templates).format(**words)
+        template = self.rng.choice(templates)
+        while template in self.used:  # a story does not repeat itself
+            template = self.rng.choice(templates)
+        self.used.add(template)
+        sentence = template.format(**words)
         self.story.sentences.append(capitalise(sentence))
         self.subject = subject
 
@@ -298,7 +312,12 @@ class Teller:
         changed = a in self.story.feels
         feeling = self.story.feels[a] = self.feelings.pop()
         she = "she" if is_girl(a) else "he"
-        words = {"feeling": feeling, "she": she, "She": capitalise(she), "tail": self.rng.choice(_TAILS[feeling])}
+        words = {
+            "feeling": feeling,
+            "she": she,
+            "She": capitalise(she),
+            "tail": self.rng.choice(_TAILS[feeling]),
+        }
         if changed:
             self.say(_FEEL_CHANGE, a, a=a, **words)
         elif self.subject == a and self.rng.random() < 0.5:

@@ -1,24 +1,31 @@
 """The vocabulary of TinyWorld, its random streams and its held-out pairs.
 
-Everything that TinyWorld says is drawn from the lists in this file. They are small on purpose: a model of three
-million parameters meets every entity thousands of times, so what it has to learn is to *read*, not to remember.
+Everything that TinyWorld says is drawn from the lists in this file. They are small on purpose: a model of
+three million parameters meets every entity thousands of times, so what it has to learn is to *read*, not to
+remember.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import re
 from functools import lru_cache
 
 SPLITS = ("train", "test")
 
-GIRLS = tuple("Mia Anna Lily Rosa Ella Zoe Ruby Nora Emma Lucy Sara Amy Ivy Jane Kate Lena Maya Tina Eva Molly".split())
-BOYS = tuple("Ben Tom Max Sam Leo Jack Finn Noah Paul Adam Hugo Luke Oscar Peter Tim Dan Omar Ravi Ken Felix".split())
+GIRLS = tuple(
+    "Mia Anna Lily Rosa Ella Zoe Ruby Nora Emma Lucy Sara Amy Ivy Jane Kate Lena Maya Tina Eva Molly".split()
+)
+BOYS = tuple(
+    "Ben Tom Max Sam Leo Jack Finn Noah Paul Adam Hugo Luke Oscar Peter Tim Dan Omar Ravi Ken Felix".split()
+)
 NAMES = GIRLS + BOYS
 
 THINGS = tuple(
-    "ball kite doll drum book hat cup boat robot lamp key ring coin box bag spoon shell feather flower leaf apple pear "
-    "cake egg cookie scarf ribbon whistle basket brush balloon bell umbrella bucket candle pencil".split()
+    "ball kite doll drum book hat cup boat robot lamp key ring coin box bag spoon shell feather".split()
+    + "flower leaf apple pear cake egg cookie scarf ribbon whistle basket brush balloon bell umbrella".split()
+    + "bucket candle pencil".split()
 )
 COLOURS = tuple("red blue green yellow white black brown pink orange purple".split())
 FEELINGS = tuple("happy sad proud tired angry hungry scared excited calm lonely".split())
@@ -43,12 +50,12 @@ PLACES = {
     "bridge": "on the bridge",
 }
 
-_OPPOSITE_PAIRS = """hot cold, big small, up down, day night, fast slow, open closed, old new, tall short, wet dry,
-full empty, hard soft, light dark, early late, loud quiet, rich poor, strong weak, clean dirty, first last, left right,
-in out, on off, good bad, near far, high low, thick thin, wide narrow, sweet sour, start stop, push pull, give take,
-win lose, black white, north south, east west, summer winter, morning evening, love hate, awake asleep, true false,
-inside outside, above below, before after, deep shallow, smooth rough, laugh cry, come go, buy sell, always never,
-many few, more less, top bottom, front back"""
+_OPPOSITE_PAIRS = """hot cold, big small, up down, day night, fast slow, open closed, old new, tall short, wet
+dry, full empty, hard soft, light dark, early late, loud quiet, rich poor, strong weak, clean dirty, first
+last, left right, in out, on off, good bad, near far, high low, thick thin, wide narrow, sweet sour, start
+stop, push pull, give take, win lose, black white, north south, east west, summer winter, morning evening,
+love hate, awake asleep, true false, inside outside, above below, before after, deep shallow, smooth rough,
+laugh cry, come go, buy sell, always never, many few, more less, top bottom, front back"""
 OPPOSITES: dict[str, str] = {}
 for _pair in _OPPOSITE_PAIRS.split(","):
     _one, _other = _pair.split()
@@ -68,18 +75,32 @@ CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word
 # From the lightest to the heaviest.
 BY_WEIGHT = tuple("ant bee mouse frog duck cat dog sheep pig cow horse elephant whale".split())
 
-_MORE_WORDS = """sun moon star sky rain snow wind cloud fire water tree grass bird fish house door window table chair
-bed wall road street town coat shoe sock shirt glove bread milk soup rice salt sugar honey cheese hand foot head nose
-ear eye arm leg mother father sister brother friend baby king queen song game story letter word page picture paper
-glass plate clock bottle stone sand hill farm lake park shop barn cave river beach school garden forest market bridge
-kitchen library sing jump run walk sleep read play swim draw cook one two three four five six seven eight nine ten"""
+_MORE_WORDS = """sun moon star sky rain snow wind cloud fire water tree grass bird fish house door window
+table chair bed wall road street town coat shoe sock shirt glove bread milk soup rice salt sugar honey
+cheese hand foot head nose ear eye arm leg mother father sister brother friend baby king queen song game
+story letter word page picture paper glass plate clock bottle stone sand hill farm lake park shop barn
+cave river beach school garden forest market bridge kitchen library sing jump run walk sleep read play
+swim draw cook one two three four five six seven eight nine ten apron beak bench blanket breeze bucket
+butter button castle chain cheek chest chicken circle corner cotton cousin cream crown curtain desert
+dragon dream dust eagle edge engine farmer fence finger floor flour fork fox ghost giant grape gold hair
+hedge hen hook ice island jacket jar jelly kettle knee lemon lip mat meal mirror monkey mud nail neck
+needle nest net oven owl paint pan parrot peach penny pillow pirate pocket pond pony pot puppy rabbit roof
+rope sail sailor seed shelf silver smoke snail spider square stairs stick storm straw swan tail tent thumb
+tiger toast tooth towel tower trail turtle valley village wagon wave wheel whale wing wolf wood wool worm
+yard zebra"""
 SPELLING_WORDS = tuple(
     dict.fromkeys(
-        [w for w in (*THINGS, *OPPOSITES, *CATEGORY_OF, *_MORE_WORDS.split(), *COLOURS, *BY_WEIGHT) if 3 <= len(w) <= 6]
+        [
+            w
+            for w in (*THINGS, *OPPOSITES, *CATEGORY_OF, *_MORE_WORDS.split(), *COLOURS, *BY_WEIGHT)
+            if 3 <= len(w) <= 6
+        ]
     )
 )
 LIST_WORDS = tuple(
-    dict.fromkeys(w for w in (*THINGS, *CATEGORIES["animal"], *"sun moon star tree fish bird house door".split()))
+    dict.fromkeys(
+        w for w in (*THINGS, *CATEGORIES["animal"], *"sun moon star tree fish bird house door".split())
+    )
 )
 
 
@@ -101,6 +122,11 @@ def capitalise(text: str) -> str:
 def join_and(words: list[str] | tuple[str, ...]) -> str:
     """["a", "b", "c"] -> "a, b and c"."""
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def num_sentences(text: str) -> int:
+    """How many sentences `text` has, counted by their final marks."""
+    return len(re.findall(r"[.!?]\"?(?:\s|$)", text))
 
 
 def stream(seed: int, split: str, kind: str, i: int) -> random.Random:
@@ -128,13 +154,17 @@ def reserved(kind: str, one: object, other: object) -> bool:
 
 def reserved_unordered(kind: str, one: object, other: object) -> bool:
     """`reserved` for pairs in which the order does not matter, such as 3 + 4 and 4 + 3."""
-    return reserved(kind, *sorted((one, other), key=lambda value: (str(type(value)), value)))  # type: ignore[type-var]
+    return reserved(kind, *sorted((one, other), key=lambda value: (str(type(value)), value)))
+
+
+@lru_cache(maxsize=256)
+def _pairs(kind: str, ones: tuple, others: tuple, held_out: bool) -> tuple[tuple, ...]:
+    """All pairs that are reserved (`held_out`) or all that are not; never an empty tuple."""
+    pairs = tuple((one, other) for one in ones for other in others if reserved(kind, one, other) == held_out)
+    assert pairs, f"no pair of kind {kind!r} for one of the splits: its lists are too short"
+    return pairs
 
 
 def draw_pair(rng: random.Random, split: str, kind: str, ones: tuple, others: tuple) -> tuple:
     """A random (one, other) that is reserved if `split` is "test", and not reserved if it is "train"."""
-    held_out = split != "train"
-    while True:
-        pair = rng.choice(ones), rng.choice(others)
-        if reserved(kind, *pair) == held_out:
-            return pair
+    return rng.choice(_pairs(kind, ones, others, split != "train"))

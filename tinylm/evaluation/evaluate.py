@@ -27,10 +27,9 @@ from tinylm.evaluation.tasks import (
     run_task,
 )
 from tinylm.generation.engine import Engine, SamplingSettings
-from tinylm.model.model_lora import adapters_disabled, load_adapter
+from tinylm.model.model_lora import adapters_disabled, has_lora, load_adapter
 from tinylm.runtime import Runtime, setup_runtime
 from tinylm.settings import parse_settings
-from tinylm.tokenizer.tokenizer import Tokenizer
 
 DESCRIPTION = (
     "Measure a model on data files (the task is recognised by their fields) or on TinyWorld's questions."
@@ -144,20 +143,16 @@ def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
 
 def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
     """Load the model, its adapter, its tokenizer and the reference."""
-    model, tokenizer, _ = load_model(settings.model_path, device=str(runtime.device))
-    if settings.tokenizer_path is not None:
-        tokenizer = Tokenizer.load(settings.tokenizer_path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} entries and the model {model.config.vocab_size}; "
-            "expected the tokenizer that the model was trained with; correct --tokenizer_path"
-        )
-    reference: ReferenceModel | None = None
+    model, tokenizer, _ = load_model(
+        settings.model_path, device=runtime.device, tokenizer_path=settings.tokenizer_path
+    )
     if settings.adapter is not None:
         load_adapter(model, settings.adapter)
+    reference: ReferenceModel | None = None
+    if has_lora(model):
         reference = _without_adapters(model)
     if settings.reference_path is not None:
-        reference = as_reference(load_model(settings.reference_path, device=str(runtime.device))[0])
+        reference = as_reference(load_model(settings.reference_path, device=runtime.device)[0])
     return Evaluator(
         model=model,
         tokenizer=tokenizer,

@@ -119,7 +119,7 @@ def make_lm_eval_model(
     from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, render_chat
 
     runtime = setup_runtime(device, dtype)
-    model, tokenizer, _ = load_model(model_path, device=str(runtime.device))
+    model, tokenizer, _ = load_model(model_path, device=runtime.device)
     engine = Engine(model, tokenizer, dtype=runtime.compute_dtype)
 
     class TinyLMForLMEval(LMEvalRequests, LM):

@@ -195,8 +195,8 @@ def token_logprobs(
         targets: [N] int64.
 
     Returns:
-        [N] float64 (nats; float32 on MPS, which has no float64) and [N] bool. When the target shares the top score
-        with another token, it counts as the most probable.
+        [N] float64 (nats; float32 on MPS, which has no float64) and [N] bool. A target that shares the top
+        score with another token counts as the most probable.
     """
     values, hits = [], []
     sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinylm.runtime import device_has_bf16
+
 QUERY_BLOCK = 128
 """Rows per block of `blocked_attention`. Of 64, 128 and 256, 128 was fastest at T = 512 on AVX512-BF16."""
 MAX_SCORES = 2**28
@@ -88,9 +90,7 @@ def document_starts(document_ids: Tensor) -> tuple[Tensor, int]:
 
 def _can_use_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """True where torch's variable-length flash kernel runs: half precision on CUDA from sm80 on."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and device_has_bf16(device)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float = 0.0) -> Tensor:

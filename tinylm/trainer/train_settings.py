@@ -84,10 +84,24 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "accumulation_steps", "max_seq_len", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1; pass --{name} 1 or more")
-        for name in ("max_steps", "eval_interval", "eval_batches", "save_interval", "num_workers", "weight_decay"):
+        for name in (
+            "max_steps",
+            "eval_interval",
+            "eval_batches",
+            "save_interval",
+            "num_workers",
+            "weight_decay",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more; pass --{name} 0 or more")
-        for name in ("validation_fraction", "warmup_fraction", "final_lr_fraction", "max_bad_rows", "beta1", "beta2"):
+        for name in (
+            "validation_fraction",
+            "warmup_fraction",
+            "final_lr_fraction",
+            "max_bad_rows",
+            "beta1",
+            "beta2",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
         if self.learning_rate <= 0:

@@ -5,9 +5,10 @@ On a terminal the line is redrawn in place; into a file or a pipe it becomes pla
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +31,7 @@ def training_flops_per_token(config: TinyLMConfig, num_parameters: int, context_
     causal, so about half of `context_length`. An untied embedding table multiplies nothing.
     """
     lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_size
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_width
     return 6.0 * (num_parameters - lookup) + attention * context_length / 2
 
 
@@ -65,6 +66,21 @@ def format_count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def make_console(is_main: bool = True) -> Console:
+    """Where a run reports: standard output, lines unwrapped, nothing coloured by guess; silent on other ranks."""
+    return Console(highlight=False, soft_wrap=True, markup=True, quiet=not is_main)
+
+
+@contextlib.contextmanager
+def status(console: Console, title: str) -> Iterator[Callable[[str], None]]:
+    """Show how far some preparation has come: call what is yielded with a few words; on a terminal only."""
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status(title) as live:
+        yield lambda text: live.update(f"{title}: {text}")
+
+
 def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
     """A small two-column table: what will happen, or what happened."""
     table = Table.grid(padding=(0, 2))
@@ -91,7 +107,7 @@ class MetricsLog:
         self.file.writelines(line + "\n" for line in kept)
         self.writer: Any = _tensorboard_writer(folder / "tensorboard" / stage) if tensorboard else None
 
-    def write(self, step: int, values: dict[str, float | str]) -> None:
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Record the values of one step."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         if self.writer is not None:
@@ -170,7 +186,9 @@ class ProgressLine:
         if self.bar is not None:
             self.bar.update(self.task, completed=report.step, line=line)
         elif self.runtime.is_main and (report.step % self.log_interval == 0 or report.step == report.num_steps):
-            self.console.print(f"{self.stage} {report.step}/{report.num_steps} · {line}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"{self.stage} {report.step}/{report.num_steps} · {line}", highlight=False, soft_wrap=True
+            )
         return {
             "loss": report.loss,
             "learning_rate": report.learning_rate,

@@ -27,6 +27,7 @@ from tinylm.trainer.trainer_utils import (
     ProgressLine,
     format_count,
     format_seconds,
+    make_console,
     print_facts,
     relative_change,
     snapshot,
@@ -56,7 +57,7 @@ class TrainingRun:
     """Where the model comes from: parent, data, tokenizer."""
     sample: Callable[[], list[str]] | None = None
     """Texts to look at after each validation; shown and recorded."""
-    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+    console: Console = field(default_factory=make_console)
     best_validation_loss: float | None = None
 
     def __post_init__(self) -> None:
@@ -96,7 +97,11 @@ class TrainingRun:
         self._print_plan(flops, matmul_flops)
         self._check_output()
         before = snapshot(self.model.parameters())
-        self.metrics = MetricsLog(self.output_dir, self.stage, self.start_step, self.settings.tensorboard) if self.runtime.is_main else None
+        self.metrics = (
+            MetricsLog(self.output_dir, self.stage, self.start_step, self.settings.tensorboard)
+            if self.runtime.is_main
+            else None
+        )
         self.line = ProgressLine(
             self.console, self.runtime, self.stage, self.num_steps, self.start_step, flops, matmul_flops,
             self.settings.log_interval,
@@ -235,7 +240,7 @@ class TrainingRun:
 
     def _load_state(self) -> None:
         if not self.state_folder.exists():
-            self._say(f"nothing to resume in {self.output_dir}: starting from the beginning")
+            self.console.print(f"nothing to resume in {self.output_dir}: starting from the beginning")
             return
         state = load_training_state(self.state_folder)
         ours, theirs = self._identity(), state["identity"]
@@ -262,17 +267,13 @@ class TrainingRun:
             return
         state = load_training_state(self.state_folder)
         if state["step"] < state["identity"]["num_steps"]:
-            self._say(f"note: {self.output_dir} holds an unfinished {self.stage} run; starting over (--resume goes on)")
+            self.console.print(
+                f"note: {self.output_dir} holds an unfinished {self.stage} run; starting over (--resume goes on)"
+            )
 
     # --- what the user reads ---------------------------------------------------------------------------------------
 
-    def _say(self, text: str) -> None:
-        if self.runtime.is_main:
-            self.console.print(text, markup=False)
-
     def _print_plan(self, flops: float, matmul_flops: float) -> None:
-        if not self.runtime.is_main:
-            return
         settings, model = self.settings, self.model
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -289,7 +290,8 @@ class TrainingRun:
         if self.runtime.world_size > 1:
             device += f", {self.runtime.world_size} processes"
         facts = {
-            "parameters": f"{total:,}" + (f", of which {trained:,} train ({trained / total:.2%})" if trained < total else ""),
+            "parameters": f"{total:,}"
+            + (f", of which {trained:,} train ({trained / total:.2%})" if trained < total else ""),
             "data": f"{len(self.train_data):,} {'pairs' if self.stage == 'dpo' else 'rows'}, {self.train_data.num_targets:,} target tokens",
             "steps": f"{self.num_steps:,} ({settings.epochs} epoch{'s' * (settings.epochs > 1)}), batch {rows} x {settings.max_seq_len} = {rows * settings.max_seq_len:,} tokens",
             "device": device,
@@ -301,8 +303,6 @@ class TrainingRun:
         print_facts(self.console, f"{self.stage}: what will happen", facts)
 
     def _print_result(self, folder: Path, seconds: float, change: float) -> None:
-        if not self.runtime.is_main:
-            return
         facts = {"time": format_seconds(seconds)}
         if self.best_validation_loss is not None:
             facts["best validation loss"] = f"{self.best_validation_loss:.4f}"
@@ -310,4 +310,4 @@ class TrainingRun:
         facts["model"] = str(folder)
         print_facts(self.console, f"{self.stage}: done", facts)
         if change < 1e-5 and self.start_step < self.num_steps:
-            self._say("warning: the weights hardly moved; raise --learning_rate or train for more steps")
+            self.console.print("warning: the weights hardly moved; raise --learning_rate or train for more steps")

@@ -1,0 +1,84 @@
+"""Losses against a plain float64 reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tinylm.dataset.batches import Batch
+from tinylm.evaluation.bits_per_byte import dataset_loss, text_loss, token_byte_lengths
+from tinylm.evaluation.results import mean_and_error, ratio_and_error
+
+TEXTS = ["The cat sat on the mat.", "Zürich — 東京 🙂", "a"]
+
+
+def test_text_loss_equals_the_reference(model, tokenizer, reference_logprobs):
+    report = text_loss(model, tokenizer, [*TEXTS, ""])
+    nats = [-sum(reference_logprobs(model, [0, *tokenizer.encode(text)])) for text in TEXTS]
+    sizes = [len(text.encode()) for text in TEXTS]
+    assert report.num_texts == 3
+    assert report.num_bytes == sum(sizes)
+    assert report.num_tokens == sum(len(tokenizer.encode(text)) for text in TEXTS)
+    assert report.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / sum(sizes), rel=1e-9)
+    assert report.loss == pytest.approx(sum(nats) / report.num_tokens, rel=1e-9)
+    assert report.perplexity == pytest.approx(math.exp(report.loss))
+
+
+def test_uniform_model_needs_log2_of_the_vocabulary_per_token(table_model, tokenizer):
+    """A worked example: with all logits equal every token costs log2(6400) bits."""
+    model = table_model(torch.zeros(tokenizer.vocab_size, tokenizer.vocab_size))
+    report = text_loss(model, tokenizer, ["once upon a time"])
+    tokens = len(tokenizer.encode("once upon a time"))
+    assert report.bits_per_byte == pytest.approx(tokens * math.log2(6400) / 16, rel=1e-5)
+
+
+def test_byte_lengths_add_up_to_the_text(tokenizer):
+    lengths = token_byte_lengths(tokenizer)
+    for text in TEXTS:
+        assert int(lengths[tokenizer.encode(text)].sum()) == len(text.encode())
+    assert int(lengths[[0, 1, 2]].sum()) == 0, "special tokens stand for no text"
+
+
+def test_packed_batches_equal_documents_one_by_one(model, tokenizer, reference_logprobs):
+    """Two documents and filler in one row: nothing leaks between them, and the filler counts nothing."""
+    first, second = [0, *tokenizer.encode(TEXTS[0]), 0], [0, *tokenizer.encode(TEXTS[1]), 0]
+    inputs, targets = first[:-1] + second[:-1] + [0, 0], first[1:] + second[1:] + [-100, -100]
+    positions = [*range(len(first) - 1), *range(len(second) - 1), 0, 0]
+    documents = [0] * (len(first) - 1) + [1] * (len(second) - 1) + [-1, -1]
+    tensors = [torch.tensor([row]) for row in (inputs, targets, positions, documents)]
+    batch = Batch(*tensors, count=len(inputs) - 2)
+    report = dataset_loss(model, [batch, batch], token_byte_lengths(tokenizer))
+    nats = -sum(reference_logprobs(model, first)) - sum(reference_logprobs(model, second))
+    assert report.num_tokens == 2 * (len(inputs) - 2)
+    assert report.loss == pytest.approx(2 * nats / report.num_tokens, rel=1e-9)
+    size = len((TEXTS[0] + TEXTS[1]).encode())
+    assert report.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-9)
+    assert dataset_loss(model, [batch]).num_bytes == 0
+
+
+def test_standard_errors():
+    """Worked by hand: the sample variance of 0, 0, 1, 1 is 1/3; with equal sizes a ratio is a mean."""
+    assert mean_and_error([0, 0, 1, 1]) == pytest.approx((0.5, math.sqrt(1 / 3 / 4)))
+    assert ratio_and_error([0, 0, 1, 1], [1, 1, 1, 1]) == pytest.approx((0.5, math.sqrt(1 / 3 / 4)))
+    assert ratio_and_error([2, 4], [1, 2]) == pytest.approx((2.0, 0.0))
+    assert mean_and_error([3.0]) == (3.0, None)
+    with pytest.raises(ValueError, match="no values"):
+        mean_and_error([])
+
+
+def test_bf16_weights_do_not_round_the_logits(table_model, tokenizer):
+    """Logits in bfloat16 near 16 are multiples of 1/8; the head must not run in the model's precision."""
+    from tinylm.evaluation.sequence_logprob import token_logprobs
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 64).bfloat16(), torch.randn(50, 64).bfloat16()
+    model = torch.nn.Module()
+    model.lm_head = torch.nn.Linear(64, 50, bias=False, dtype=torch.bfloat16)
+    model.lm_head.weight.data = weight
+    targets = torch.tensor([1, 2, 3, 4])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values, _ = token_logprobs(model, hidden, targets)
+    expected = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(values, expected, atol=1e-4, rtol=0)

@@ -1,0 +1,127 @@
+"""Log-probabilities against worked examples and a plain float64 reference."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from tinylm.evaluation.sequence_logprob import (
+    continuation_logprobs,
+    sequence_logprobs,
+    split_into_windows,
+)
+
+
+def test_worked_example(table_model):
+    """After 0 the model says 1 with 3/4 and 2 with 1/4; after 1 it says 2 for sure; after 2, all alike."""
+    off = -1e9
+    table = torch.tensor(
+        [[off, math.log(3), 0.0, off], [off, off, 0.0, off], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    )
+    requests = [([0], [1, 2]), ([0], [2]), ([0, 1, 2], [3, 0])]
+    scores = continuation_logprobs(table_model(table), requests)
+    assert [score.logprob for score in scores] == pytest.approx(
+        [math.log(3 / 4), math.log(1 / 4), 2 * math.log(1 / 4)]
+    )
+    assert [score.is_greedy for score in scores] == [True, False, True]
+    assert [score.num_tokens for score in scores] == [2, 1, 2]
+
+
+def test_many_lengths_equal_the_reference_in_the_order_they_came(model, reference_logprobs):
+    rng = random.Random(1)
+    requests = []
+    for _ in range(25):
+        ids = [rng.randrange(6400) for _ in range(rng.randint(2, 40))]
+        split = rng.randint(1, len(ids) - 1)
+        requests.append((ids[:split], ids[split:]))
+    scores = continuation_logprobs(model, requests, tokens_per_batch=64)
+    for (context, continuation), score in zip(requests, scores, strict=True):
+        plain = reference_logprobs(model, context + continuation)[len(context) - 1 :]
+        assert score.logprob == pytest.approx(sum(plain), abs=1e-9)
+        assert score.num_tokens == len(continuation)
+
+
+def test_scattered_mask(model, reference_logprobs):
+    ids = [5, 17, 300, 41, 2, 900, 77]
+    mask = [False, False, True, True, False, False, True]
+    [score] = sequence_logprobs(model, [(ids, mask)])
+    plain = reference_logprobs(model, ids)
+    assert score.logprob == pytest.approx(plain[1] + plain[2] + plain[5], abs=1e-9)
+    assert score.num_tokens == 3
+
+
+@pytest.mark.parametrize("window", [2, 3, 8, 9])
+@pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 40])
+def test_windows_score_each_token_once_with_half_a_window_of_context(window, length):
+    ids = list(range(100, 100 + length))
+    mask = [False] + [True] * (length - 1)
+    seen = []
+    for piece in split_into_windows(0, ids, mask, window):
+        assert len(piece.ids) <= window + 1
+        for position in piece.positions:
+            index = piece.ids[position] - 100
+            assert piece.ids[:position] == ids[index - position : index]
+            assert position >= min(index, window / 2)
+            seen.append(index)
+    assert seen == list(range(1, length))
+
+
+def test_a_short_continuation_keeps_the_whole_window():
+    [piece] = split_into_windows(0, list(range(50)), [False] * 49 + [True], 16)
+    assert piece.ids == list(range(33, 50))
+
+
+def test_long_text_equals_a_loop_over_windows(model, reference_logprobs):
+    """The reference makes its own windows of 16 inputs: the first scores 16 tokens, later ones 9."""
+    rng = random.Random(2)
+    ids = [rng.randrange(6400) for _ in range(60)]
+    expected, done = 0.0, 1
+    while done < len(ids):
+        start = max(0, done - 8)
+        end = min(len(ids), start + 17)
+        start = max(0, end - 17)
+        plain = reference_logprobs(model, ids[start:end])
+        expected += sum(plain[done - start - 1 :])
+        done = end
+    [score] = continuation_logprobs(model, [(ids[:1], ids[1:])], window=16)
+    assert score.num_tokens == 59
+    assert score.logprob == pytest.approx(expected, abs=1e-9)
+    [whole] = continuation_logprobs(model, [(ids[:1], ids[1:])])
+    assert abs(whole.logprob - score.logprob) > 1e-3, "context beyond the window matters to this model"
+
+
+def test_equal_requests_have_exactly_equal_scores(model):
+    rng = random.Random(3)
+    requests = [([0], [rng.randrange(6400) for _ in range(rng.randint(1, 9))]) for _ in range(20)]
+    model = model.float()
+    try:
+        scores = continuation_logprobs(model, requests + requests[::-1], tokens_per_batch=32)
+    finally:
+        model.double()
+    assert scores[:20] == scores[20:][::-1]
+
+
+def test_progress_and_mode_are_as_before(model):
+    calls = []
+    model.train()
+    continuation_logprobs(
+        model, [([0], [1]), ([0], [2, 3])], progress=lambda done, total: calls.append((done, total))
+    )
+    assert model.training
+    model.eval()
+    assert calls[-1] == (2, 2)
+
+
+def test_errors(model, table_model):
+    with pytest.raises(ValueError, match="empty context"):
+        continuation_logprobs(model, [([], [1])])
+    with pytest.raises(ValueError, match="first token is marked"):
+        sequence_logprobs(model, [([1, 2], [True, True])])
+    with pytest.raises(ValueError, match="one mark for each"):
+        sequence_logprobs(model, [([1, 2], [False])])
+    with pytest.raises(RuntimeError, match="NaN"):
+        continuation_logprobs(table_model(torch.full((2, 2), math.nan)), [([0], [1])])
+    assert continuation_logprobs(model, []) == []

@@ -1,0 +1,123 @@
+"""The scoreboard, with engines whose replies are known."""
+
+from __future__ import annotations
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from tinylm.dataset import tinyworld
+from tinylm.dataset.tinyworld_chats import WARM_OPENERS
+from tinylm.evaluation.preferences import as_reference
+from tinylm.evaluation.skills import (
+    MEAN,
+    PERSONA,
+    PERSONA_RIGHT,
+    PREFERENCE,
+    STORY_MEAN,
+    WARM,
+    preference_parts,
+    score_skills,
+    scoreboard,
+)
+
+
+class ScriptedEngine:
+    """Replies by looking the question up."""
+
+    def __init__(self, answer, model=None, tokenizer=None):
+        self.model, self.tokenizer = model, tokenizer
+        self.answer = answer
+        self.seen = []
+        self.references = {
+            str(item.messages[:-1]): item.messages[-1]["content"]
+            for skill in tinyworld.SKILLS
+            for item in (tinyworld.test_item(skill, index) for index in range(3))
+        }
+
+    def reply_batch(self, conversations, settings):
+        self.seen += conversations
+        return [self.answer(self.references[str(messages)]) for messages in conversations]
+
+
+def test_right_answers_score_one_and_the_reference_is_never_shown():
+    engine = ScriptedEngine(lambda reference: reference)
+    report = score_skills(engine, tinyworld, None, num_items=3)
+    assert report.accuracy == {skill: 1.0 for skill in tinyworld.SKILLS}
+    assert report.summary[MEAN] == report.summary[STORY_MEAN] == report.summary[PERSONA_RIGHT] == 1.0
+    assert report.summary[PERSONA] == 0.0 and PREFERENCE not in report.summary
+    assert all(messages[-1]["role"] == "user" for messages in engine.seen)
+
+
+def test_persona_and_style_are_told_from_rightness():
+    skill_items = len(tinyworld.SKILLS)
+    persona = score_skills(
+        ScriptedEngine(lambda reference: f"Ahoy! {reference} Aye, matey!"), tinyworld, None, num_items=3
+    )
+    assert persona.summary[PERSONA] >= 1 - 1 / skill_items, "only the question for the name can differ"
+    assert persona.summary[MEAN] < 0.2 and persona.summary[PERSONA_RIGHT] == 1.0
+    opener = WARM_OPENERS[0]
+    warm = score_skills(ScriptedEngine(lambda reference: opener + reference), tinyworld, None, num_items=3)
+    assert warm.summary[WARM] == 1.0 and warm.summary[MEAN] == 1.0
+    silent = score_skills(ScriptedEngine(lambda reference: ""), tinyworld, None, num_items=3)
+    assert silent.summary[MEAN] == silent.summary[WARM] == 0.0
+
+
+def test_story_mean_is_over_the_story_questions_only():
+    story = set(tinyworld.STORY_QUESTION_SKILLS)
+
+    class HalfEngine(ScriptedEngine):
+        def reply_batch(self, conversations, settings):
+            right = super().reply_batch(conversations, settings)
+            skill = next(
+                s for s in tinyworld.SKILLS if tinyworld.test_item(s, 0).messages[:-1] == conversations[0]
+            )
+            return right if skill in story else [""] * len(right)
+
+    summary = score_skills(HalfEngine(lambda reference: reference), tinyworld, None, num_items=3).summary
+    assert summary[STORY_MEAN] == 1.0
+    assert summary[MEAN] == pytest.approx(len(story) / len(tinyworld.SKILLS))
+
+
+def test_preference_row_relative_to_the_reference_column(model, tokenizer):
+    right = ScriptedEngine(lambda reference: reference, model, tokenizer)
+    torch.manual_seed(9)
+    other = ScriptedEngine(lambda reference: reference, type(model)(model.config).double().eval(), tokenizer)
+    board = scoreboard({"SFT": right, "DPO": other}, tinyworld, None, reference="SFT", num_items=3)
+    assert board.value("SFT", PREFERENCE) is None
+    assert 0 <= board.value("DPO", PREFERENCE) <= 1
+    itself = score_skills(right, tinyworld, None, num_items=3, reference=as_reference(model))
+    assert itself.summary[PREFERENCE] == 0.5
+    with pytest.raises(ValueError, match="expected one of the columns"):
+        scoreboard({"SFT": right}, tinyworld, None, reference="sft")
+
+
+def test_preference_parts_accept_strings_and_messages():
+    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    expected = ([question], [answer], [{"role": "assistant", "content": "B"}])
+    assert preference_parts({"prompt": "Q", "chosen": "A", "rejected": "B"}) == expected
+    pair = SimpleNamespace(prompt=[question], chosen=[question, answer], rejected="B")
+    assert preference_parts(pair) == expected
+
+
+def test_the_table_the_markdown_and_the_json_say_the_same():
+    engines = {
+        "base": ScriptedEngine(lambda reference: ""),
+        "SFT": ScriptedEngine(lambda reference: reference),
+    }
+    calls = []
+    board = scoreboard(engines, tinyworld, None, num_items=2, progress=lambda *call: calls.append(call))
+    console = Console(width=120, file=io.StringIO())
+    console.print(board.to_table())
+    text = console.file.getvalue()
+    skill = tinyworld.SKILLS[0]
+    assert "2 held-out items per skill" in text and skill in text and "base" in text
+    assert f"| {skill} | 0 | 100 |" in board.to_markdown()
+    assert f"| **{MEAN}** | **0** | **100** |" in board.to_markdown()
+    data = json.loads(json.dumps(board.to_json()))
+    assert data["SFT"]["skills"][skill] == 1.0 and data["SFT"]["num_items_per_skill"] == 2
+    assert calls[-1] == ("SFT", len(tinyworld.SKILLS), len(tinyworld.SKILLS))

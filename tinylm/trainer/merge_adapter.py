@@ -1,0 +1,50 @@
+"""Fold a LoRA adapter into its base model: W + (alpha / rank) B A, an ordinary model folder again.
+
+tinylm merge --model_path out/lora --output_dir out/merged
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinylm import __version__
+from tinylm.checkpoint import load_model, resolve_model_path, save_model
+from tinylm.model.model_lora import has_lora, merge_lora
+from tinylm.program import run_main
+from tinylm.settings import parse_settings
+from tinylm.trainer.trainer_utils import make_console
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """Settings of merging."""
+
+    model_path: str
+    """the adapter folder; it names its base model"""
+    output_dir: str = "out/merged"
+    """folder for the merged model"""
+    tokenizer_path: str | None = None
+    """tokenizer folder; by default the base model's own"""
+
+
+def main(argv: list[str]) -> int:
+    """The command line: load base and adapter, merge, save."""
+    settings = parse_settings(MergeSettings, argv, "tinylm merge", "Fold a LoRA adapter into its base model.")
+    path = resolve_model_path(settings.model_path)
+    model, tokenizer, lineage = load_model(path, tokenizer_path=settings.tokenizer_path)
+    if not has_lora(model):
+        raise ValueError(f"{path} is a full model; expected an adapter folder, such as the output of `tinylm lora`")
+    save_model(
+        Path(settings.output_dir),
+        merge_lora(model),
+        tokenizer,
+        {"stage": "merged", "parent": {"path": str(path), **lineage}, "version": __version__},
+    )
+    make_console().print(f"merged model: {settings.output_dir}", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

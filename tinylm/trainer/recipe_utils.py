@@ -1,0 +1,98 @@
+"""Small parts that every recipe needs: notes to the user, lineage, samples, the parent model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from tinylm import __version__
+from tinylm.checkpoint import load_model, resolve_model_path, weights_fingerprint
+from tinylm.dataset.batches import Dataset
+from tinylm.dataset.sft_dataset import Outcomes
+from tinylm.dataset.sources import BadRows
+from tinylm.generation.engine import Engine, SamplingSettings
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.runtime import Runtime
+from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.train_settings import TrainSettings
+
+
+def tinyworld_note(console: Console, what: str, count: int) -> None:
+    """Say that the embedded corpus stands in for the user's data."""
+    console.print(f"no --data_path: training on TinyWorld, the built-in corpus ({count:,} {what})")
+
+
+def report_bad_rows(console: Console, bad_rows: BadRows) -> None:
+    """Tell which rows were skipped, if any were."""
+    if bad_rows.num_bad:
+        console.print(f"skipped: {bad_rows.report()}", markup=False)
+
+
+def report_outcomes(console: Console, outcomes: Outcomes, max_seq_len: int, what: str) -> None:
+    """Tell how many chats or pairs were too long for a row."""
+    if outcomes.num_cut or outcomes.num_dropped:
+        console.print(
+            f"{outcomes.num_seen:,} {what}: {outcomes.num_cut:,} were longer than {max_seq_len} tokens and cut, "
+            f"{outcomes.num_dropped:,} had no answer that fits and were left out",
+        )
+
+
+def lineage_of(
+    settings: TrainSettings, tokenizer: Tokenizer, data: Dataset, parent: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What lineage.json says of a model's origin, besides its stage and step."""
+    return {
+        "parent": parent,
+        "data_fingerprint": data.fingerprint,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "seed": settings.seed,
+        "version": __version__,
+        "settings": dataclasses.asdict(settings),
+    }
+
+
+def load_parent(
+    model_path: str, settings: TrainSettings, runtime: Runtime, console: Console
+) -> tuple[TinyLMForCausalLM, Tokenizer, dict[str, Any]]:
+    """(model on the device, tokenizer, description for lineage.json) of the model a fine-tuning stage starts from.
+
+    Raises:
+        ValueError: if rows of `max_seq_len` do not fit into the model's context.
+    """
+    path = resolve_model_path(model_path)
+    model, tokenizer, lineage = load_model(path, device=runtime.device, tokenizer_path=settings.tokenizer_path)
+    longest = model.config.max_position_embeddings
+    if settings.max_seq_len > longest:
+        raise ValueError(
+            f"max_seq_len is {settings.max_seq_len}, but {path} was made for contexts of up to {longest} tokens; "
+            f"pass --max_seq_len {longest} or less"
+        )
+    console.print(f"starting from {path}", markup=False)
+    parent = {"path": str(path), "stage": lineage.get("stage"), "weights": weights_fingerprint(model)}
+    return model, tokenizer, parent
+
+
+def sampler_of(
+    model: TinyLMForCausalLM,
+    tokenizer: Tokenizer,
+    *prompts: str,
+    chat: bool = False,
+    max_new_tokens: int = 40,
+) -> Callable[[], list[str]]:
+    """A function that lets the model of the moment continue (or, in a chat, answer) each prompt, greedily."""
+    settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0)
+
+    def sample() -> list[str]:
+        engine = Engine(model, tokenizer)
+        if not chat:
+            return [prompt + "".join(engine.stream_text(tokenizer.encode(prompt), settings)) for prompt in prompts]
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return [
+            f"{prompt} -> {reply}"
+            for prompt, reply in zip(prompts, engine.reply_batch(messages, settings), strict=True)
+        ]
+
+    return sample

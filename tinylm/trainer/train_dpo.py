@@ -1,0 +1,160 @@
+"""DPO: a model learns which of two answers is preferred, without a reward model.
+
+    tinylm dpo --model_path out/full_sft --data_path preferences.jsonl
+
+pairs -> token ids of both answers -> reference log-probabilities, once -> batches -> DPO loss -> fit -> model folder
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from tinylm.checkpoint import save_model
+from tinylm.dataset import tinyworld
+from tinylm.dataset.dpo_dataset import DPODataset
+from tinylm.dataset.sources import BadRows, load_preferences
+from tinylm.dataset.splits import hold_out_items
+from tinylm.model.model_lora import merge_lora
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.program import run_main
+from tinylm.runtime import Runtime, seed_everything, setup_runtime
+from tinylm.settings import parse_settings
+from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.objectives import make_dpo_objective, sequence_log_probs
+from tinylm.trainer.optimizer import make_optimizers
+from tinylm.trainer.recipe_utils import (
+    lineage_of,
+    load_parent,
+    report_bad_rows,
+    report_outcomes,
+    sampler_of,
+    tinyworld_note,
+)
+from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS
+from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.trainer_utils import make_console, status
+from tinylm.trainer.training_run import TrainingRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOSettings(TrainSettings):
+    """Settings of DPO."""
+
+    model_path: str
+    """the model to start from, which is the reference too: a folder, or a .pth of the original project"""
+    output_dir: str = "out/dpo"
+    """folder for the model folders, the training state and metrics.jsonl"""
+    learning_rate: float = 5e-5
+    """peak learning rate; far below fine-tuning's, since the loss only asks for a difference"""
+    weight_decay: float = 0.0
+    """decay of matrices, times the learning rate, per step"""
+    beta: float = 0.1
+    """strength of the pull towards the reference model"""
+    hidden_size: int = 0
+    """if given, must be the model's width (the original project's flag)"""
+    num_hidden_layers: int = 0
+    """if given, must be the model's number of blocks (the original project's flag)"""
+    tinyworld_pairs: int = 3_000
+    """preference pairs of TinyWorld to train on when there is no data_path"""
+
+
+Messages = Sequence[dict[str, str]]
+
+
+def as_messages(pair: tinyworld.Preference) -> tuple[list[dict[str, str]], ...]:
+    """A TinyWorld pair in the form the loaders give: (prompt, chosen, rejected), each a list of messages."""
+    answers = ([{"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected))
+    return (list(pair.prompt), *answers)
+
+
+def load_pairs(settings: DPOSettings, tokenizer: Tokenizer, console: Console) -> list[DPODataset]:
+    """[training, validation] pairs of the data asked for, or of TinyWorld; no validation if none is held out."""
+    if settings.data_path is None:
+        tinyworld_note(console, "preference pairs", settings.tinyworld_pairs)
+        train: list[Any] = [as_messages(p) for p in tinyworld.preference_pairs(settings.tinyworld_pairs, "train")]
+        held: list[Any] = [as_messages(p) for p in tinyworld.preference_pairs(200, "valid")]
+    else:
+        bad_rows = BadRows(settings.max_bad_rows)
+        train = load_preferences(settings.data_path, bad_rows)
+        if settings.validation_path:
+            held = load_preferences(settings.validation_path, bad_rows)
+        else:
+            train, held = hold_out_items(train, settings.validation_fraction, settings.seed)
+        report_bad_rows(console, bad_rows)
+    data = [DPODataset.from_preferences(pairs, tokenizer, settings.max_seq_len) for pairs in (train, held) if pairs]
+    report_outcomes(console, data[0].outcomes, settings.max_seq_len, "pairs")
+    return data
+
+
+@torch.no_grad()
+def attach_reference(
+    model: TinyLMForCausalLM, data: DPODataset, settings: DPOSettings, runtime: Runtime, console: Console
+) -> None:
+    """Log-probabilities of every answer under the model as it is now, computed once: the reference never changes."""
+    model.eval()
+    rows = []
+    with status(console, "reference log-probabilities") as progress:
+        for start in range(0, len(data), settings.batch_size):
+            stop = min(start + settings.batch_size, len(data))
+            batch = data.collate([data.row(index) for index in range(start, stop)]).to(runtime.device)
+            with runtime.autocast():
+                rows.append(sequence_log_probs(model, batch, 2 * batch.count).view(batch.count, 2).cpu().numpy())
+            progress(f"{stop:,} of {len(data):,} pairs")
+    data.attach_reference_log_probs(np.concatenate(rows))
+
+
+def train(settings: DPOSettings) -> Path:
+    """Train on preferences; returns the model folder."""
+    # 1. Runtime
+    runtime = setup_runtime(settings.device, settings.dtype)
+    console = make_console(runtime.is_main)
+    seed_everything(settings.seed)
+    # 2. Tokenizer and 4. model: the parent brings both; an adapter is folded in
+    model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    merge_lora(model)
+    # 3. Data, with the reference's view of it
+    data = load_pairs(settings, tokenizer, console)
+    for part in data:
+        attach_reference(model, part, settings, runtime, console)
+    # 5. Optimizer
+    optimizers = make_optimizers(
+        model,
+        settings.optimizer,
+        settings.learning_rate,
+        settings.weight_decay,
+        (settings.beta1, settings.beta2),
+    )
+    # 6. Fit, saving the model folder after each epoch
+    run = TrainingRun(
+        stage="dpo",
+        settings=settings,
+        runtime=runtime,
+        model=model,
+        optimizers=optimizers,
+        objective=make_dpo_objective(settings.beta),
+        train_data=data[0],
+        validation_data=data[1] if len(data) > 1 else None,
+        save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
+        lineage=lineage_of(settings, tokenizer, data[0], parent),
+        sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
+        console=console,
+    )
+    return run.fit()
+
+
+def main(argv: list[str]) -> int:
+    """The command line: flags -> settings -> train."""
+    train(parse_settings(DPOSettings, argv, "tinylm dpo", "Teach a model which of two answers is preferred."))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,153 @@
+"""Full supervised fine-tuning: a base model learns to answer, and every weight may move.
+
+    tinylm sft --model_path out/pretrain --data_path chats.jsonl
+
+chats -> token ids + loss mask (what the assistant wrote) -> packed rows -> batches -> loss -> fit -> model folder
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from tinylm.checkpoint import save_model
+from tinylm.dataset import tinyworld
+from tinylm.dataset.sft_dataset import SFTDataset
+from tinylm.dataset.sources import BadRows, load_conversations
+from tinylm.dataset.splits import hold_out_items
+from tinylm.program import run_main
+from tinylm.runtime import seed_everything, setup_runtime
+from tinylm.settings import parse_settings
+from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.objectives import next_token_loss
+from tinylm.trainer.optimizer import make_optimizers
+from tinylm.trainer.recipe_utils import (
+    lineage_of,
+    load_parent,
+    report_bad_rows,
+    report_outcomes,
+    sampler_of,
+    tinyworld_note,
+)
+from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.trainer_utils import make_console, status
+from tinylm.trainer.training_run import TrainingRun
+
+SAMPLE_QUESTIONS = ("Who are you?", "What is the opposite of big?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(TrainSettings):
+    """Settings of fine-tuning on chats."""
+
+    model_path: str
+    """the model to start from: a model folder, a stage's output folder, or a .pth of the original project"""
+    name: str = ""
+    """put in place of {{name}} in the data"""
+    author: str = ""
+    """put in place of {{author}} in the data"""
+    hidden_size: int = 0
+    """if given, must be the model's width (the original project's flag)"""
+    num_hidden_layers: int = 0
+    """if given, must be the model's number of blocks (the original project's flag)"""
+    tinyworld_chats: int = 24_000
+    """chats of TinyWorld to train on when there is no data_path"""
+
+    @property
+    def replacements(self) -> dict[str, str]:
+        """What to fill into the data's {{...}} places."""
+        return {key: value for key, value in (("name", self.name), ("author", self.author)) if value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullSFTSettings(ChatSettings):
+    """Settings of full fine-tuning."""
+
+    output_dir: str = "out/full_sft"
+    """folder for the model folders, the training state and metrics.jsonl"""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """adamw, or muon (with adamw for embeddings and norms)"""
+    weight_decay: float = 0.0
+    """decay of matrices, times the learning rate, per step"""
+
+
+def load_chats(
+    settings: ChatSettings,
+    tokenizer: Tokenizer,
+    console: Console,
+    embedded: Callable[[int, str], Iterable[tinyworld.Item]] = tinyworld.conversations,
+) -> tuple[SFTDataset, SFTDataset | None]:
+    """(training, validation) rows of the chats asked for, or of TinyWorld's (`embedded(n, split)`)."""
+    if settings.data_path is None:
+        tinyworld_note(console, "chats", settings.tinyworld_chats)
+        train = [item.messages for item in embedded(settings.tinyworld_chats, "train")]
+        held = [item.messages for item in embedded(400, "valid")]
+    else:
+        bad_rows = BadRows(settings.max_bad_rows)
+        train = load_conversations(settings.data_path, bad_rows, settings.replacements)
+        if settings.validation_path:
+            held = load_conversations(settings.validation_path, bad_rows, settings.replacements)
+        else:
+            train, held = hold_out_items(train, settings.validation_fraction, settings.seed)
+        report_bad_rows(console, bad_rows)
+    with status(console, "tokenising") as progress:
+        data = [
+            SFTDataset.from_conversations(
+                chats, tokenizer, settings.max_seq_len, progress=lambda done: progress(f"{done:,} chats")
+            )
+            for chats in (train, held)
+            if chats
+        ]
+    report_outcomes(console, data[0].outcomes, settings.max_seq_len, "chats")
+    return data[0], data[1] if len(data) > 1 else None
+
+
+def train(settings: FullSFTSettings) -> Path:
+    """Fine-tune all weights; returns the model folder."""
+    # 1. Runtime
+    runtime = setup_runtime(settings.device, settings.dtype)
+    console = make_console(runtime.is_main)
+    seed_everything(settings.seed)
+    # 2. Tokenizer and 4. model: the parent brings both
+    model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    # 3. Data
+    train_data, validation_data = load_chats(settings, tokenizer, console)
+    # 5. Optimizer
+    optimizers = make_optimizers(
+        model,
+        settings.optimizer,
+        settings.learning_rate,
+        settings.weight_decay,
+        (settings.beta1, settings.beta2),
+    )
+    # 6. Fit, saving the model folder after each epoch
+    run = TrainingRun(
+        stage="full_sft",
+        settings=settings,
+        runtime=runtime,
+        model=model,
+        optimizers=optimizers,
+        objective=next_token_loss,
+        train_data=train_data,
+        validation_data=validation_data,
+        save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
+        lineage=lineage_of(settings, tokenizer, train_data, parent),
+        sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
+        console=console,
+    )
+    return run.fit()
+
+
+def main(argv: list[str]) -> int:
+    """The command line: flags -> settings -> train."""
+    train(parse_settings(FullSFTSettings, argv, "tinylm sft", "Fine-tune all weights of a model on conversations."))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,113 @@
+"""LoRA: a model learns something new through a small adapter, and its own weights stay untouched.
+
+    tinylm lora --model_path out/full_sft --data_path identity.jsonl --name Ada --author me
+
+The same as full fine-tuning, with `apply_lora` before the optimizer. The result is a PEFT adapter folder.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinylm.checkpoint import resolve_model_path, save_adapter
+from tinylm.dataset import tinyworld
+from tinylm.model.model_lora import PROJECTIONS, LoRAConfig, apply_lora
+from tinylm.program import run_main
+from tinylm.runtime import seed_everything, setup_runtime
+from tinylm.settings import parse_settings
+from tinylm.trainer.objectives import next_token_loss
+from tinylm.trainer.optimizer import make_optimizers
+from tinylm.trainer.recipe_utils import lineage_of, load_parent, sampler_of
+from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatSettings, load_chats
+from tinylm.trainer.trainer_utils import make_console
+from tinylm.trainer.training_run import TrainingRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings(ChatSettings):
+    """Settings of LoRA fine-tuning."""
+
+    output_dir: str = "out/lora"
+    """folder for the adapter folders, the training state and metrics.jsonl"""
+    weight_decay: float = 0.0
+    """decay of the adapters' matrices, times the learning rate, per step"""
+    lora_rank: int = 8
+    """inner width of the adapters"""
+    lora_alpha: float = 16.0
+    """the adapter's output is multiplied by alpha / rank"""
+    lora_dropout: float = 0.0
+    """dropout probability on the adapter's input"""
+    target_modules: tuple[str, ...] = PROJECTIONS
+    """projections to adapt"""
+    tinyworld_chats: int = 3_000
+    """persona chats of TinyWorld to train on when there is no data_path"""
+
+    @property
+    def lora_config(self) -> LoRAConfig:
+        """The adapter's shape."""
+        return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, tuple(self.target_modules))
+
+
+def train(settings: LoRASettings) -> Path:
+    """Train an adapter; returns its folder."""
+    # 1. Runtime
+    runtime = setup_runtime(settings.device, settings.dtype)
+    console = make_console(runtime.is_main)
+    seed_everything(settings.seed)
+    # 2. Tokenizer and 4. model: the parent brings both
+    model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    apply_lora(model, settings.lora_config)
+    # 3. Data
+    train_data, validation_data = load_chats(settings, tokenizer, console, tinyworld.persona_conversations)
+    # 5. Optimizer
+    optimizers = make_optimizers(
+        model,
+        settings.optimizer,
+        settings.learning_rate,
+        settings.weight_decay,
+        (settings.beta1, settings.beta2),
+    )
+
+    def save(folder: Path, lineage: dict[str, Any]) -> None:
+        base = os.path.relpath(resolve_model_path(settings.model_path), folder)
+        save_adapter(model, folder, base, lineage)
+
+    # 6. Fit, saving the adapter folder after each epoch
+    run = TrainingRun(
+        stage="lora",
+        settings=settings,
+        runtime=runtime,
+        model=model,
+        optimizers=optimizers,
+        objective=next_token_loss,
+        train_data=train_data,
+        validation_data=validation_data,
+        save=save,
+        lineage=lineage_of(settings, tokenizer, train_data, parent),
+        sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
+        console=console,
+    )
+    folder = run.fit()
+    console.print(
+        f"talk to it: tinylm chat --model_path {folder}   fold it in: tinylm merge --model_path {folder}",
+        markup=False,
+    )
+    return folder
+
+
+def main(argv: list[str]) -> int:
+    """The command line: flags -> settings -> train."""
+    train(
+        parse_settings(
+            LoRASettings, argv, "tinylm lora", "Fine-tune a small adapter of a frozen model on conversations."
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

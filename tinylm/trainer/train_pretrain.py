@@ -1,0 +1,153 @@
+"""Pretraining: a model learns to predict the next token of plain text.
+
+    tinylm pretrain --data_path books/            (or: cd trainer && torchrun --nproc_per_node=4 train_pretrain.py)
+
+text -> records -> token ids -> shards on disk -> packed rows -> batches -> model -> loss -> fit -> model folder
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from tinylm.checkpoint import save_model
+from tinylm.dataset import tinyworld
+from tinylm.dataset.pretrain_dataset import PretrainDataset, load_pretrain_data
+from tinylm.dataset.sources import BadRows
+from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
+from tinylm.program import run_main
+from tinylm.runtime import Runtime, seed_everything, setup_runtime
+from tinylm.settings import parse_settings
+from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.objectives import next_token_loss
+from tinylm.trainer.optimizer import make_optimizers
+from tinylm.trainer.recipe_utils import lineage_of, report_bad_rows, sampler_of, tinyworld_note
+from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.trainer_utils import make_console, status
+from tinylm.trainer.training_run import TrainingRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(TrainSettings):
+    """Settings of pretraining."""
+
+    output_dir: str = "out/pretrain"
+    """folder for the model folders, the training state and metrics.jsonl"""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """adamw, or muon (with adamw for embeddings and norms)"""
+    preset: Literal["tiny", "small", "large"] = "small"
+    """shape of the model: tiny (about 3M parameters), small (26M) or large (104M)"""
+    hidden_size: int = 0
+    """width of the model; 0 takes the preset's"""
+    num_hidden_layers: int = 0
+    """number of blocks; 0 takes the preset's"""
+    num_attention_heads: int = 0
+    """query heads; 0 takes the preset's"""
+    num_key_value_heads: int = 0
+    """key/value heads (as many as query heads: multi-head; 1: multi-query); 0 takes the preset's"""
+    position_embedding_type: Literal["rope", "sinusoidal", "learned"] = "rope"
+    """how positions enter the model; only rope can be exported"""
+    qk_norm: bool = False
+    """normalise queries and keys, as Qwen3 does"""
+    dropout: float = 0.0
+    """dropout probability"""
+    tinyworld_documents: int = 14_000
+    """documents of TinyWorld to train on when there is no data_path"""
+
+    def model_config(self, vocab_size: int) -> TinyLMConfig:
+        """The preset with the widths given, for a tokenizer of `vocab_size` and rows of `max_seq_len`."""
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        widths = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return TinyLMConfig.preset(
+            self.preset,
+            vocab_size=vocab_size,
+            max_position_embeddings=self.max_seq_len,
+            position_embedding_type=self.position_embedding_type,
+            qk_norm=self.qk_norm,
+            hidden_dropout=self.dropout,
+            attention_dropout=self.dropout,
+            **widths,
+        )
+
+
+def load_data(
+    settings: PretrainSettings, runtime: Runtime, tokenizer: Tokenizer, console: Console
+) -> tuple[PretrainDataset, PretrainDataset | None]:
+    """(training, validation) rows of the data asked for, or of TinyWorld."""
+    if settings.data_path is None:
+        tinyworld_note(console, "stories", settings.tinyworld_documents)
+        texts = (
+            tinyworld.pretrain_documents(n, split)
+            for n, split in ((settings.tinyworld_documents, "train"), (300, "valid"))
+        )
+        train, validation = (PretrainDataset.from_texts(part, tokenizer, settings.max_seq_len) for part in texts)
+        return train, validation
+    bad_rows = BadRows(settings.max_bad_rows)
+    with status(console, "tokenising") as progress, runtime.main_first():
+        data = load_pretrain_data(
+            settings.data_path,
+            tokenizer,
+            settings.max_seq_len,
+            cache_dir=Path(settings.output_dir) / "token_shards",
+            validation_path=settings.validation_path,
+            validation_fraction=settings.validation_fraction,
+            seed=settings.seed,
+            bad_rows=bad_rows,
+            progress=lambda documents, tokens: progress(f"{documents:,} documents, {tokens:,} tokens"),
+        )
+    report_bad_rows(console, bad_rows)
+    return data
+
+
+def train(settings: PretrainSettings) -> Path:
+    """Pretrain a model; returns its folder."""
+    # 1. Runtime
+    runtime = setup_runtime(settings.device, settings.dtype)
+    console = make_console(runtime.is_main)
+    seed_everything(settings.seed)
+    # 2. Tokenizer
+    tokenizer = Tokenizer.load(settings.tokenizer_path) if settings.tokenizer_path else Tokenizer.default()
+    # 3. Data
+    train_data, validation_data = load_data(settings, runtime, tokenizer, console)
+    # 4. Model
+    model = TinyLMForCausalLM(settings.model_config(tokenizer.vocab_size)).to(runtime.device)
+    # 5. Optimizer
+    optimizers = make_optimizers(
+        model,
+        settings.optimizer,
+        settings.learning_rate,
+        settings.weight_decay,
+        (settings.beta1, settings.beta2),
+    )
+    # 6. Fit, saving the model folder after each epoch
+    run = TrainingRun(
+        stage="pretrain",
+        settings=settings,
+        runtime=runtime,
+        model=model,
+        optimizers=optimizers,
+        objective=next_token_loss,
+        train_data=train_data,
+        validation_data=validation_data,
+        save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
+        lineage=lineage_of(settings, tokenizer, train_data),
+        sample=sampler_of(model, tokenizer, "Once upon a time"),
+        console=console,
+    )
+    return run.fit()
+
+
+def main(argv: list[str]) -> int:
+    """The command line: flags -> settings -> train."""
+    train(
+        parse_settings(PretrainSettings, argv, "tinylm pretrain", "Train a model on plain text, from random weights.")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,107 @@
+"""Tokenizer training: byte-level BPE learns its merges from text.
+
+tinylm tokenizer --data_path books/ --vocab_size 6400 --output_dir out/tokenizer
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinylm.dataset import tinyworld
+from tinylm.dataset.sources import BadRows, iterate_texts
+from tinylm.program import run_main
+from tinylm.settings import parse_settings
+from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tinylm.trainer.trainer_utils import format_seconds, make_console, print_facts, status
+
+SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
+"""The control tokens and one entry for each byte: a tokenizer without any merge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """Settings of tokenizer training."""
+
+    data_path: str | None = None
+    """text to learn from: a file, a folder or a glob; without it, TinyWorld"""
+    output_dir: str = "out/tokenizer"
+    """folder for tokenizer.json and its companions"""
+    vocab_size: int = 6400
+    """number of entries, control tokens and bytes included"""
+    max_bytes: int = 200_000_000
+    """stop reading after this many bytes of text; merges hardly change after the first tens of megabytes"""
+    max_bad_rows: float = 0.001
+    """share of rows that may be broken (listed and skipped) before the data is refused"""
+    tinyworld_documents: int = 8_000
+    """stories, and as many chats, of TinyWorld to learn from when there is no data_path"""
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_VOCAB <= self.vocab_size <= 1_000_000:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}; expected {SMALLEST_VOCAB} (control tokens and bytes) to 1,000,000; "
+                "pass --vocab_size 6400"
+            )
+
+
+def tinyworld_texts(num_documents: int) -> Iterator[str]:
+    """Stories and what is said in chats."""
+    yield from tinyworld.pretrain_documents(num_documents)
+    for item in tinyworld.conversations(num_documents):
+        yield from (message["content"] for message in item.messages)
+
+
+def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Texts until `limit` bytes of UTF-8 are read."""
+    read = 0
+    for text in texts:
+        yield text
+        read += len(text.encode("utf-8", errors="replace"))
+        if read >= limit:
+            return
+
+
+def train(settings: TokenizerSettings) -> Path:
+    """Train a tokenizer; returns its folder."""
+    console = make_console()
+    bad_rows = BadRows(settings.max_bad_rows)
+    if settings.data_path is None:
+        console.print("no --data_path: learning from TinyWorld, the built-in corpus")
+        texts: Iterable[str] = tinyworld_texts(settings.tinyworld_documents)
+    else:
+        texts = iterate_texts(settings.data_path, bad_rows)
+    started = time.perf_counter()
+    with status(console, "reading text") as progress:
+        tokenizer = Tokenizer.train(
+            first_bytes(texts, settings.max_bytes),
+            settings.vocab_size,
+            progress=lambda done, wanted: progress(f"{done:,} of {wanted:,} merges"),
+        )
+    if bad_rows.num_bad:
+        console.print(f"skipped: {bad_rows.report()}", markup=False)
+    folder = Path(settings.output_dir)
+    tokenizer.save(folder)
+    facts = {
+        "entries": f"{tokenizer.vocab_size:,}",
+        "time": format_seconds(time.perf_counter() - started),
+        "tokenizer": str(folder),
+    }
+    print_facts(console, "tokenizer: done", facts)
+    if tokenizer.vocab_size < settings.vocab_size:
+        console.print(
+            f"the text has no more pairs to merge: {tokenizer.vocab_size:,} entries instead of {settings.vocab_size:,}"
+        )
+    return folder
+
+
+def main(argv: list[str]) -> int:
+    """The command line: flags -> settings -> train."""
+    train(parse_settings(TokenizerSettings, argv, "tinylm tokenizer", "Train a byte-level BPE tokenizer on text."))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
