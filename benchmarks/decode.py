@@ -21,6 +21,7 @@ from benchmarks.side_by_side import (
     OURS,
     THEIRS,
     Result,
+    announce,
     equal_models,
     matmul_ceiling,
     results_of,
@@ -137,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         for precision in settings.precision.split(","):
             for size in settings.batch_sizes.split(","):
                 results += measure(settings, preset, precision, int(size))
+                announce(results[-2:])
     show("Greedy decoding", results, settings.output)
     return 0
 

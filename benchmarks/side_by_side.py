@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -125,6 +126,12 @@ def machine_name() -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def announce(results: Sequence[Result]) -> None:
+    """One line on stderr as soon as a setting is measured, so that a run that is stopped has said something."""
+    speeds = ", ".join(f"{result.system} {result.tokens_per_second:,.0f} tokens/s" for result in results)
+    print(f"{results[0].setting}: {speeds} ({results[0].ratio:.2f}x)", file=sys.stderr, flush=True)
 
 
 def show(title: str, results: Sequence[Result], output: str | None) -> None:

@@ -23,6 +23,7 @@ from benchmarks.side_by_side import (
     OURS,
     THEIRS,
     Result,
+    announce,
     equal_models,
     matmul_ceiling,
     results_of,
@@ -167,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     for preset in settings.preset.split(","):
         for precision in settings.precision.split(","):
             results += measure(settings, preset, precision)
+            announce(results[-2:])
     show("Training step", results, settings.output)
     return 0
 

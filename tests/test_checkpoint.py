@@ -118,9 +118,7 @@ def test_half_precision_files_load_as_float32_unless_asked(tmp_path, tokenizer):
     assert load_model(tmp_path / "m", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
 def test_compiled_models_save_plain_names(tmp_path, tokenizer):
     save_model(tmp_path / "m", torch.compile(small_model()), tokenizer, {})
     assert "model.layers.0.self_attn.q_proj.weight" in load_file(tmp_path / "m" / "model.safetensors")
@@ -263,9 +261,7 @@ def test_adapter_folder_loads_base_and_adapter(tmp_path, folder, tokenizer, rela
         load_model(tmp_path / "lora")
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
 def test_fingerprint_sees_one_bit_and_no_wrapper():
     model = small_model()
     before = weights_fingerprint(model)
@@ -292,8 +288,8 @@ def original_state(model) -> dict[str, torch.Tensor]:
         modules = {
             "attention.q_proj": at.q_proj, "attention.k_proj": at.k_proj, "attention.v_proj": at.v_proj,
             "attention.out_proj": at.o_proj, "norm1": layer.input_layernorm,
-            "norm2": layer.post_attention_layernorm, "ffn.gate_proj": mlp.gate_proj, "ffn.up_proj": mlp.up_proj,
-            "ffn.down_proj": mlp.down_proj,
+            "norm2": layer.post_attention_layernorm, "ffn.gate_proj": mlp.gate_proj, "ffn.up_proj":
+            mlp.up_proj, "ffn.down_proj": mlp.down_proj,
         }  # fmt: skip
         state |= {f"model.layers.{i}.{name}.weight": module.weight for name, module in modules.items()}
     return {name: tensor.detach().clone() for name, tensor in state.items()}
@@ -388,16 +384,27 @@ def test_broken_pth_files(tmp_path):
 def nested_state() -> dict:
     generator = torch.Generator().manual_seed(1)
     shared = torch.randn(4, 4)
+    groups = [{"lr": 0.1, "betas": (0.9, 0.95), "params": [0, 11], "foreach": None}]
+    moments = {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 5)}, 11: {}}
     return {
-        "optimizer": {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 5)}, 11: {}},
-                      "param_groups": [{"lr": 0.1, "betas": (0.9, 0.95), "params": [0, 11], "foreach": None}]},
+        "optimizer": {"state": moments, "param_groups": groups},
         "rng": generator.get_state(),
         "python_rng": (3, (1, 2**40, 3), None),
-        "half": torch.randn(3).to(torch.bfloat16), "mask": torch.tensor([True, False]), "int": torch.tensor(2**40),
-        "view": shared[:, 1], "transposed": shared.T, "again": shared, "empty": torch.zeros(0, 3),
-        "step": 12, "loss": 0.1 + 0.2, "best": float("inf"), "done": False, "name": "naïve — 模型",
-        "__odd__": {"__tensor__": "not a tensor"}, "list": [1, [2.5, "x"], {}],
-    }  # fmt: skip
+        "half": torch.randn(3).to(torch.bfloat16),
+        "mask": torch.tensor([True, False]),
+        "int": torch.tensor(2**40),
+        "view": shared[:, 1],
+        "transposed": shared.T,
+        "again": shared,
+        "empty": torch.zeros(0, 3),
+        "step": 12,
+        "loss": 0.1 + 0.2,
+        "best": float("inf"),
+        "done": False,
+        "name": "naïve — 模型",
+        "__odd__": {"__tensor__": "not a tensor"},
+        "list": [1, [2.5, "x"], {}],
+    }
 
 
 def assert_same(a, b) -> None:
@@ -476,9 +483,7 @@ def test_damaged_training_state_is_detected(tmp_path):
 def test_the_previous_state_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
     folder = tmp_path / "state"
     save_training_state(folder, {"step": 1})
-    monkeypatch.setattr(
-        "tinylm.training_state._sha256", lambda _: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr("tinylm.training_state._sha256", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_training_state(folder, {"step": 2})
     monkeypatch.undo()

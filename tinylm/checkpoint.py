@@ -47,9 +47,7 @@ _CONFIG, _ADAPTER, _WEIGHTS = "config.json", "adapter_config.json", "model.safet
 _INDEX = "model.safetensors.index.json"
 
 
-def save_model(
-    folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer, lineage: dict[str, Any]
-) -> None:
+def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer, lineage: dict[str, Any]) -> None:
     """Write a model folder; an existing model folder of that name is replaced once the new one is complete.
 
     Args:
@@ -96,17 +94,13 @@ def resolve_model_path(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a model folder, an adapter folder or a .pth file"
-        )
+        raise FileNotFoundError(f"{path} does not exist; give a model folder, an adapter folder or a .pth file")
     if path.is_file():
         if path.suffix not in (".pth", ".pt"):
             raise ValueError(f"{path} is a {path.suffix or 'nameless'} file; give its folder, or a .pth file")
         return path
     if (path / _WEIGHTS).is_file() and not (path / _CONFIG).is_file():
-        raise ValueError(
-            f"{path} has {_WEIGHTS} but no {_CONFIG}; copy the config that belongs to these weights"
-        )
+        raise ValueError(f"{path} has {_WEIGHTS} but no {_CONFIG}; copy the config that belongs to these weights")
     if _is_model(path):
         return path
     inside = sorted(child for child in path.iterdir() if not child.name.startswith(".") and _is_model(child))
@@ -150,15 +144,11 @@ def load_model(
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer, lineage
 
 
-def _load_folder(
-    folder: Path, tokenizer_path: str | Path | None
-) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
+def _load_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
     try:
         config = TinyLMConfig.from_hf_dict(read_json(folder / _CONFIG))
     except ValueError as error:
-        raise ValueError(
-            str(error) if str(folder) in str(error) else f"{folder / _CONFIG}: {error}"
-        ) from None
+        raise ValueError(str(error) if str(folder) in str(error) else f"{folder / _CONFIG}: {error}") from None
     files = _weight_files(folder)
     shapes = {name: shape for file in files for name, shape in read_header(file).items()}
     _check_size(files[0], config, num_elements(shapes))
@@ -221,14 +211,10 @@ def _assemble(config: TinyLMConfig, tensors: dict[str, Tensor]) -> TinyLMForCaus
     return model
 
 
-def _load_adapter_folder(
-    folder: Path, tokenizer_path: str | Path | None
-) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
+def _load_adapter_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
     stated = read_json(folder / _ADAPTER).get("base_model_name_or_path")
     if not stated:
-        raise ValueError(
-            f"{folder / _ADAPTER} names no base_model_name_or_path; write the base model's path there"
-        )
+        raise ValueError(f"{folder / _ADAPTER} names no base_model_name_or_path; write the base model's path there")
     candidates = [folder / stated, Path(stated)]  # an absolute path is itself in both
     base = next((candidate for candidate in candidates if candidate.exists()), None)
     if base is None:
@@ -237,9 +223,7 @@ def _load_adapter_folder(
             "base_model_name_or_path (absolute, or relative to the adapter's folder)"
         )
     if (base := resolve_model_path(base)).is_dir() and not (base / _CONFIG).is_file():
-        raise ValueError(
-            f"{folder / _ADAPTER} names {stated}, an adapter itself; the base must be a full model"
-        )
+        raise ValueError(f"{folder / _ADAPTER} names {stated}, an adapter itself; the base must be a full model")
     model, tokenizer, base_lineage = load_model(base, tokenizer_path=tokenizer_path)
     load_adapter(model, folder)
     lineage_path = folder / "lineage.json"
@@ -268,8 +252,7 @@ def _tokenizer_for(folder: Path, config: TinyLMConfig, tokenizer_path: str | Pat
         tokenizer = default
     else:
         raise ValueError(
-            f"{folder} comes with no tokenizer.json for its {config.vocab_size} entries; give "
-            "--tokenizer_path"
+            f"{folder} comes with no tokenizer.json for its {config.vocab_size} entries; give --tokenizer_path"
         )
     _check_vocab(tokenizer, config, folder)
     return tokenizer

@@ -63,9 +63,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
     if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()) or not data:
-        raise ValueError(
-            f"{path} holds no state_dict of tensors; save the model with torch.save(model.state_dict())"
-        )
+        raise ValueError(f"{path} holds no state_dict of tensors; save the model with torch.save(model.state_dict())")
     named = {name_from_original(plain_name(str(name))): tensor for name, tensor in data.items()}
     return {name: tensor.clone() for name, tensor in named.items() if not _TABLES.search(name)}
 
@@ -80,16 +78,12 @@ def config_from_tensors(path: Path, tensors: dict[str, Tensor]) -> TinyLMConfig:
     try:
         vocab_size, hidden_size = tensors["model.embed_tokens.weight"].shape
         head_dim, uneven = divmod(tensors[f"{layer}self_attn.k_proj.weight"].shape[0], NUM_KEY_VALUE_HEADS)
-        num_heads, uneven_heads = divmod(
-            tensors[f"{layer}self_attn.q_proj.weight"].shape[0], max(head_dim, 1)
-        )
+        num_heads, uneven_heads = divmod(tensors[f"{layer}self_attn.q_proj.weight"].shape[0], max(head_dim, 1))
         width = tensors[f"{layer}mlp.gate_proj.weight"].shape[0]
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} lacks {error}; expected the original project's tensors") from None
     if uneven or uneven_heads:
-        raise ValueError(
-            f"{path} has q_proj and k_proj of unequal heads; expected {NUM_KEY_VALUE_HEADS} k/v heads"
-        )
+        raise ValueError(f"{path} has q_proj and k_proj of unequal heads; expected {NUM_KEY_VALUE_HEADS} k/v heads")
     numbers = [int(m.group(1)) for name in tensors if (m := re.match(r"model\.layers\.(\d+)\.", name))]
     head = tensors.get("lm_head.weight")
     return TinyLMConfig(

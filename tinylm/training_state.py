@@ -45,14 +45,10 @@ def load_training_state(folder: str | Path) -> dict[str, Any]:
     folder = _existing(Path(folder))
     record = read_json(folder / _VALUES)
     if record.get("format") != 1:
-        raise ValueError(
-            f"{folder / _VALUES} has format {record.get('format')!r}; expected 1: it is not ours"
-        )
+        raise ValueError(f"{folder / _VALUES} has format {record.get('format')!r}; expected 1: it is not ours")
     tensors = read_tensors(folder / _TENSORS)
     if _sha256(folder / _TENSORS) != record.get("sha256"):
-        raise ValueError(
-            f"{folder / _TENSORS} does not match its checksum; restore it from a copy or start afresh"
-        )
+        raise ValueError(f"{folder / _TENSORS} does not match its checksum; restore it from a copy or start afresh")
     state = _unflatten(record["state"], tensors)
     assert isinstance(state, dict)
     return state
@@ -84,9 +80,7 @@ def _flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     # Exact types: a numpy number or an enum would come back as something else.
     if value is None or type(value) in (str, int, float, bool):
         return value
-    raise TypeError(
-        f"{path} is a {type(value).__name__}; training state holds tensors and plain JSON values only"
-    )
+    raise TypeError(f"{path} is a {type(value).__name__}; training state holds tensors and plain JSON values only")
 
 
 def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:

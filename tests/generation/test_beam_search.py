@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_model, make_twin
+from random_models import make_model, make_twin
 
 from tinylm.generation.beam_search import beam_search
 from tinylm.generation.engine import Engine, SamplingSettings
-
 
 PROMPTS = ([5, 6, 7, 8], [250], [9, 40, 41, 42, 43, 44, 45])
 STOP_IDS = (0, 2, 17, 33)  # more of them than usual, so that some answers end early

@@ -48,7 +48,9 @@ def test_temperature_zero_leaves_the_first_of_the_likeliest() -> None:
     assert sampling.temperature(torch.tensor([[1.0, 3.0, 3.0]]), 0.0).tolist() == [[OFF, 3.0, OFF]]
 
 
-@pytest.mark.parametrize(("k", "expected"), [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("k", "expected"), [(0, [0, 1, 2, 3]), (1, [1]), (2, [1, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+)
 def test_top_k(k: int, expected: list[int]) -> None:
     assert kept(sampling.top_k(LOGITS, k)) == expected
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from tests.model.small_models import random_ids, reference_of, small_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from tests.model.small_models import random_ids, reference_of, small_model
 from tinylm.model.model_lora import (
     PROJECTIONS,
     LoRAConfig,
@@ -68,9 +68,7 @@ def test_disable_unload_and_merge():
 
     torch.manual_seed(0)
     model = apply_lora(small_model(), LoRAConfig())
-    before = {
-        name.replace(".base.", "."): t.clone() for name, t in model.state_dict().items() if "lora" not in name
-    }
+    before = {name.replace(".base.", "."): t.clone() for name, t in model.state_dict().items() if "lora" not in name}
     randomise(model)
     unload_lora(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -98,9 +96,7 @@ def test_peft_loads_our_adapter(tmp_path, targets):
 
 def test_we_load_pefts_adapter(tmp_path):
     model, ids = small_model(), random_ids(2, 20)
-    settings = LoraConfig(
-        r=3, lora_alpha=5, target_modules=["k_proj", "up_proj", "o_proj"], task_type="CAUSAL_LM"
-    )
+    settings = LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "up_proj", "o_proj"], task_type="CAUSAL_LM")
     peft_model = get_peft_model(reference_of(model), settings).eval()
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
@@ -123,9 +119,7 @@ def test_switching_adapters(tmp_path):
         assert torch.equal(model(ids), outputs[i])
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
 def test_names_come_from_the_uncompiled_module(tmp_path):
     """The original saved `_orig_mod.` names from a compiled model, then loaded them with strict=False."""
     model = adapted()

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from tests.model.small_models import YARN, random_ids, reference_of, small_config, small_model
 
+from tests.model.small_models import YARN, random_ids, reference_of, small_config, small_model
 from tinylm.model import attention as attention_module
 from tinylm.model.attention import document_starts
 from tinylm.model.kv_cache import KVCache
@@ -48,9 +48,7 @@ def test_logits_and_gradients_equal_transformers(shape):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "preset, count", [("tiny", 3_475_712), ("small", 25_829_888), ("large", 104_030_976)]
-)
+@pytest.mark.parametrize("preset, count", [("tiny", 3_475_712), ("small", 25_829_888), ("large", 104_030_976)])
 def test_presets_have_their_exact_parameter_counts(preset, count):
     config = TinyLMConfig.preset(preset)
     with torch.device("meta"):

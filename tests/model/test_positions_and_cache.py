@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from tests.model.small_models import YARN, random_ids, small_config, small_model
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from tests.model.small_models import YARN, random_ids, small_config, small_model
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.positions import RotaryEmbedding, apply_rotary, sinusoidal_table
 
@@ -87,9 +87,7 @@ def test_cache_storage_never_moves():
 
 def test_cache_errors():
     config = small_config()
-    with pytest.raises(
-        ValueError, match="257 tokens was asked for; the model has max_position_embeddings 256"
-    ):
+    with pytest.raises(ValueError, match="257 tokens was asked for; the model has max_position_embeddings 256"):
         KVCache(config, 1, 257)
     with pytest.raises(ValueError, match="batch_size 0"):
         KVCache(config, 0, 8)

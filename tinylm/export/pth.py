@@ -31,9 +31,7 @@ def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
         )
     for name in ("qk_norm", "attention_bias", "mlp_bias", "rope_scaling"):
         if getattr(config, name):
-            raise ValueError(
-                f"{name} is set; the original project's code has no such thing: export a model folder"
-            )
+            raise ValueError(f"{name} is set; the original project's code has no such thing: export a model folder")
     if config.rope_theta != 1e6 or config.rms_norm_eps != 1e-5:
         raise ValueError(
             f"rope_theta {config.rope_theta} and rms_norm_eps {config.rms_norm_eps} are not the 1e6 and 1e-5 "

@@ -64,9 +64,7 @@ def beam_search(
         log_probs = torch.log_softmax(logits.float(), dim=-1)  # [n, V]
         if penalty != 1.0:
             rows = [prompt_ids + ids for ids in beams.ids]
-            log_probs = repetition_penalty(
-                log_probs, seen_tokens(rows, log_probs.shape[-1], log_probs.device), penalty
-            )
+            log_probs = repetition_penalty(log_probs, seen_tokens(rows, log_probs.shape[-1], log_probs.device), penalty)
         ended, beams, parents = _extend(beams, log_probs, num_beams, stop_ids, length == max_new_tokens)
         finished += [Hypothesis(ids, score / length**length_penalty) for ids, score in ended]
         finished = sorted(finished, key=lambda hypothesis: -hypothesis.score)[:num_beams]
@@ -83,8 +81,9 @@ def _extend(
 ) -> tuple[list[tuple[list[int], float]], _Beams, list[int]]:
     """Grow every beam by every token and keep the best.
 
-    Enough candidates are looked at for `num_beams` to go on even if every stop token of every beam ranks first. Of those
-    that end here, only the ones among the `num_beams` best count: a worse one would not have been followed either.
+    Enough candidates are looked at for `num_beams` to go on even if every stop token of every beam ranks first.
+    Of those that end here, only the ones among the `num_beams` best count: a worse one would not have been
+    followed either.
 
     Returns:
         (ids, summed log-probability) of answers that ended; the beams that go on; the row each of them grew from.

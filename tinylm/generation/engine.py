@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from tinylm.generation.beam_search import beam_search
 from tinylm.generation.cache_rows import select_rows
 from tinylm.generation.history import FittedPrompt, fit_history, prompt_budget
+from tinylm.generation.packed_linear import can_pack, pack_linears
 from tinylm.generation.sampling import SamplingSettings, next_tokens, seen_tokens, uniform_numbers
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
@@ -53,7 +53,7 @@ class Engine:
         self, model: TinyLMForCausalLM, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
     ) -> None:
         self.dtype = dtype or _fastest_dtype(model)
-        self.model = model if model.dtype == self.dtype else copy.deepcopy(model).to(self.dtype).eval()
+        self.model = model if model.dtype == self.dtype else _inference_copy(model, self.dtype)
         self._tokenizer = tokenizer
         self.context_length: int = model.config.max_position_embeddings
 
@@ -184,9 +184,7 @@ class Engine:
         """Logits [B, V] after the last token of input_ids [B, T]; no other position pays for the vocabulary."""
         return self.model.lm_head(self.model.hidden_states(input_ids, cache=cache)[:, -1])
 
-    def _batches(
-        self, prompts: list[list[int]], settings: SamplingSettings, batch_size: int
-    ) -> Iterator[list[int]]:
+    def _batches(self, prompts: list[list[int]], settings: SamplingSettings, batch_size: int) -> Iterator[list[int]]:
         """Places of prompts that are answered together: of similar length, and short enough to be padded.
 
         Padding takes room in the cache, which holds no more than the context. So where the longest prompt leaves a
@@ -303,6 +301,14 @@ class _Batch:
 def _fastest_dtype(model: TinyLMForCausalLM) -> torch.dtype:
     """bfloat16 for a float32 model on hardware that multiplies in it; otherwise the model's own precision."""
     return setup_runtime(str(model.device)).compute_dtype if model.dtype == torch.float32 else model.dtype
+
+
+def _inference_copy(model: TinyLMForCausalLM, dtype: torch.dtype) -> TinyLMForCausalLM:
+    """A copy in another precision, its weights laid out for speed where the hardware has a layout of its own."""
+    own = copy.deepcopy(model).to(dtype).eval()
+    if can_pack(own.device, dtype):
+        pack_linears(own)
+    return own
 
 
 def _seed_of(settings: SamplingSettings) -> int:

@@ -110,9 +110,7 @@ class TinyLMConfig:
                 f"choose one of {', '.join(POSITION_EMBEDDING_TYPES)}"
             )
         if self.position_embedding_type == "rope" and self.head_width % 2:
-            raise ValueError(
-                f"head_dim {self.head_dim} is odd; RoPE turns pairs of numbers: choose an even one"
-            )
+            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE turns pairs of numbers: choose an even one")
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"hidden_size {self.hidden_size} is odd; sinusoidal positions need an even one")
         for name in ("hidden_dropout", "attention_dropout"):
@@ -170,9 +168,7 @@ class TinyLMConfig:
                 "position_embedding_type=rope"
             )
         if self.qk_norm and self.mlp_bias:
-            raise ValueError(
-                "qk_norm with mlp_bias exists in neither Llama nor Qwen3; export needs one of them off"
-            )
+            raise ValueError("qk_norm with mlp_bias exists in neither Llama nor Qwen3; export needs one of them off")
 
     def to_hf_dict(self) -> dict[str, Any]:
         """The contents of `config.json`, readable by transformers 4 and 5 alike.
@@ -267,9 +263,7 @@ def _rope_of(data: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; expected 1"
-            )
+            raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; expected 1")
         return float(theta), None
     return float(theta), {key: value for key, value in rope.items() if key != "rope_theta"}
 
@@ -282,14 +276,8 @@ def _checked_yarn(scaling: dict[str, Any], config: TinyLMConfig) -> dict[str, An
     if kind != "yarn":
         raise ValueError(f"rope_type {kind!r} is not supported; expected default or yarn")
     if unknown := sorted(set(scaling) - _YARN_KEYS):
-        raise ValueError(
-            f"rope_scaling has the unknown key {unknown[0]!r}; expected {', '.join(sorted(_YARN_KEYS))}"
-        )
-    out = {
-        key: value
-        for key, value in scaling.items()
-        if key not in ("type", "rope_theta") and value is not None
-    }
+        raise ValueError(f"rope_scaling has the unknown key {unknown[0]!r}; expected {', '.join(sorted(_YARN_KEYS))}")
+    out = {key: value for key, value in scaling.items() if key not in ("type", "rope_theta") and value is not None}
     out["rope_type"] = "yarn"
     out.setdefault("original_max_position_embeddings", config.max_position_embeddings)
     original = out["original_max_position_embeddings"]

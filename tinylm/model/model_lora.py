@@ -129,17 +129,13 @@ def apply_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
         ValueError: adapters are attached already, or no layer has a target's name.
     """
     if has_lora(model):
-        raise ValueError(
-            "the model has adapters already; merge_lora or unload_lora them before applying others"
-        )
+        raise ValueError("the model has adapters already; merge_lora or unload_lora them before applying others")
     targets = {}
     for name, module in unwrapped(model).named_modules():
         if name.rpartition(".")[2] in config.target_modules and isinstance(module, nn.Linear):
             targets[name] = module
     if not targets:
-        raise ValueError(
-            f"the model has no layer named {' or '.join(config.target_modules)}; nothing to adapt"
-        )
+        raise ValueError(f"the model has no layer named {' or '.join(config.target_modules)}; nothing to adapt")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, linear in targets.items():
@@ -197,9 +193,7 @@ def save_adapter(
     if not layers:
         raise ValueError("the model has no adapters to save; apply_lora first")
     if len({(layer.lora_A.out_features, layer.scaling, layer.dropout) for layer in layers.values()}) != 1:
-        raise ValueError(
-            "the adapters differ in rank, alpha or dropout; one adapter_config.json states one of each"
-        )
+        raise ValueError("the adapters differ in rank, alpha or dropout; one adapter_config.json states one of each")
     first = next(iter(layers.values()))
     rank = first.lora_A.out_features
     alpha = first.scaling * rank

@@ -70,9 +70,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, plan: AttentionPlan, cache: KVCache | None
     ) -> Tensor:
         batch, time, _ = x.shape
-        q = self.q_proj(x).view(batch, time, -1, self.head_dim)  # [B, T, H, D]
-        k = self.k_proj(x).view(batch, time, -1, self.head_dim)  # [B, T, K, D]
-        v = self.v_proj(x).view(batch, time, -1, self.head_dim)
+        q, k, v = self.project(x)  # [B, T, H, D], [B, T, K, D], [B, T, K, D]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
@@ -82,6 +80,11 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, D]
         out = attention(q, k, v, plan, self.dropout if self.training else 0.0)  # [B, H, T, D]
         return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, D], keys and values [B, T, K, D] of the hidden states x [B, T, C]."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        return self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
 
 
 class SwiGLU(nn.Module):
@@ -169,9 +172,7 @@ class TinyLM(nn.Module):
             cache.advance(time)
         return self.norm(x)
 
-    def _check_lengths(
-        self, time: int, past: int, document_ids: Tensor | None, cache: KVCache | None
-    ) -> None:
+    def _check_lengths(self, time: int, past: int, document_ids: Tensor | None, cache: KVCache | None) -> None:
         limit = self.config.max_position_embeddings
         if past + time > limit:
             raise ValueError(
@@ -180,14 +181,10 @@ class TinyLM(nn.Module):
             )
         if cache is not None:
             if document_ids is not None:
-                raise ValueError(
-                    "document_ids cannot be used with a cache; generate each document on its own"
-                )
+                raise ValueError("document_ids cannot be used with a cache; generate each document on its own")
             cache.require_room(time)
 
-    def _positions(
-        self, position_ids: Tensor | None, time: int, past: int, cache: KVCache | None
-    ) -> Tensor | slice:
+    def _positions(self, position_ids: Tensor | None, time: int, past: int, cache: KVCache | None) -> Tensor | slice:
         """The rows of the position table: a slice when they simply count up, else [B, T] indices."""
         if position_ids is not None:
             limit = self.config.max_position_embeddings

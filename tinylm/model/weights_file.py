@@ -50,16 +50,12 @@ def read_header(path: Path) -> Shapes:
         ValueError: not a safetensors file, or shorter or longer than its header says.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; a safetensors file with the weights is expected there"
-        )
+        raise FileNotFoundError(f"{path} does not exist; a safetensors file with the weights is expected there")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError(
-                f"{path} is cut short or not a safetensors file ({size} bytes); copy or save it again"
-            )
+            raise ValueError(f"{path} is cut short or not a safetensors file ({size} bytes); copy or save it again")
         raw = file.read(length)
     try:
         header = json.loads(raw)
@@ -83,9 +79,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from None
 
 
-def check_shapes(
-    path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ValueError, naming the first tensor and the count, unless both hold the same names and shapes."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
@@ -164,8 +158,7 @@ def replaceable_folder(path: str | Path, marker: str):  # type: ignore[no-untype
     folder = Path(path)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise ValueError(
-            f"{folder} exists and holds other files (no {marker}); it would be replaced: choose another "
-            "folder"
+            f"{folder} exists and holds other files (no {marker}); it would be replaced: choose another folder"
         )
     return atomic_folder(folder)
 

@@ -80,7 +80,7 @@ def load_pairs(settings: DPOSettings, tokenizer: Tokenizer, console: Console) ->
     if settings.data_path is None:
         tinyworld_note(console, "preference pairs", settings.tinyworld_pairs)
         train: list[Any] = [as_messages(p) for p in tinyworld.preference_pairs(settings.tinyworld_pairs, "train")]
-        held: list[Any] = [as_messages(p) for p in tinyworld.preference_pairs(200, "valid")]
+        held: list[Any] = [as_messages(p) for p in tinyworld.preference_pairs(200, "test")]
     else:
         bad_rows = BadRows(settings.max_bad_rows)
         train = load_preferences(settings.data_path, bad_rows)

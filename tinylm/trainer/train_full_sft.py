@@ -86,7 +86,7 @@ def load_chats(
     if settings.data_path is None:
         tinyworld_note(console, "chats", settings.tinyworld_chats)
         train = [item.messages for item in embedded(settings.tinyworld_chats, "train")]
-        held = [item.messages for item in embedded(400, "valid")]
+        held = [item.messages for item in embedded(400, "test")]
     else:
         bad_rows = BadRows(settings.max_bad_rows)
         train = load_conversations(settings.data_path, bad_rows, settings.replacements)

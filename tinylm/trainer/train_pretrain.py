@@ -82,7 +82,7 @@ def load_data(
         tinyworld_note(console, "stories", settings.tinyworld_documents)
         texts = (
             tinyworld.pretrain_documents(n, split)
-            for n, split in ((settings.tinyworld_documents, "train"), (300, "valid"))
+            for n, split in ((settings.tinyworld_documents, "train"), (300, "test"))
         )
         train, validation = (PretrainDataset.from_texts(part, tokenizer, settings.max_seq_len) for part in texts)
         return train, validation

@@ -207,7 +207,12 @@ class TrainingRun:
         if self.runtime.is_main:
             if epoch_done:
                 epoch = -(-report.step // self.steps_per_epoch) - 1
-                facts = {"epoch": epoch, "step": report.step, "validation_loss": self.best_validation_loss}
+                facts = {
+                    "epoch": epoch,
+                    "step": report.step,
+                    "finished": report.step == self.num_steps,
+                    "validation_loss": self.best_validation_loss,
+                }
                 self.save(self.model_folder(epoch), {"stage": self.stage, **facts, **self.lineage})
             save_training_state(self.state_folder, self._state(report.step))
         self.runtime.barrier()
@@ -220,6 +225,7 @@ class TrainingRun:
         return {
             "stage": self.stage,
             "data": self.train_data.fingerprint,
+            "parent": (self.lineage.get("parent") or {}).get("weights"),
             "num_steps": self.num_steps,
             "rows_per_optimizer_step": self.sampler.rows_per_step * settings.accumulation_steps,
             "seed": settings.seed,
@@ -286,14 +292,15 @@ class TrainingRun:
             20 * config.hidden_size * config.num_hidden_layers * 2 + 3 * config.vocab_size * 4
         )  # fmt: skip
         memory = 4 * total + 12 * trained + activations
+        unit = "pairs" if self.stage == "dpo" else "rows"
         device = f"{self.runtime.device}, {str(self.runtime.compute_dtype).removeprefix('torch.')}"
         if self.runtime.world_size > 1:
             device += f", {self.runtime.world_size} processes"
         facts = {
             "parameters": f"{total:,}"
             + (f", of which {trained:,} train ({trained / total:.2%})" if trained < total else ""),
-            "data": f"{len(self.train_data):,} {'pairs' if self.stage == 'dpo' else 'rows'}, {self.train_data.num_targets:,} target tokens",
-            "steps": f"{self.num_steps:,} ({settings.epochs} epoch{'s' * (settings.epochs > 1)}), batch {rows} x {settings.max_seq_len} = {rows * settings.max_seq_len:,} tokens",
+            "data": f"{len(self.train_data):,} {unit}, {self.train_data.num_targets:,} target tokens",
+            "steps": f"{self.num_steps:,} in {settings.epochs} epoch(s), each {rows} {unit} of {settings.max_seq_len} tokens",
             "device": device,
             "estimate": f"about {format_seconds(seconds)}, {format_count(memory)}B of memory",
             "output": str(self.model_folder(settings.epochs - 1)),

@@ -1,0 +1,150 @@
+"""Our AdamW and Muon against torch's, which parameters decay, and the schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from trainer_parts import batch_of, random_documents, small_model
+
+from tinylm.model.model_lora import LoRAConfig, apply_lora
+from tinylm.trainer.objectives import next_token_loss
+from tinylm.trainer.optimizer import AdamW, Muon, cosine_with_warmup, make_optimizers, orthogonalize, split_parameters
+from tinylm.trainer.train_settings import TrainSettings
+
+
+def train_side_by_side(ours, theirs, pairs, steps: int, model) -> None:
+    """The same gradients, of a real loss, to both; then the weights must agree."""
+    for step in range(steps):
+        model.zero_grad(set_to_none=True)
+        batch = batch_of(random_documents(4, seed=step))
+        (next_token_loss(model, batch)[0] / batch.count).backward()
+        for mine, other in pairs:
+            other.grad = None if mine.grad is None else mine.grad.clone()
+        for optimizer in (ours, theirs):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * (1 + step % 3)
+            optimizer.step()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_our_adamw_is_torchs(weight_decay):
+    model = small_model()
+    mine = list(model.parameters())
+    start = [p.detach().clone() for p in mine]
+    others = [nn.Parameter(p.detach().clone()) for p in mine]
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay}
+    ours, theirs = AdamW(mine, **settings), torch.optim.AdamW(others, **settings)
+    train_side_by_side(ours, theirs, list(zip(mine, others, strict=True)), 100, model)
+    for p, other, before in zip(mine, others, start, strict=True):
+        torch.testing.assert_close(p.detach(), other.detach(), atol=1e-6, rtol=1e-6)
+        assert (p.detach() - before).abs().max() > 0.1
+
+
+def test_our_muon_is_torchs():
+    """Square, wide and tall matrices; the two differ only in the order of bfloat16 sums."""
+    model = small_model()
+    mine, _ = split_parameters(model)
+    assert len({tuple(p.shape) for p in mine}) >= 4
+    start = [p.detach().clone() for p in mine]
+    others = [nn.Parameter(p.detach().clone()) for p in mine]
+    ours = Muon(mine, weight_decay=0.1)
+    theirs = torch.optim.Muon(others, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    train_side_by_side(ours, theirs, list(zip(mine, others, strict=True)), 20, model)
+    for p, other, before in zip(mine, others, start, strict=True):
+        moved = (p.detach() - before).norm()
+        assert moved > 0.5
+        assert (p.detach() - other.detach()).norm() < 0.02 * moved
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (40, 16)])
+def test_orthogonalised_singular_values_are_near_one(shape):
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    assert values.shape == (min(shape),) and 0.6 < values.min() and values.max() < 1.25
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_matrices_inside_the_blocks_decay(tied, name):
+    """The original project decayed everything. Norms, biases, embeddings and the head must be left alone."""
+    model = small_model(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True, qk_norm=True)
+    optimizers = make_optimizers(model, name, weight_decay=0.1)
+    decay = {id(p): g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decay.keys() == names.keys()
+    decayed = {names[key] for key, value in decay.items() if value}
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert decayed == {n for n in names.values() if n.endswith(".weight") and n.split(".")[-2] in projections}
+    kept = set(names.values()) - decayed
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= kept
+    assert ("lm_head.weight" in kept) == (not tied) and any(n.endswith(".bias") for n in kept)
+    with_muon = {names[id(p)] for o in optimizers if isinstance(o, Muon) for g in o.param_groups for p in g["params"]}
+    assert with_muon == (decayed if name == "muon" else set())
+
+
+def test_weights_without_decay_stay_when_nothing_pulls_at_them():
+    """The same by its effect: with zero gradients a decayed matrix shrinks, a norm and an embedding do not."""
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in make_optimizers(model, "adamw", learning_rate=0.1, weight_decay=0.5):
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        share = 0.95 if "_proj" in name else 1.0
+        torch.testing.assert_close(parameter.detach(), share * before[name], msg=name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_under_lora_only_the_adapter_is_trained(name):
+    model = apply_lora(small_model(), LoRAConfig(rank=2)) or small_model()
+    optimizers = make_optimizers(model, name)
+    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert held == {id(p) for n, p in model.named_parameters() if "lora_" in n} and held
+
+
+def test_optimizer_errors():
+    model = small_model()
+    with pytest.raises(ValueError, match="optimizer is 'sgd'; expected one of adamw, muon"):
+        make_optimizers(model, "sgd")
+    with pytest.raises(ValueError, match="no trainable matrices"):
+        make_optimizers(model.requires_grad_(False))
+
+
+def test_schedule_by_its_equation():
+    """Up from a small rate, a peak where the warm-up ends, a cosine, and a tenth of the peak at the end."""
+    rates = [cosine_with_warmup(step, 1000, 50, peak=2e-3) for step in range(1001)]
+    assert rates[0] == pytest.approx(2e-3 / 50)
+    assert rates[:50] == pytest.approx([2e-3 * (i + 1) / 50 for i in range(50)])
+    assert rates[49] == rates[50] == max(rates) == pytest.approx(2e-3)
+    assert all(a > b for a, b in zip(rates[50:], rates[51:], strict=False))
+    for step in (50, 287, 525, 999):
+        turn = math.pi * (step - 50) / 950
+        assert rates[step] == pytest.approx(2e-3 * (0.1 + 0.9 * (1 + math.cos(turn)) / 2), rel=1e-12)
+    assert rates[1000] == pytest.approx(2e-4) and rates[999] == pytest.approx(2e-4, rel=1e-4)
+    assert cosine_with_warmup(5000, 1000, 50, peak=2e-3) == pytest.approx(2e-4)  # never past its end
+    assert cosine_with_warmup(0, 1, 0) == 1.0  # a run of one step is at the peak
+
+
+def test_settings_reach_the_schedule():
+    settings = TrainSettings(learning_rate=1e-2, warmup_fraction=0.1, final_lr_fraction=0.25)
+    assert settings.learning_rate_at(0, 100) == pytest.approx(1e-3)
+    assert settings.learning_rate_at(10, 100) == pytest.approx(1e-2)
+    assert settings.learning_rate_at(100, 100) == pytest.approx(2.5e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0; expected at least 1"),
+        ({"accumulation_steps": 0}, "accumulation_steps is 0; expected at least 1"),
+        ({"max_steps": -1}, "max_steps is -1; expected 0 or more"),
+        ({"warmup_fraction": 1.0}, "warmup_fraction is 1.0; expected a share"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a positive number"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**change)
