@@ -59,6 +59,7 @@ FLOORS = {
     "trainer/loop.py": 4,
     "trainer/trainer_utils.py": 4,
     "trainer/training_run.py": 4,
+    "trainer/stage_data.py": 4,
     "trainer/recipe_utils.py": 5,
     "trainer/train_tokenizer.py": 5,
     "trainer/train_pretrain.py": 5,

@@ -11,33 +11,11 @@ from rich.console import Console
 from tinylm import __version__
 from tinylm.checkpoint import load_model, resolve_model_path, weights_fingerprint
 from tinylm.dataset.batches import Dataset
-from tinylm.dataset.sft_dataset import Outcomes
-from tinylm.dataset.sources import BadRows
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.train_settings import TrainSettings
-
-
-def tinyworld_note(console: Console, what: str, count: int) -> None:
-    """Say that the embedded corpus stands in for the user's data."""
-    console.print(f"no --data_path: training on TinyWorld, the built-in corpus ({count:,} {what})")
-
-
-def report_bad_rows(console: Console, bad_rows: BadRows) -> None:
-    """Tell which rows were skipped, if any were."""
-    if bad_rows.num_bad:
-        console.print(f"skipped: {bad_rows.report()}", markup=False)
-
-
-def report_outcomes(console: Console, outcomes: Outcomes, max_seq_len: int, what: str) -> None:
-    """Tell how many chats or pairs were too long for a row."""
-    if outcomes.num_cut or outcomes.num_dropped:
-        console.print(
-            f"{outcomes.num_seen:,} {what}: {outcomes.num_cut:,} were longer than {max_seq_len} tokens and cut, "
-            f"{outcomes.num_dropped:,} had no answer that fits and were left out",
-        )
 
 
 def lineage_of(

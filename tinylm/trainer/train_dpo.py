@@ -8,36 +8,24 @@ pairs -> token ids of both answers -> reference log-probabilities, once -> batch
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from tinylm.checkpoint import save_model
-from tinylm.dataset import tinyworld
 from tinylm.dataset.dpo_dataset import DPODataset
-from tinylm.dataset.sources import BadRows, load_preferences
-from tinylm.dataset.splits import hold_out_items
 from tinylm.model.model_lora import merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.program import run_main
 from tinylm.runtime import Runtime, seed_everything, setup_runtime
 from tinylm.settings import parse_settings
-from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.objectives import make_dpo_objective, sequence_log_probs
 from tinylm.trainer.optimizer import make_optimizers
-from tinylm.trainer.recipe_utils import (
-    lineage_of,
-    load_parent,
-    report_bad_rows,
-    report_outcomes,
-    sampler_of,
-    tinyworld_note,
-)
+from tinylm.trainer.recipe_utils import lineage_of, load_parent, sampler_of
+from tinylm.trainer.stage_data import load_pairs
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS
 from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.trainer_utils import make_console, status
@@ -64,34 +52,6 @@ class DPOSettings(TrainSettings):
     """if given, must be the model's number of blocks (the original project's flag)"""
     tinyworld_pairs: int = 3_000
     """preference pairs of TinyWorld to train on when there is no data_path"""
-
-
-Messages = Sequence[dict[str, str]]
-
-
-def as_messages(pair: tinyworld.Preference) -> tuple[list[dict[str, str]], ...]:
-    """A TinyWorld pair in the form the loaders give: (prompt, chosen, rejected), each a list of messages."""
-    answers = ([{"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected))
-    return (list(pair.prompt), *answers)
-
-
-def load_pairs(settings: DPOSettings, tokenizer: Tokenizer, console: Console) -> list[DPODataset]:
-    """[training, validation] pairs of the data asked for, or of TinyWorld; no validation if none is held out."""
-    if settings.data_path is None:
-        tinyworld_note(console, "preference pairs", settings.tinyworld_pairs)
-        train: list[Any] = [as_messages(p) for p in tinyworld.preference_pairs(settings.tinyworld_pairs, "train")]
-        held: list[Any] = [as_messages(p) for p in tinyworld.preference_pairs(200, "test")]
-    else:
-        bad_rows = BadRows(settings.max_bad_rows)
-        train = load_preferences(settings.data_path, bad_rows)
-        if settings.validation_path:
-            held = load_preferences(settings.validation_path, bad_rows)
-        else:
-            train, held = hold_out_items(train, settings.validation_fraction, settings.seed)
-        report_bad_rows(console, bad_rows)
-    data = [DPODataset.from_preferences(pairs, tokenizer, settings.max_seq_len) for pairs in (train, held) if pairs]
-    report_outcomes(console, data[0].outcomes, settings.max_seq_len, "pairs")
-    return data
 
 
 @torch.no_grad()
@@ -121,8 +81,8 @@ def train(settings: DPOSettings) -> Path:
     model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
     merge_lora(model)
     # 3. Data, with the reference's view of it
-    data = load_pairs(settings, tokenizer, console)
-    for part in data:
+    train_data, validation_data = load_pairs(settings, settings.tinyworld_pairs, tokenizer, console)
+    for part in filter(None, (train_data, validation_data)):
         attach_reference(model, part, settings, runtime, console)
     # 5. Optimizer
     optimizers = make_optimizers(
@@ -140,10 +100,10 @@ def train(settings: DPOSettings) -> Path:
         model=model,
         optimizers=optimizers,
         objective=make_dpo_objective(settings.beta),
-        train_data=data[0],
-        validation_data=data[1] if len(data) > 1 else None,
+        train_data=train_data,
+        validation_data=validation_data,
         save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
-        lineage=lineage_of(settings, tokenizer, data[0], parent),
+        lineage=lineage_of(settings, tokenizer, train_data, parent),
         sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
         console=console,
     )

@@ -8,34 +8,20 @@ chats -> token ids + loss mask (what the assistant wrote) -> packed rows -> batc
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from tinylm.checkpoint import save_model
-from tinylm.dataset import tinyworld
-from tinylm.dataset.sft_dataset import SFTDataset
-from tinylm.dataset.sources import BadRows, load_conversations
-from tinylm.dataset.splits import hold_out_items
 from tinylm.program import run_main
 from tinylm.runtime import seed_everything, setup_runtime
 from tinylm.settings import parse_settings
-from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.objectives import next_token_loss
 from tinylm.trainer.optimizer import make_optimizers
-from tinylm.trainer.recipe_utils import (
-    lineage_of,
-    load_parent,
-    report_bad_rows,
-    report_outcomes,
-    sampler_of,
-    tinyworld_note,
-)
+from tinylm.trainer.recipe_utils import lineage_of, load_parent, sampler_of
+from tinylm.trainer.stage_data import load_chats
 from tinylm.trainer.train_settings import TrainSettings
-from tinylm.trainer.trainer_utils import make_console, status
+from tinylm.trainer.trainer_utils import make_console
 from tinylm.trainer.training_run import TrainingRun
 
 SAMPLE_QUESTIONS = ("Who are you?", "What is the opposite of big?")
@@ -76,37 +62,6 @@ class FullSFTSettings(ChatSettings):
     """decay of matrices, times the learning rate, per step"""
 
 
-def load_chats(
-    settings: ChatSettings,
-    tokenizer: Tokenizer,
-    console: Console,
-    embedded: Callable[[int, str], Iterable[tinyworld.Item]] = tinyworld.conversations,
-) -> tuple[SFTDataset, SFTDataset | None]:
-    """(training, validation) rows of the chats asked for, or of TinyWorld's (`embedded(n, split)`)."""
-    if settings.data_path is None:
-        tinyworld_note(console, "chats", settings.tinyworld_chats)
-        train = [item.messages for item in embedded(settings.tinyworld_chats, "train")]
-        held = [item.messages for item in embedded(400, "test")]
-    else:
-        bad_rows = BadRows(settings.max_bad_rows)
-        train = load_conversations(settings.data_path, bad_rows, settings.replacements)
-        if settings.validation_path:
-            held = load_conversations(settings.validation_path, bad_rows, settings.replacements)
-        else:
-            train, held = hold_out_items(train, settings.validation_fraction, settings.seed)
-        report_bad_rows(console, bad_rows)
-    with status(console, "tokenising") as progress:
-        data = [
-            SFTDataset.from_conversations(
-                chats, tokenizer, settings.max_seq_len, progress=lambda done: progress(f"{done:,} chats")
-            )
-            for chats in (train, held)
-            if chats
-        ]
-    report_outcomes(console, data[0].outcomes, settings.max_seq_len, "chats")
-    return data[0], data[1] if len(data) > 1 else None
-
-
 def train(settings: FullSFTSettings) -> Path:
     """Fine-tune all weights; returns the model folder."""
     # 1. Runtime
@@ -116,7 +71,9 @@ def train(settings: FullSFTSettings) -> Path:
     # 2. Tokenizer and 4. model: the parent brings both
     model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
     # 3. Data
-    train_data, validation_data = load_chats(settings, tokenizer, console)
+    train_data, validation_data = load_chats(
+        settings, settings.tinyworld_chats, tokenizer, console, settings.replacements
+    )
     # 5. Optimizer
     optimizers = make_optimizers(
         model,

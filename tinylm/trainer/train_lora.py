@@ -22,7 +22,8 @@ from tinylm.settings import parse_settings
 from tinylm.trainer.objectives import next_token_loss
 from tinylm.trainer.optimizer import make_optimizers
 from tinylm.trainer.recipe_utils import lineage_of, load_parent, sampler_of
-from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatSettings, load_chats
+from tinylm.trainer.stage_data import load_chats
+from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatSettings
 from tinylm.trainer.trainer_utils import make_console
 from tinylm.trainer.training_run import TrainingRun
 
@@ -62,7 +63,9 @@ def train(settings: LoRASettings) -> Path:
     model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
     apply_lora(model, settings.lora_config)
     # 3. Data
-    train_data, validation_data = load_chats(settings, tokenizer, console, tinyworld.persona_conversations)
+    train_data, validation_data = load_chats(
+        settings, settings.tinyworld_chats, tokenizer, console, settings.replacements, tinyworld.persona_conversations
+    )
     # 5. Optimizer
     optimizers = make_optimizers(
         model,

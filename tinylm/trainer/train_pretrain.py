@@ -12,22 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from tinylm.checkpoint import save_model
-from tinylm.dataset import tinyworld
-from tinylm.dataset.pretrain_dataset import PretrainDataset, load_pretrain_data
-from tinylm.dataset.sources import BadRows
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.program import run_main
-from tinylm.runtime import Runtime, seed_everything, setup_runtime
+from tinylm.runtime import seed_everything, setup_runtime
 from tinylm.settings import parse_settings
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.objectives import next_token_loss
 from tinylm.trainer.optimizer import make_optimizers
-from tinylm.trainer.recipe_utils import lineage_of, report_bad_rows, sampler_of, tinyworld_note
+from tinylm.trainer.recipe_utils import lineage_of, sampler_of
+from tinylm.trainer.stage_data import load_texts
 from tinylm.trainer.train_settings import TrainSettings
-from tinylm.trainer.trainer_utils import make_console, status
+from tinylm.trainer.trainer_utils import make_console
 from tinylm.trainer.training_run import TrainingRun
 
 
@@ -74,35 +70,6 @@ class PretrainSettings(TrainSettings):
         )
 
 
-def load_data(
-    settings: PretrainSettings, runtime: Runtime, tokenizer: Tokenizer, console: Console
-) -> tuple[PretrainDataset, PretrainDataset | None]:
-    """(training, validation) rows of the data asked for, or of TinyWorld."""
-    if settings.data_path is None:
-        tinyworld_note(console, "stories", settings.tinyworld_documents)
-        texts = (
-            tinyworld.pretrain_documents(n, split)
-            for n, split in ((settings.tinyworld_documents, "train"), (300, "test"))
-        )
-        train, validation = (PretrainDataset.from_texts(part, tokenizer, settings.max_seq_len) for part in texts)
-        return train, validation
-    bad_rows = BadRows(settings.max_bad_rows)
-    with status(console, "tokenising") as progress, runtime.main_first():
-        data = load_pretrain_data(
-            settings.data_path,
-            tokenizer,
-            settings.max_seq_len,
-            cache_dir=Path(settings.output_dir) / "token_shards",
-            validation_path=settings.validation_path,
-            validation_fraction=settings.validation_fraction,
-            seed=settings.seed,
-            bad_rows=bad_rows,
-            progress=lambda documents, tokens: progress(f"{documents:,} documents, {tokens:,} tokens"),
-        )
-    report_bad_rows(console, bad_rows)
-    return data
-
-
 def train(settings: PretrainSettings) -> Path:
     """Pretrain a model; returns its folder."""
     # 1. Runtime
@@ -112,7 +79,7 @@ def train(settings: PretrainSettings) -> Path:
     # 2. Tokenizer
     tokenizer = Tokenizer.load(settings.tokenizer_path) if settings.tokenizer_path else Tokenizer.default()
     # 3. Data
-    train_data, validation_data = load_data(settings, runtime, tokenizer, console)
+    train_data, validation_data = load_texts(settings, settings.tinyworld_documents, runtime, tokenizer, console)
     # 4. Model
     model = TinyLMForCausalLM(settings.model_config(tokenizer.vocab_size)).to(runtime.device)
     # 5. Optimizer

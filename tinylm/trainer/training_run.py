@@ -300,7 +300,7 @@ class TrainingRun:
             "parameters": f"{total:,}"
             + (f", of which {trained:,} train ({trained / total:.2%})" if trained < total else ""),
             "data": f"{len(self.train_data):,} {unit}, {self.train_data.num_targets:,} target tokens",
-            "steps": f"{self.num_steps:,} in {settings.epochs} epoch(s), each {rows} {unit} of {settings.max_seq_len} tokens",
+            "steps": f"{self.num_steps:,} in {settings.epochs} epoch(s), each {rows} {unit} x {settings.max_seq_len}",
             "device": device,
             "estimate": f"about {format_seconds(seconds)}, {format_count(memory)}B of memory",
             "output": str(self.model_folder(settings.epochs - 1)),

@@ -1,0 +1,138 @@
+"""The data of each stage: the user's files, or TinyWorld where none are given; always a part held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tinylm.dataset import tinyworld
+from tinylm.dataset.dpo_dataset import DPODataset
+from tinylm.dataset.pretrain_dataset import PretrainDataset, load_pretrain_data
+from tinylm.dataset.sft_dataset import Outcomes, SFTDataset
+from tinylm.dataset.sources import BadRows, load_conversations, load_preferences
+from tinylm.dataset.splits import hold_out_items
+from tinylm.runtime import Runtime
+from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.trainer_utils import status
+
+Messages = list[dict[str, str]]
+
+HELD_OUT_STORIES, HELD_OUT_CHATS, HELD_OUT_PAIRS = 300, 400, 200
+"""Items of TinyWorld's test split that a run on TinyWorld validates on."""
+
+
+def load_texts(
+    settings: TrainSettings, tinyworld_documents: int, runtime: Runtime, tokenizer: Tokenizer, console: Console
+) -> tuple[PretrainDataset, PretrainDataset | None]:
+    """(training, validation) rows of running text."""
+    if settings.data_path is None:
+        _tinyworld_note(console, tinyworld_documents, "stories")
+        stories = [(tinyworld_documents, "train"), (HELD_OUT_STORIES, "test")]
+        train, held = (
+            PretrainDataset.from_texts(tinyworld.pretrain_documents(count, split), tokenizer, settings.max_seq_len)
+            for count, split in stories
+        )
+        return train, held
+    bad_rows = BadRows(settings.max_bad_rows)
+    with status(console, "tokenising") as progress, runtime.main_first():
+        data = load_pretrain_data(
+            settings.data_path,
+            tokenizer,
+            settings.max_seq_len,
+            cache_dir=Path(settings.output_dir) / "token_shards",
+            validation_path=settings.validation_path,
+            validation_fraction=settings.validation_fraction,
+            seed=settings.seed,
+            bad_rows=bad_rows,
+            progress=lambda documents, tokens: progress(f"{documents:,} documents, {tokens:,} tokens"),
+        )
+    _report_bad_rows(console, bad_rows)
+    return data
+
+
+def load_chats(
+    settings: TrainSettings,
+    tinyworld_chats: int,
+    tokenizer: Tokenizer,
+    console: Console,
+    replacements: Mapping[str, str] | None = None,
+    embedded: Callable[[int, str], Iterable[tinyworld.Item]] = tinyworld.conversations,
+) -> tuple[SFTDataset, SFTDataset | None]:
+    """(training, validation) rows of chats.
+
+    Args:
+        replacements: what to put in place of {{name}} and the like in the user's data.
+        embedded: (count, split) -> TinyWorld's chats, or its chats in persona.
+    """
+    if settings.data_path is None:
+        _tinyworld_note(console, tinyworld_chats, "chats")
+        train = [item.messages for item in embedded(tinyworld_chats, "train")]
+        held = [item.messages for item in embedded(HELD_OUT_CHATS, "test")]
+    else:
+        train, held = _split_files(settings, console, lambda p, bad: load_conversations(p, bad, replacements))
+    data = []
+    for chats in filter(None, (train, held)):
+        with status(console, "tokenising") as progress:
+            rows = SFTDataset.from_conversations(
+                chats, tokenizer, settings.max_seq_len, progress=lambda done: progress(f"{done:,} chats")
+            )
+        data.append(rows)
+    _report_outcomes(console, data[0].outcomes, settings.max_seq_len, "chats")
+    return data[0], data[1] if len(data) > 1 else None
+
+
+def load_pairs(
+    settings: TrainSettings, tinyworld_pairs: int, tokenizer: Tokenizer, console: Console
+) -> tuple[DPODataset, DPODataset | None]:
+    """(training, validation) preference pairs."""
+    if settings.data_path is None:
+        _tinyworld_note(console, tinyworld_pairs, "preference pairs")
+        train: list[Any] = [_as_messages(pair) for pair in tinyworld.preference_pairs(tinyworld_pairs, "train")]
+        held: list[Any] = [_as_messages(pair) for pair in tinyworld.preference_pairs(HELD_OUT_PAIRS, "test")]
+    else:
+        train, held = _split_files(settings, console, load_preferences)
+    data = [DPODataset.from_preferences(part, tokenizer, settings.max_seq_len) for part in (train, held) if part]
+    _report_outcomes(console, data[0].outcomes, settings.max_seq_len, "pairs")
+    return data[0], data[1] if len(data) > 1 else None
+
+
+def _split_files(
+    settings: TrainSettings, console: Console, load: Callable[[str, BadRows], list[Any]]
+) -> tuple[list[Any], list[Any]]:
+    """(training, held out) items from the files of `settings`."""
+    assert settings.data_path is not None
+    bad_rows = BadRows(settings.max_bad_rows)
+    train = load(settings.data_path, bad_rows)
+    if settings.validation_path:
+        held = load(settings.validation_path, bad_rows)
+    else:
+        train, held = hold_out_items(train, settings.validation_fraction, settings.seed)
+    _report_bad_rows(console, bad_rows)
+    return train, held
+
+
+def _as_messages(pair: tinyworld.Preference) -> tuple[Messages, Messages, Messages]:
+    """A TinyWorld pair in the form the loaders give."""
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected))
+    return list(pair.prompt), chosen, rejected
+
+
+def _tinyworld_note(console: Console, count: int, what: str) -> None:
+    console.print(f"no --data_path: training on TinyWorld, the built-in corpus ({count:,} {what})")
+
+
+def _report_bad_rows(console: Console, bad_rows: BadRows) -> None:
+    if bad_rows.num_bad:
+        console.print(f"skipped: {bad_rows.report()}", markup=False)
+
+
+def _report_outcomes(console: Console, outcomes: Outcomes, max_seq_len: int, what: str) -> None:
+    if outcomes.num_cut or outcomes.num_dropped:
+        console.print(
+            f"{outcomes.num_seen:,} {what}: {outcomes.num_cut:,} were longer than {max_seq_len} tokens and cut, "
+            f"{outcomes.num_dropped:,} had no answer that fits and were left out"
+        )
