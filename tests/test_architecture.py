@@ -29,6 +29,7 @@ FLOORS = {
     "model/model_tinylm.py": 1,
     "model/weights_file.py": 1,
     "model/model_lora.py": 1,
+    "model/inference_copy.py": 1,
     "dataset/tinyworld_words.py": 1,
     "dataset/tinyworld_phrases.py": 1,
     "dataset/tinyworld_stories.py": 1,
@@ -67,7 +68,6 @@ FLOORS = {
     "trainer/train_lora.py": 5,
     "trainer/train_dpo.py": 5,
     "trainer/merge_adapter.py": 5,
-    "generation/packed_linear.py": 3,
     "generation/sampling.py": 3,
     "generation/cache_rows.py": 3,
     "generation/history.py": 3,
@@ -244,9 +244,7 @@ def test_only_settings_parses_flags(name: str) -> None:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             roots = {module.partition(".")[0] for module in modules}
-            assert roots.isdisjoint({"argparse", "jsonargparse", "click", "optparse"}), (
-                f"{name}:{node.lineno}"
-            )
+            assert roots.isdisjoint({"argparse", "jsonargparse", "click", "optparse"}), f"{name}:{node.lineno}"
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -79,9 +79,7 @@ def test_a_file_names_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("text", ["epochs: 2\n", "command: pretrian\n", "command: run\n"])
-def test_a_file_without_a_command_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
-) -> None:
+def test_a_file_without_a_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     assert cli.main(["run", str(file)]) == 2

@@ -85,9 +85,7 @@ def test_an_absent_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("values", [("x", "2"), ("2", "2")])
-def test_a_broken_torchrun_environment_is_named(
-    monkeypatch: pytest.MonkeyPatch, values: tuple[str, str]
-) -> None:
+def test_a_broken_torchrun_environment_is_named(monkeypatch: pytest.MonkeyPatch, values: tuple[str, str]) -> None:
     monkeypatch.setenv("RANK", values[0])
     monkeypatch.setenv("WORLD_SIZE", values[1])
     with pytest.raises(ValueError, match="RANK="):
@@ -178,9 +176,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, failure: BaseExcepti
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_disk_that_fills_up_at_the_flush_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_at_the_flush_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "file.bin"
     target.write_bytes(b"old")
 

@@ -104,9 +104,7 @@ def test_values_keep_their_type() -> None:
         (["--config", "nowhere.yaml"], "no file nowhere.yaml"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
+def test_a_mistake_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert message in failure(capsys, *words)
 
 

@@ -24,9 +24,7 @@ COMMANDS = {
     "tokenizer": Command("tinylm.trainer.train_tokenizer:main", "train a tokenizer on text"),
     "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", True),
     "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", True),
-    "lora": Command(
-        "tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", True
-    ),
+    "lora": Command("tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", True),
     "dpo": Command("tinylm.trainer.train_dpo:main", "teach a model which of two answers is preferred", True),
     "chat": Command("tinylm.inference:main", "talk with a model in the terminal"),
     "eval": Command("tinylm.evaluation.evaluate:main", "measure a model"),

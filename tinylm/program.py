@@ -16,9 +16,7 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM, raised like Ctrl-C so that the same clean-up runs."""
 
 
-def run_main(
-    function: Callable[[list[str]], int], argv: list[str] | None = None, resumable: bool = True
-) -> int:
+def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None, resumable: bool = True) -> int:
     """Call a command's `main` and turn whatever it raises into one line on stderr and an exit status.
 
     Status 2 for the user's mistakes (ValueError, a path that cannot be used), 130 for Ctrl-C, 143 for

@@ -187,15 +187,11 @@ def _ranks_from_environment() -> tuple[int, int, int]:
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
         text = os.environ.get(name, str(default))
         if not text.isdigit():
-            raise ValueError(
-                f"environment variable {name}={text!r}; expected a number; unset it or use torchrun"
-            )
+            raise ValueError(f"environment variable {name}={text!r}; expected a number; unset it or use torchrun")
         values.append(int(text))
     rank, world_size, local_rank = values
     if rank >= world_size:
-        raise ValueError(
-            f"RANK={rank} with WORLD_SIZE={world_size}; expected RANK below WORLD_SIZE; use torchrun"
-        )
+        raise ValueError(f"RANK={rank} with WORLD_SIZE={world_size}; expected RANK below WORLD_SIZE; use torchrun")
     return rank, world_size, local_rank
 
 
@@ -208,9 +204,7 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if name == "mps":
         if not torch.backends.mps.is_available():
-            raise ValueError(
-                "device 'mps', but this machine has none; expected auto or cpu; use --device auto"
-            )
+            raise ValueError("device 'mps', but this machine has none; expected auto or cpu; use --device auto")
         return torch.device("mps")
     if not torch.cuda.is_available():
         raise ValueError(f"device {name!r}, but torch sees no CUDA GPU; use --device auto or --device cpu")
@@ -226,9 +220,7 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
 def _check_one_gpu_each(chosen: torch.device, asked: str, local_rank: int) -> None:
     """NCCL hangs when two processes share a GPU, so say it before joining."""
     if chosen.type == "cuda" and chosen.index != local_rank:
-        raise ValueError(
-            f"device {asked!r} for process {local_rank}; expected one GPU each; use --device cuda"
-        )
+        raise ValueError(f"device {asked!r} for process {local_rank}; expected one GPU each; use --device cuda")
     if chosen.type == "mps":
         raise ValueError("device 'mps' with several processes; expected cpu or cuda; use --device cpu")
 

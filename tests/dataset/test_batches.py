@@ -19,8 +19,7 @@ def dataset(tokenizer) -> PretrainDataset:
 def steps(num_rows: int, batch_size: int, world_size: int, epoch: int = 0, start: int = 0) -> list[list[int]]:
     """Rows of each micro-step, all ranks together."""
     ranks = [
-        list(BatchSampler(num_rows, batch_size, 7, rank, world_size).epoch(epoch, start))
-        for rank in range(world_size)
+        list(BatchSampler(num_rows, batch_size, 7, rank, world_size).epoch(epoch, start)) for rank in range(world_size)
     ]
     assert len({len(micro_batches) for micro_batches in ranks}) == 1  # or the ranks would wait for each other
     return [sorted(int(i) for part in parts for i in part) for parts in zip(*ranks, strict=True)]
@@ -83,9 +82,7 @@ def test_an_error_in_a_worker_reaches_the_caller(dataset: PretrainDataset) -> No
     def fail(index: int) -> None:
         raise OSError("disk gone")
 
-    broken = type(
-        "Broken", (), {"row": staticmethod(fail), "collate": dataset.collate, "__len__": lambda s: 9}
-    )()
+    broken = type("Broken", (), {"row": staticmethod(fail), "collate": dataset.collate, "__len__": lambda s: 9})()
     with pytest.raises(OSError, match="disk gone"):
         list(batches(broken, 2, num_workers=2))
 

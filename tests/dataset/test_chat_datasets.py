@@ -15,17 +15,14 @@ from tinylm.tokenizer.chat_template import encode_chat
 def chat(*contents: str) -> list[dict[str, str]]:
     """User and assistant in turn."""
     return [
-        {"role": "assistant" if number % 2 else "user", "content": content}
-        for number, content in enumerate(contents)
+        {"role": "assistant" if number % 2 else "user", "content": content} for number, content in enumerate(contents)
     ]
 
 
 def scored(batch) -> dict[int, list[int]]:
     """Targets of each document of a batch."""
     found: dict[int, list[int]] = {}
-    for document, target in zip(
-        batch.document_ids.flatten().tolist(), batch.targets.flatten().tolist(), strict=True
-    ):
+    for document, target in zip(batch.document_ids.flatten().tolist(), batch.targets.flatten().tolist(), strict=True):
         if target != IGNORE_INDEX:
             found.setdefault(document, []).append(target)
     return found
@@ -148,9 +145,7 @@ def dataset_order(dataset: DPODataset):
 
 
 def test_a_batch_of_pairs_is_only_as_wide_as_its_longest_document(tokenizer) -> None:
-    dataset = DPODataset.from_preferences(
-        [pair(["a"], "b", "c"), pair(["a"], "b " * 40, "c")], tokenizer, 400
-    )
+    dataset = DPODataset.from_preferences([pair(["a"], "b", "c"), pair(["a"], "b " * 40, "c")], tokenizer, 400)
     lengths = dataset.documents.lengths - 1
     batch = dataset.collate([dataset.row(0), dataset.row(1)])
     assert batch.input_ids.shape[1] == lengths.max() and batch.count == 2

@@ -85,9 +85,7 @@ def test_worker_processes_write_the_same_shards(tokenizer, tmp_path: Path, monke
     monkeypatch.setattr(token_shards, "CHUNK_CHARACTERS", 20)
     done: list[tuple[int, int]] = []
     write_token_shards(TEXTS * 3, tokenizer, tmp_path / "shards", 2, lambda *numbers: done.append(numbers))
-    assert (
-        open_token_shards(tmp_path / "shards").fingerprint == tokenize_texts(TEXTS * 3, tokenizer).fingerprint
-    )
+    assert open_token_shards(tmp_path / "shards").fingerprint == tokenize_texts(TEXTS * 3, tokenizer).fingerprint
     assert done[-1][0] == 15 and len(done) > 3
 
 
@@ -181,10 +179,7 @@ def test_validation_from_its_own_file(tokenizer, tmp_path: Path) -> None:
     assert held is not None
     assert tokenizer.decode(held.row(0).input_ids) == "four five"
     assert train.num_targets == len(reference(["one two three " * 30], tokenizer)[0]) - 1
-    assert (
-        load_pretrain_data(str(tmp_path / "a.txt"), tokenizer, 16, tmp_path / "c", validation_fraction=0)[1]
-        is None
-    )
+    assert load_pretrain_data(str(tmp_path / "a.txt"), tokenizer, 16, tmp_path / "c", validation_fraction=0)[1] is None
 
 
 def test_items_are_held_out() -> None:

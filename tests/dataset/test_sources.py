@@ -41,9 +41,7 @@ CHATS = {
     "alpaca": {"instruction": "Q", "input": "", "output": "A", "system": "S"},
     "prompt and completion": {"prompt": "Q", "completion": "A", "system": "S"},
     "prompt and completion as messages": {"prompt": [SYSTEM, QUESTION], "completion": [ANSWER]},
-    "text parts": {
-        "messages": [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Q"}]}, ANSWER]
-    },
+    "text parts": {"messages": [SYSTEM, {"role": "user", "content": [{"type": "text", "text": "Q"}]}, ANSWER]},
 }
 
 
@@ -172,9 +170,7 @@ def test_the_limit_of_bad_rows_is_exact(write_jsonl) -> None:
 
 def test_an_error_lists_ten_rows_and_counts_the_rest(write_jsonl) -> None:
     path = write_jsonl(*[{"texts": "x"}] * 25, {"text": "y"})
-    with pytest.raises(
-        ValueError, match=r"line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\. 15 more: the fields texts"
-    ):
+    with pytest.raises(ValueError, match=r"line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\. 15 more: the fields texts"):
         load_texts(path)
 
 
@@ -214,12 +210,8 @@ def test_a_missing_column_lists_those_found(tmp_path: Path) -> None:
 
 
 def test_placeholders_are_filled(write_jsonl) -> None:
-    path = write_jsonl(
-        {"messages": [QUESTION, {"role": "assistant", "content": "I am {{name}} by {{author}}."}]}
-    )
-    assert (
-        load_conversations(path, replacements={"name": "Ada"})[0][1]["content"] == "I am Ada by {{author}}."
-    )
+    path = write_jsonl({"messages": [QUESTION, {"role": "assistant", "content": "I am {{name}} by {{author}}."}]})
+    assert load_conversations(path, replacements={"name": "Ada"})[0][1]["content"] == "I am Ada by {{author}}."
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet", "a.jsonl.gz"])

@@ -273,9 +273,7 @@ def test_an_asked_skill_is_the_last_question():
 
 
 def test_style_of_training_replies():
-    replies = [
-        m["content"] for item in tw.conversations(3000) for m in item.messages if m["role"] == "assistant"
-    ]
+    replies = [m["content"] for item in tw.conversations(3000) for m in item.messages if m["role"] == "assistant"]
     assert 0.27 < sum(map(tw.is_warm, replies)) / len(replies) < 0.33
     for reply in replies:
         assert not tw.is_warm(tw.strip_style(reply)) and tw.strip_style(reply) in reply

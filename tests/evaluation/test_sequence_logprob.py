@@ -23,9 +23,7 @@ def test_worked_example(table_model):
     )
     requests = [([0], [1, 2]), ([0], [2]), ([0, 1, 2], [3, 0])]
     scores = continuation_logprobs(table_model(table), requests)
-    assert [score.logprob for score in scores] == pytest.approx(
-        [math.log(3 / 4), math.log(1 / 4), 2 * math.log(1 / 4)]
-    )
+    assert [score.logprob for score in scores] == pytest.approx([math.log(3 / 4), math.log(1 / 4), 2 * math.log(1 / 4)])
     assert [score.is_greedy for score in scores] == [True, False, True]
     assert [score.num_tokens for score in scores] == [2, 1, 2]
 
@@ -107,9 +105,7 @@ def test_equal_requests_have_exactly_equal_scores(model):
 def test_progress_and_mode_are_as_before(model):
     calls = []
     model.train()
-    continuation_logprobs(
-        model, [([0], [1]), ([0], [2, 3])], progress=lambda done, total: calls.append((done, total))
-    )
+    continuation_logprobs(model, [([0], [1]), ([0], [2, 3])], progress=lambda done, total: calls.append((done, total)))
     assert model.training
     model.eval()
     assert calls[-1] == (2, 2)

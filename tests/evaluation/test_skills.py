@@ -73,9 +73,7 @@ def test_story_mean_is_over_the_story_questions_only():
     class HalfEngine(ScriptedEngine):
         def reply_batch(self, conversations, settings):
             right = super().reply_batch(conversations, settings)
-            skill = next(
-                s for s in tinyworld.SKILLS if tinyworld.test_item(s, 0).messages[:-1] == conversations[0]
-            )
+            skill = next(s for s in tinyworld.SKILLS if tinyworld.test_item(s, 0).messages[:-1] == conversations[0])
             return right if skill in story else [""] * len(right)
 
     summary = score_skills(HalfEngine(lambda reference: reference), tinyworld, None, num_items=3).summary

@@ -10,7 +10,6 @@ from random_models import make_model, make_twin
 from transformers import LlamaForCausalLM
 
 from tinylm.generation.engine import Engine, SamplingSettings
-from tinylm.generation.packed_linear import PackedLinear, can_pack
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 
 GREEDY = SamplingSettings(max_new_tokens=24, temperature=0.0)
@@ -173,22 +172,6 @@ def test_own_precision_shares_the_weights_and_follows_training() -> None:
     assert engine.model is model
     half = Engine(model, dtype=torch.bfloat16)
     assert half.model.dtype == torch.bfloat16 and half.dtype == torch.bfloat16
-
-
-def test_packed_weights_give_the_same_logits() -> None:
-    """One row (decoding) and many (prefill) through one packed weight, with and without a bias."""
-    if not can_pack(torch.device("cpu"), torch.bfloat16):
-        pytest.skip("this torch was built without oneDNN")
-    torch.manual_seed(0)
-    for bias in (False, True):
-        linear = torch.nn.Linear(96, 160, bias=bias).to(torch.bfloat16)
-        with torch.inference_mode():
-            packed = PackedLinear(linear)
-            for shape in ((1, 1, 96), (3, 50, 96), (7, 96)):
-                x = torch.randn(shape).to(torch.bfloat16)
-                torch.testing.assert_close(packed(x), linear(x), atol=0.01, rtol=0.01)
-    engine = Engine(make_model(), dtype=torch.bfloat16)
-    assert not any(type(module) is torch.nn.Linear for module in engine.model.modules())
 
 
 def test_bfloat16_answers_mostly_agree_with_transformers_in_bfloat16(prompts) -> None:

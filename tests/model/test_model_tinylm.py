@@ -164,7 +164,7 @@ def test_residual_projections_start_smaller_with_depth():
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_it_compiles_and_trains_a_step_toward_the_target():
+def test_five_gradient_steps_lower_the_loss():
     model = small_model().train()
     ids = random_ids(2, 33)
     before = None

@@ -129,9 +129,7 @@ def test_worked_example() -> None:
     assert bpe.decode(bpe.encode(piece)) == piece
 
 
-def test_a_text_longer_than_a_chunk_counts_the_same(
-    monkeypatch: pytest.MonkeyPatch, torture: list[str]
-) -> None:
+def test_a_text_longer_than_a_chunk_counts_the_same(monkeypatch: pytest.MonkeyPatch, torture: list[str]) -> None:
     text = "\n".join(torture) + blanks(seed=7) + "x\n" * 50
     whole = count_pieces([text])
     monkeypatch.setattr(bpe_module, "_CHUNK_CHARACTERS", 10)
@@ -189,9 +187,7 @@ def letters_the_engines_disagree_on() -> set[str]:
         splitter = pre_tokenizers.Split(tokenizers.Regex(kind), "removed")
         kept = set("".join(piece for piece, _ in splitter.pre_tokenize_str("".join(characters))))
         matcher = regex.compile(kind)
-        disagreed |= {
-            character for character in characters if (character in kept) == bool(matcher.match(character))
-        }
+        disagreed |= {character for character in characters if (character in kept) == bool(matcher.match(character))}
     return disagreed
 
 
@@ -233,7 +229,5 @@ def test_encodes_any_unicode_as_the_library(bpe: BytePairEncoding, tokenizer: To
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet=" \t\n\r'sTlaé1中!<|>_\u0301\u3000\xa0", max_size=60))
-def test_encodes_awkward_boundaries_as_the_library(
-    bpe: BytePairEncoding, tokenizer: Tokenizer, text: str
-) -> None:
+def test_encodes_awkward_boundaries_as_the_library(bpe: BytePairEncoding, tokenizer: Tokenizer, text: str) -> None:
     assert_same_ids(bpe, tokenizer, [text])

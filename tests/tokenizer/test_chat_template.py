@@ -48,9 +48,7 @@ def assert_as_transformers(
 
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("tools", [None, TOOLS])
-@pytest.mark.parametrize(
-    "messages", [CHAT, CHAT[1:], CHAT[:1], [{"role": "system", "content": " \n"}, *CHAT[1:]]]
-)
+@pytest.mark.parametrize("messages", [CHAT, CHAT[1:], CHAT[:1], [{"role": "system", "content": " \n"}, *CHAT[1:]]])
 def test_ids_and_text_are_transformers(
     tokenizer: Tokenizer, theirs: Any, messages: list[dict[str, str]], tools: Any, prompt: bool
 ) -> None:

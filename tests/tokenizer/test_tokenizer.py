@@ -85,9 +85,7 @@ def test_round_trip_of_anything(tokenizer: Tokenizer, text: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.one_of(st.sampled_from(SPECIAL_TOKENS), st.text(max_size=3).filter(str.isascii)), max_size=8)
-)
+@given(st.lists(st.one_of(st.sampled_from(SPECIAL_TOKENS), st.text(max_size=3).filter(str.isascii)), max_size=8))
 def test_text_never_becomes_a_control_token(tokenizer: Tokenizer, parts: list[str]) -> None:
     text = "".join(parts)
     ids = tokenizer.encode(text)
@@ -148,9 +146,7 @@ def test_lone_surrogates_and_other_types_are_refused(tokenizer: Tokenizer) -> No
 def test_training(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     text = "".join(random.Random(0).choices("abcde ", k=5000))
-    tokenizer = Tokenizer.train(
-        iter([text, text]), 400, progress=lambda done, total: seen.append((done, total))
-    )
+    tokenizer = Tokenizer.train(iter([text, text]), 400, progress=lambda done, total: seen.append((done, total)))
     assert tokenizer.vocab_size == 400
     assert seen == [(done, 128) for done in range(1, 129)]
     assert Tokenizer.train([text, text], 400) == tokenizer

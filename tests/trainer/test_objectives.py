@@ -39,7 +39,7 @@ def test_log_probs_are_those_of_the_next_token():
 def test_only_the_answer_is_scored():
     """What stands in the prompt changes the condition, never the number of terms."""
     model, documents = small_model(), random_documents(4)
-    for ids, mask in documents:
+    for _, mask in documents:
         mask[:] = False
         mask[-2:] = True
     found = sequence_log_probs(model, pairs_batch(documents), 4)

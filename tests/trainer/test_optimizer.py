@@ -99,7 +99,7 @@ def test_weights_without_decay_stay_when_nothing_pulls_at_them():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_under_lora_only_the_adapter_is_trained(name):
-    model = apply_lora(small_model(), LoRAConfig(rank=2)) or small_model()
+    model = apply_lora(small_model(), LoRAConfig(rank=2))
     optimizers = make_optimizers(model, name)
     held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     assert held == {id(p) for n, p in model.named_parameters() if "lora_" in n} and held

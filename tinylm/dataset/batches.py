@@ -63,9 +63,7 @@ class BatchSampler:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; expected at least 1; pass --batch_size 8")
         if not 0 <= self.rank < self.world_size:
-            raise ValueError(
-                f"rank is {self.rank} of {self.world_size} processes; expected 0 to world_size - 1"
-            )
+            raise ValueError(f"rank is {self.rank} of {self.world_size} processes; expected 0 to world_size - 1")
         if self.num_rows < self.world_size:
             raise ValueError(
                 f"more processes than data rows: {self.world_size} processes, {self.num_rows} rows; expected "

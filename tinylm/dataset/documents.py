@@ -152,9 +152,7 @@ def fit_pair(
     return documents[0], documents[1], CUT if first or wanted > room else WHOLE
 
 
-def encode_chats(
-    tokenizer: Any, row_length: int, chats: Sequence[list[Message]]
-) -> tuple[Documents, list[str]]:
+def encode_chats(tokenizer: Any, row_length: int, chats: Sequence[list[Message]]) -> tuple[Documents, list[str]]:
     """Tokenise and fit chats; dropped ones leave no document. The outcomes are one for each chat."""
     fitted = [fit_chat(chat_turns(tokenizer, chat), row_length) for chat in chats]
     kept = [turn for turn, outcome in fitted if outcome != DROPPED]

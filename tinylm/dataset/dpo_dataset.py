@@ -68,9 +68,7 @@ class DPODataset:
         Raises:
             ValueError: if no pair is left.
         """
-        documents, outcomes = encode_all(
-            encode_pairs, preferences, tokenizer, max_seq_len, num_workers, progress
-        )
+        documents, outcomes = encode_all(encode_pairs, preferences, tokenizer, max_seq_len, num_workers, progress)
         return cls(documents, max_seq_len, outcomes, tokenizer.pad_id)
 
     def __len__(self) -> int:
@@ -97,13 +95,9 @@ class DPODataset:
         """
         values = np.asarray(log_probs, dtype=np.float32)
         if values.shape != (len(self), 2):
-            raise ValueError(
-                f"reference log-probabilities have shape {values.shape}; expected {(len(self), 2)}"
-            )
+            raise ValueError(f"reference log-probabilities have shape {values.shape}; expected {(len(self), 2)}")
         if not np.isfinite(values).all():
-            raise ValueError(
-                "a reference log-probability is not finite; expected numbers; check the reference model"
-            )
+            raise ValueError("a reference log-probability is not finite; expected numbers; check the reference model")
         self.reference_log_probs = values
 
     def row(self, index: int) -> PairRow:

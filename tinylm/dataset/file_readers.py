@@ -91,17 +91,13 @@ class _opened:
         try:
             self.handle = gzip.open(self.file) if self.file.lower().endswith(".gz") else open(self.file, "rb")
         except OSError as error:
-            raise ValueError(
-                f"{self.file}: cannot be opened ({error.strerror}); check its permissions"
-            ) from None
+            raise ValueError(f"{self.file}: cannot be opened ({error.strerror}); check its permissions") from None
         return cast("IO[bytes]", self.handle)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self.handle.close()
         if isinstance(error, (OSError, EOFError, zlib.error)):
-            raise ValueError(
-                f"{self.file}: cannot be read ({error}); the file is damaged, fetch it again"
-            ) from None
+            raise ValueError(f"{self.file}: cannot be read ({error}); the file is damaged, fetch it again") from None
 
 
 def _decode(raw: bytes, file: str, line: int) -> str | BadRow:

@@ -30,9 +30,7 @@ class PretrainDataset:
         ValueError: if there is not a single target.
     """
 
-    def __init__(
-        self, shards: TokenShards, tokenizer: Any, max_seq_len: int, spans: Spans | None = None
-    ) -> None:
+    def __init__(self, shards: TokenShards, tokenizer: Any, max_seq_len: int, spans: Spans | None = None) -> None:
         self.shards = shards
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
@@ -52,9 +50,7 @@ class PretrainDataset:
         train, held = hold_out_documents(self.shards.lengths, validation_fraction, seed)
         if held[1].sum() < 2:
             return self, None
-        return tuple(
-            PretrainDataset(self.shards, self.tokenizer, self.max_seq_len, part) for part in (train, held)
-        )  # type: ignore[return-value]
+        return tuple(PretrainDataset(self.shards, self.tokenizer, self.max_seq_len, part) for part in (train, held))  # type: ignore[return-value]
 
     def __len__(self) -> int:
         return len(self.packing)

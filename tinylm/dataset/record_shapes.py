@@ -157,18 +157,14 @@ def _one_message(record: Record, entry: dict[str, Any], where: str) -> Message:
     role_key, content_key = ("from", "value") if entry.get("role") is None else ("role", "content")
     if entry.get(role_key) is None:
         found = ", ".join(sorted(map(str, entry))) or "none"
-        _fail(
-            record, f'{where} has the fields {found}; expected {{"role", "content"}} or {{"from", "value"}}'
-        )
+        _fail(record, f'{where} has the fields {found}; expected {{"role", "content"}} or {{"from", "value"}}')
     role = entry[role_key]
     if not isinstance(role, str) or role not in ROLES:
         _fail(record, f"{where} has the role {role!r:.40}; expected one of {', '.join(ROLES)}")
     content = entry.get(content_key)
     calls = entry.get("tool_calls") or []
     if calls:
-        content = "\n".join(
-            [*([content] if content else []), *(_call(record, call, where) for call in calls)]
-        )
+        content = "\n".join([*([content] if content else []), *(_call(record, call, where) for call in calls)])
     elif isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(_string(record, part.get("text"), f"{where}.text") for part in content)
     return _message(ROLES[role], _string(record, content, f"{where}.{content_key}"))
@@ -227,9 +223,7 @@ def _with_system(record: Record, messages: list[Message]) -> list[Message]:
         parts.append(messages[0]["content"])
         rest = messages[1:]
     if tools:
-        parts.append(
-            "\n".join([TOOLS_INTRODUCTION, *(json.dumps(tool, ensure_ascii=False) for tool in tools)])
-        )
+        parts.append("\n".join([TOOLS_INTRODUCTION, *(json.dumps(tool, ensure_ascii=False) for tool in tools)]))
     text = "\n\n".join(part.strip() for part in parts if part.strip())
     return [_message("system", text), *rest] if text else rest
 

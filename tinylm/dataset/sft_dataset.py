@@ -59,9 +59,7 @@ def encode_all(
     if num_workers is None:
         num_workers = available_cores() if len(items) >= PARALLEL_FROM else 0
     parts, outcomes = [], []
-    for part, part_outcomes in map_in_order(
-        encode, (tokenizer, max_seq_len), chunked(items, CHUNK_SIZE), num_workers
-    ):
+    for part, part_outcomes in map_in_order(encode, (tokenizer, max_seq_len), chunked(items, CHUNK_SIZE), num_workers):
         parts.append(part)
         outcomes += part_outcomes
         if progress is not None:
@@ -122,9 +120,7 @@ class SFTDataset:
         Raises:
             ValueError: if no conversation has an answer that fits.
         """
-        documents, outcomes = encode_all(
-            encode_chats, conversations, tokenizer, max_seq_len, num_workers, progress
-        )
+        documents, outcomes = encode_all(encode_chats, conversations, tokenizer, max_seq_len, num_workers, progress)
         return cls(documents, max_seq_len, outcomes, tokenizer.pad_id)
 
     def __len__(self) -> int:

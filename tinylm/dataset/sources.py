@@ -78,9 +78,7 @@ class BadRows:
         )
 
 
-def load_texts(
-    path: str, bad_rows: BadRows | None = None, replacements: Mapping[str, str] | None = None
-) -> list[str]:
+def load_texts(path: str, bad_rows: BadRows | None = None, replacements: Mapping[str, str] | None = None) -> list[str]:
     """All documents under `path`; see `read_records` and BadRows. Raises ValueError if there is none."""
     return list(_values(path, text_of, bad_rows, replacements))
 
@@ -182,14 +180,10 @@ def find_files(path: str) -> list[str]:
     else:
         files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if not files:
-        raise FileNotFoundError(
-            f"{path}: no such file or folder; expected a file, a folder or a glob; check the path"
-        )
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a file, a folder or a glob; check the path")
     for file in files:
         if not _suffix(file):
-            raise ValueError(
-                f"{file}: unknown kind of file; expected {', '.join(SUFFIXES)}; convert or rename it"
-            )
+            raise ValueError(f"{file}: unknown kind of file; expected {', '.join(SUFFIXES)}; convert or rename it")
     return files
 
 
@@ -202,9 +196,7 @@ def _read_hub(path: str) -> Iterator[Record | BadRow]:
     """Stream `hub:owner/name[:split]` through the `datasets` library; the split is train unless named."""
     name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
     if not name:
-        raise ValueError(
-            f"{path}: no data set named; expected {HUB_PREFIX}owner/name or {HUB_PREFIX}owner/name:split"
-        )
+        raise ValueError(f"{path}: no data set named; expected {HUB_PREFIX}owner/name or {HUB_PREFIX}owner/name:split")
     try:
         import datasets
     except ImportError:
@@ -213,14 +205,10 @@ def _read_hub(path: str) -> Iterator[Record | BadRow]:
             'install it with pip install "tinylm[hub]"'
         ) from None
     try:
-        for number, row in enumerate(
-            datasets.load_dataset(name, split=split or "train", streaming=True), start=1
-        ):
+        for number, row in enumerate(datasets.load_dataset(name, split=split or "train", streaming=True), start=1):
             yield make_record(dict(row), path, number)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: cannot be loaded ({error}); check the name, the split and the network"
-        ) from None
+        raise ValueError(f"{path}: cannot be loaded ({error}); check the name, the split and the network") from None
 
 
 def _replace(value: Any, replacements: Mapping[str, str]) -> Any:

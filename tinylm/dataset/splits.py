@@ -61,8 +61,7 @@ def check_fraction(fraction: float) -> None:
     """Raises ValueError unless 0 <= fraction < 1."""
     if not 0 <= fraction < 1:
         raise ValueError(
-            f"validation_fraction is {fraction}; expected a share from 0 to below 1; "
-            "pass --validation_fraction 0.01"
+            f"validation_fraction is {fraction}; expected a share from 0 to below 1; pass --validation_fraction 0.01"
         )
 
 

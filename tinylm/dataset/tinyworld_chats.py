@@ -106,9 +106,7 @@ def _short(word: str) -> tuple[str, str]:
 def _one_word_closed(rng: random.Random, split: str) -> Question:
     if rng.random() < 0.5:
         word, form = draw_pair(rng, split, "one word", tuple(OPPOSITES), _ONE_WORD)
-        question = rng.choice(("What is the opposite of {}?", "Which word is the opposite of {}?")).format(
-            word
-        )
+        question = rng.choice(("What is the opposite of {}?", "Which word is the opposite of {}?")).format(word)
         right, wrong = OPPOSITES[word], rng.choice([w for w in OPPOSITES if w not in (word, OPPOSITES[word])])
     else:
         word, form = draw_pair(rng, split, "one word", tuple(CATEGORY_OF), _ONE_WORD)
@@ -148,9 +146,7 @@ class _Chat:
     def turn(self, question: Question, text: str | None = None) -> None:
         self.last = question
         self.messages.append({"role": "user", "content": text or question.text})
-        self.messages.append(
-            {"role": "assistant", "content": self.voice.style(self.rng, question.answers[0])}
-        )
+        self.messages.append({"role": "assistant", "content": self.voice.style(self.rng, question.answers[0])})
 
 
 def _story_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | None) -> None:
@@ -207,9 +203,7 @@ def make_chat(
         raise ValueError(f"skill {skill!r}; expected one of {', '.join(SKILLS)}; choose one of them")
     chat, draw = _Chat(rng, voice), rng.random()
     about_story = (
-        skill in STORY_QUESTION_SKILLS
-        or (skill == "one_word" and draw < 0.5)
-        or (skill is None and draw < 0.45)
+        skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < 0.45)
     )
     if about_story:
         _story_chat(chat, split, min(max_questions, rng.choices((2, 3, 4), (0.25, 0.35, 0.4))[0]), skill)

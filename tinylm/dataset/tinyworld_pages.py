@@ -26,9 +26,7 @@ def _story_with_questions(rng: random.Random, split: str) -> str:
     rng.shuffle(facts)
     questions = [ask(rng, story, skill, split, subject) for skill, subject in facts[: rng.randint(3, 7)]]
     form = "Question: {} Answer: {}" if rng.random() < 0.3 else "{} {}"
-    return "\n".join(
-        [story.text, *(form.format(question.text, question.answers[0]) for question in questions)]
-    )
+    return "\n".join([story.text, *(form.format(question.text, question.answers[0]) for question in questions)])
 
 
 def _closed_page(rng: random.Random, split: str) -> str:

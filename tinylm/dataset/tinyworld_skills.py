@@ -47,16 +47,12 @@ def number_pair(rng: random.Random, split: str, kind: str) -> tuple[int, int]:
 def _addition(rng: random.Random, split: str) -> Question:
     a, b = number_pair(rng, split, "plus")
     wrong = tuple(f"{a} plus {b} is {a + b + off}." for off in (1, -1, 10))
-    return Question(
-        "addition", rng.choice(phrases.ADDITION).format(a=a, b=b), (f"{a} plus {b} is {a + b}.",), wrong
-    )
+    return Question("addition", rng.choice(phrases.ADDITION).format(a=a, b=b), (f"{a} plus {b} is {a + b}.",), wrong)
 
 
 def _subtraction(rng: random.Random, split: str) -> Question:
     a, b = number_pair(rng, split, "minus")
-    wrong = tuple(
-        f"{a} minus {b} is {value}." for value in (a - b + 1, a - b + 2, abs(a - b - 1)) if value != a - b
-    )
+    wrong = tuple(f"{a} minus {b} is {value}." for value in (a - b + 1, a - b + 2, abs(a - b - 1)) if value != a - b)
     return Question(
         "subtraction",
         rng.choice(phrases.SUBTRACTION).format(a=a, b=b),
@@ -84,9 +80,7 @@ def _counting(rng: random.Random, split: str) -> Question:
         by_length = rng.choice(_LENGTHS)
         word, form = draw_pair(rng, split, "letters", _WORDS_OF_LENGTH[by_length], phrases.COUNT_LETTERS)
         wrong = tuple(f"The word {word} has {by_length + off} letters." for off in (1, -1))
-        return Question(
-            "counting", form.format(word=word), (f"The word {word} has {by_length} letters.",), wrong
-        )
+        return Question("counting", form.format(word=word), (f"The word {word} has {by_length} letters.",), wrong)
     count = rng.randint(1, 4)
     word, other, third = words = word_list(rng, split, "count", 3)
     items = [word] * count + [rng.choice((other, third)) for _ in range(rng.randint(1, 3))]
@@ -146,9 +140,7 @@ def _sorting(rng: random.Random, split: str) -> Question:
         forms = phrases.SORT_WORDS
     answer = sorted(items)
     wrong = (_listing(items) + ".", _listing([answer[1], answer[0], *answer[2:]]) + ".")
-    return Question(
-        "sorting", rng.choice(forms).format(items=_listing(items)), (_listing(answer) + ".",), wrong
-    )
+    return Question("sorting", rng.choice(forms).format(items=_listing(items)), (_listing(answer) + ".",), wrong)
 
 
 def _reversing(rng: random.Random, split: str) -> Question:
@@ -174,9 +166,7 @@ def _opposites(rng: random.Random, split: str) -> Question:
     word, form = draw_pair(rng, split, "opposite", tuple(OPPOSITES), phrases.OPPOSITE)
     other = rng.choice([w for w in OPPOSITES if w not in (word, OPPOSITES[word])])
     wrong = (f"The opposite of {word} is {other}.",)
-    return Question(
-        "opposites", form.format(word=word), (f"The opposite of {word} is {OPPOSITES[word]}.",), wrong
-    )
+    return Question("opposites", form.format(word=word), (f"The opposite of {word} is {OPPOSITES[word]}.",), wrong)
 
 
 def _categories(rng: random.Random, split: str) -> Question:
@@ -193,9 +183,7 @@ def _greeting(rng: random.Random, split: str) -> Question:
     name, form = draw_pair(rng, split, "hello", NAMES, phrases.HELLO)
     other = rng.choice([n for n in NAMES if n != name])
     answers = (f"Hello, {name}! It is nice to meet you.", f"Nice to meet you, {name}!")
-    return Question(
-        "greeting", form.format(name=name), answers, (f"Hello, {other}! It is nice to meet you.",)
-    )
+    return Question("greeting", form.format(name=name), answers, (f"Hello, {other}! It is nice to meet you.",))
 
 
 def identity_answers(name: str) -> tuple[str, ...]:

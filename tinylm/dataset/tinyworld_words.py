@@ -14,12 +14,8 @@ from functools import lru_cache
 
 SPLITS = ("train", "test")
 
-GIRLS = tuple(
-    "Mia Anna Lily Rosa Ella Zoe Ruby Nora Emma Lucy Sara Amy Ivy Jane Kate Lena Maya Tina Eva Molly".split()
-)
-BOYS = tuple(
-    "Ben Tom Max Sam Leo Jack Finn Noah Paul Adam Hugo Luke Oscar Peter Tim Dan Omar Ravi Ken Felix".split()
-)
+GIRLS = tuple("Mia Anna Lily Rosa Ella Zoe Ruby Nora Emma Lucy Sara Amy Ivy Jane Kate Lena Maya Tina Eva Molly".split())
+BOYS = tuple("Ben Tom Max Sam Leo Jack Finn Noah Paul Adam Hugo Luke Oscar Peter Tim Dan Omar Ravi Ken Felix".split())
 NAMES = GIRLS + BOYS
 
 THINGS = tuple(
@@ -90,17 +86,11 @@ tiger toast tooth towel tower trail turtle valley village wagon wave wheel whale
 yard zebra"""
 SPELLING_WORDS = tuple(
     dict.fromkeys(
-        [
-            w
-            for w in (*THINGS, *OPPOSITES, *CATEGORY_OF, *_MORE_WORDS.split(), *COLOURS, *BY_WEIGHT)
-            if 3 <= len(w) <= 6
-        ]
+        [w for w in (*THINGS, *OPPOSITES, *CATEGORY_OF, *_MORE_WORDS.split(), *COLOURS, *BY_WEIGHT) if 3 <= len(w) <= 6]
     )
 )
 LIST_WORDS = tuple(
-    dict.fromkeys(
-        w for w in (*THINGS, *CATEGORIES["animal"], *"sun moon star tree fish bird house door".split())
-    )
+    dict.fromkeys(w for w in (*THINGS, *CATEGORIES["animal"], *"sun moon star tree fish bird house door".split()))
 )
 
 

@@ -102,9 +102,7 @@ def cached_token_shards(
     except (FileNotFoundError, ValueError):
         texts = iterate_texts(path, bad_rows)
         if num_workers is None:
-            size = (
-                0 if path.startswith(HUB_PREFIX) else sum(os.path.getsize(file) for file in find_files(path))
-            )
+            size = 0 if path.startswith(HUB_PREFIX) else sum(os.path.getsize(file) for file in find_files(path))
             num_workers = available_cores() if size >= PARALLEL_FROM else 0
         write_token_shards(texts, tokenizer, folder, num_workers, progress)
     return open_token_shards(folder)
@@ -159,9 +157,7 @@ def open_token_shards(folder: str | Path) -> TokenShards:
     folder = Path(folder)
     for name in ("meta.json", "tokens.bin", "offsets.npy"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name}: no such file; expected token shards; delete the folder"
-            )
+            raise FileNotFoundError(f"{folder / name}: no such file; expected token shards; delete the folder")
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         version, dtype = meta["version"], np.dtype(meta["dtype"])
@@ -169,14 +165,10 @@ def open_token_shards(folder: str | Path) -> TokenShards:
         fingerprint = str(meta["fingerprint"])
         offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(
-            f"{folder}: damaged token shards ({error}); delete the folder, it is made anew"
-        ) from None
+        raise ValueError(f"{folder}: damaged token shards ({error}); delete the folder, it is made anew") from None
     size, wanted = (folder / "tokens.bin").stat().st_size, num_tokens * dtype.itemsize
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}: format {version}; expected {FORMAT_VERSION}; delete the folder, it is made anew"
-        )
+        raise ValueError(f"{folder}: format {version}; expected {FORMAT_VERSION}; delete the folder, it is made anew")
     if size != wanted or offsets.shape != (num_documents + 1,) or int(offsets[-1]) != num_tokens:
         raise ValueError(
             f"{folder}: tokens.bin has {size} bytes and offsets.npy {offsets.size} entries; expected "

@@ -123,9 +123,7 @@ def text_loss(
     """
     texts = [text for text in texts if text]
     requests = [([tokenizer.endoftext_id], ids) for ids in tokenizer.encode_batch(list(texts))]
-    scores = continuation_logprobs(
-        model, requests, window=window, tokens_per_batch=tokens_per_batch, progress=progress
-    )
+    scores = continuation_logprobs(model, requests, window=window, tokens_per_batch=tokens_per_batch, progress=progress)
     nats = [-score.logprob for score in scores]
     tokens = [score.num_tokens for score in scores]
     sizes = [len(text.encode("utf-8")) for text in texts]

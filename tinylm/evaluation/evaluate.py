@@ -31,9 +31,7 @@ from tinylm.model.model_lora import adapters_disabled, has_lora, load_adapter
 from tinylm.runtime import Runtime, setup_runtime
 from tinylm.settings import parse_settings
 
-DESCRIPTION = (
-    "Measure a model on data files (the task is recognised by their fields) or on TinyWorld's questions."
-)
+DESCRIPTION = "Measure a model on data files (the task is recognised by their fields) or on TinyWorld's questions."
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,7 @@ class EvalSettings:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `tinylm eval`; returns the exit status."""
-    settings = parse_settings(
-        EvalSettings, sys.argv[1:] if argv is None else argv, "tinylm eval", DESCRIPTION
-    )
+    settings = parse_settings(EvalSettings, sys.argv[1:] if argv is None else argv, "tinylm eval", DESCRIPTION)
     console = Console()
     start = time.perf_counter()
     plan = plan_tasks(settings)
@@ -143,9 +139,7 @@ def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
 
 def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
     """Load the model, its adapter, its tokenizer and the reference."""
-    model, tokenizer, _ = load_model(
-        settings.model_path, device=runtime.device, tokenizer_path=settings.tokenizer_path
-    )
+    model, tokenizer, _ = load_model(settings.model_path, device=runtime.device, tokenizer_path=settings.tokenizer_path)
     if settings.adapter is not None:
         load_adapter(model, settings.adapter)
     reference: ReferenceModel | None = None
@@ -186,9 +180,7 @@ def measure_skills(evaluator: Evaluator, settings: EvalSettings) -> Scoreboard:
     return Scoreboard({settings.model_path: column})
 
 
-def measure_file(
-    evaluator: Evaluator, runtime: Runtime, task: str, path: str, limit: int | None
-) -> list[Measure]:
+def measure_file(evaluator: Evaluator, runtime: Runtime, task: str, path: str, limit: int | None) -> list[Measure]:
     """One task on one file, under a progress bar. The engine casts for itself, so autocast is for scoring
     only."""
     precision = contextlib.nullcontext() if task == "generate" else runtime.autocast()

@@ -56,8 +56,7 @@ class LMEvalRequests:
         texts = [""] * len(requests)
         for settings, indices in groups.items():
             prompts = [
-                [self.tokenizer.endoftext_id, *self.tokenizer.encode(requests[index].args[0])]
-                for index in indices
+                [self.tokenizer.endoftext_id, *self.tokenizer.encode(requests[index].args[0])] for index in indices
             ]
             answers = self.engine.generate_batch(prompts, settings)
             for index, ids in zip(indices, answers, strict=True):
@@ -110,9 +109,7 @@ def make_lm_eval_model(
     try:
         from lm_eval.api.model import LM
     except ImportError:
-        raise ValueError(
-            'the package lm-eval is not installed; install it with pip install "tinylm[eval]"'
-        ) from None
+        raise ValueError('the package lm-eval is not installed; install it with pip install "tinylm[eval]"') from None
     from tinylm.checkpoint import load_model
     from tinylm.generation.engine import Engine
     from tinylm.runtime import setup_runtime
@@ -137,9 +134,7 @@ def make_lm_eval_model(
         def chat_template(self, chat_template: bool | str = False) -> str:
             return CHAT_TEMPLATE
 
-        def apply_chat_template(
-            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-        ) -> str:
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             return render_chat(chat_history, add_generation_prompt=add_generation_prompt)
 
     return TinyLMForLMEval()

@@ -75,9 +75,7 @@ class LastWordReport:
         return [
             measure_of(task, "exact match (greedy)", self.hits),
             # d exp(x) = exp(x) dx carries the error of the mean over to the perplexity
-            Measure(
-                task, "perplexity (per word)", value, None if error is None else value * error, len(self.hits)
-            ),
+            Measure(task, "perplexity (per word)", value, None if error is None else value * error, len(self.hits)),
         ]
 
 
@@ -119,9 +117,7 @@ def multiple_choice_accuracy(
 ) -> ChoiceReport:
     """Accuracy by summed and by per-byte log-probability. Among tied choices the first is taken."""
     pairs = [join_query(question.query, choice) for question in questions for choice in question.choices]
-    scores = continuation_scores(
-        model, tokenizer, pairs, tokens_per_batch=tokens_per_batch, progress=progress
-    )
+    scores = continuation_scores(model, tokenizer, pairs, tokens_per_batch=tokens_per_batch, progress=progress)
     by_sum, by_byte, position = [], [], 0
     for question in questions:
         sums = [score.logprob for score in scores[position : position + len(question.choices)]]
@@ -150,7 +146,5 @@ def last_word_accuracy(
     leaves the word's path at its first difference.
     """
     pairs = [(context.rstrip(), " " + word.strip()) for context, word in passages]
-    scores = continuation_scores(
-        model, tokenizer, pairs, tokens_per_batch=tokens_per_batch, progress=progress
-    )
+    scores = continuation_scores(model, tokenizer, pairs, tokens_per_batch=tokens_per_batch, progress=progress)
     return LastWordReport([float(score.is_greedy) for score in scores], [score.logprob for score in scores])

@@ -63,13 +63,9 @@ def continuation_logprobs(
     sequences = []
     for context, continuation in requests:
         if not context:
-            raise ValueError(
-                "an empty context; expected at least one token; begin the context with <|endoftext|>"
-            )
+            raise ValueError("an empty context; expected at least one token; begin the context with <|endoftext|>")
         sequences.append(([*context, *continuation], [False] * len(context) + [True] * len(continuation)))
-    return sequence_logprobs(
-        model, sequences, window=window, tokens_per_batch=tokens_per_batch, progress=progress
-    )
+    return sequence_logprobs(model, sequences, window=window, tokens_per_batch=tokens_per_batch, progress=progress)
 
 
 @torch.inference_mode()
@@ -98,9 +94,7 @@ def sequence_logprobs(
     owners: dict[tuple[tuple[int, ...], tuple[bool, ...]], int] = {}
     order = [owners.setdefault((tuple(ids), tuple(mask)), len(owners)) for ids, mask in sequences]
     pieces = [
-        piece
-        for owner, (ids, mask) in enumerate(owners)
-        for piece in split_into_windows(owner, ids, mask, window)
+        piece for owner, (ids, mask) in enumerate(owners) for piece in split_into_windows(owner, ids, mask, window)
     ]
     logprobs = torch.zeros(len(owners), dtype=torch.float64)
     greedy = torch.ones(len(owners), dtype=torch.bool)
@@ -135,9 +129,7 @@ def split_into_windows(owner: int, ids: TokenIds, mask: Sequence[bool], window: 
     if len(ids) != len(mask):
         raise ValueError(f"{len(ids)} ids with a mask of {len(mask)}; expected one mark for each id")
     if mask and mask[0]:
-        raise ValueError(
-            "the first token is marked; nothing precedes it; begin the sequence with <|endoftext|>"
-        )
+        raise ValueError("the first token is marked; nothing precedes it; begin the sequence with <|endoftext|>")
     if window < 2:
         raise ValueError(f"window {window}; expected at least 2 tokens")
     scored = [index for index, marked in enumerate(mask) if marked]

@@ -92,8 +92,7 @@ def score_skills(
         warm += [float(world.is_warm(reply)) for reply in replies]
         persona += [float(world.in_persona(item, reply)) for item, reply in zip(items, replies, strict=True)]
         right_beneath += [
-            float(world.check(item, world.strip_persona(reply)))
-            for item, reply in zip(items, replies, strict=True)
+            float(world.check(item, world.strip_persona(reply))) for item, reply in zip(items, replies, strict=True)
         ]
         examples[skill] = {
             "question": items[0].messages[-2]["content"],
@@ -121,9 +120,7 @@ def question_of(messages: Messages) -> Messages:
     return messages[:-1]
 
 
-def _preference_share(
-    replier: Replier, world: Any, num_items: int, split: str, reference: ReferenceModel
-) -> float:
+def _preference_share(replier: Replier, world: Any, num_items: int, split: str, reference: ReferenceModel) -> float:
     pairs = [preference_parts(world.preference_pair(index, split)) for index in range(num_items)]
     report = preference_accuracy(
         replier.model,
@@ -173,9 +170,7 @@ class Scoreboard:
     def to_table(self, title: str | None = None) -> Table:
         """A rich table; shares as percentages."""
         num_items = next(iter(self.columns.values())).num_items
-        table = Table(
-            title=title or f"TinyWorld, {num_items} held-out items per skill, % right", title_justify="left"
-        )
+        table = Table(title=title or f"TinyWorld, {num_items} held-out items per skill, % right", title_justify="left")
         table.add_column("skill")
         for column in self.columns:
             table.add_column(column, justify="right")
@@ -191,10 +186,7 @@ class Scoreboard:
         skills, footer = self.rows()
         lines = ["| skill | " + " | ".join(self.columns) + " |", "|---|" + "---:|" * len(self.columns)]
         lines += [f"| {row} | " + " | ".join(self._cells(row)) + " |" for row in skills]
-        lines += [
-            f"| **{row}** | " + " | ".join(f"**{cell}**" for cell in self._cells(row)) + " |"
-            for row in footer
-        ]
+        lines += [f"| **{row}** | " + " | ".join(f"**{cell}**" for cell in self._cells(row)) + " |" for row in footer]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

@@ -61,9 +61,7 @@ def recognise_task(fields: Iterable[str], where: str) -> str:
         if any(found.issuperset(group) for group in groups):
             return task
     known = "; ".join(" or ".join("+".join(group) for group in groups) for groups in FIELDS.values())
-    raise ValueError(
-        f"{where}: fields {', '.join(sorted(found))}; expected one of: {known}; rename the fields"
-    )
+    raise ValueError(f"{where}: fields {', '.join(sorted(found))}; expected one of: {known}; rename the fields")
 
 
 def data_files(path: str) -> list[str]:
@@ -94,27 +92,18 @@ def _field(record: Record, name: str, kind: type) -> Any:
     value = record.data.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         found = f"{name} of type {type(value).__name__}" if name in record.data else f"no field {name!r}"
-        raise ValueError(
-            f"{record.path}, line {record.line}: {found}; expected a {kind.__name__}; correct it"
-        )
+        raise ValueError(f"{record.path}, line {record.line}: {found}; expected a {kind.__name__}; correct it")
     return value
 
 
-def _run_bits_per_byte(
-    e: Evaluator, records: Iterable[Record], name: str, limit: int | None
-) -> list[Measure]:
+def _run_bits_per_byte(e: Evaluator, records: Iterable[Record], name: str, limit: int | None) -> list[Measure]:
     texts = [text_of(record) for record in islice(records, limit)]
     report = text_loss(e.model, e.tokenizer, texts, tokens_per_batch=e.tokens_per_batch, progress=e.progress)
     return report.measures(name)
 
 
-def _run_minimal_pairs(
-    e: Evaluator, records: Iterable[Record], name: str, limit: int | None
-) -> list[Measure]:
-    pairs = (
-        MinimalPair(str(r.data.get("set", name)), _field(r, "good", str), _field(r, "bad", str))
-        for r in records
-    )
+def _run_minimal_pairs(e: Evaluator, records: Iterable[Record], name: str, limit: int | None) -> list[Measure]:
+    pairs = (MinimalPair(str(r.data.get("set", name)), _field(r, "good", str), _field(r, "bad", str)) for r in records)
     report = minimal_pair_accuracy(
         e.model,
         e.tokenizer,
@@ -126,9 +115,7 @@ def _run_minimal_pairs(
     return report.measures(name)
 
 
-def _run_multiple_choice(
-    e: Evaluator, records: Iterable[Record], name: str, limit: int | None
-) -> list[Measure]:
+def _run_multiple_choice(e: Evaluator, records: Iterable[Record], name: str, limit: int | None) -> list[Measure]:
     questions = []
     for record in islice(records, limit):
         query, gold = _field(record, "query", str), _field(record, "gold", int)

@@ -14,7 +14,6 @@ which in bfloat16 may turn a close call; in float32 it hardly ever does.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,11 +23,11 @@ from torch import Tensor
 from tinylm.generation.beam_search import beam_search
 from tinylm.generation.cache_rows import select_rows
 from tinylm.generation.history import FittedPrompt, fit_history, prompt_budget
-from tinylm.generation.packed_linear import can_pack, pack_linears
 from tinylm.generation.sampling import SamplingSettings, next_tokens, seen_tokens, uniform_numbers
+from tinylm.model.inference_copy import inference_copy
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
-from tinylm.runtime import setup_runtime
+from tinylm.runtime import device_has_bf16
 from tinylm.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["Engine", "SamplingSettings"]
@@ -53,7 +52,7 @@ class Engine:
         self, model: TinyLMForCausalLM, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
     ) -> None:
         self.dtype = dtype or _fastest_dtype(model)
-        self.model = model if model.dtype == self.dtype else _inference_copy(model, self.dtype)
+        self.model = model if model.dtype == self.dtype else inference_copy(model, self.dtype)
         self._tokenizer = tokenizer
         self.context_length: int = model.config.max_position_embeddings
 
@@ -300,15 +299,7 @@ class _Batch:
 
 def _fastest_dtype(model: TinyLMForCausalLM) -> torch.dtype:
     """bfloat16 for a float32 model on hardware that multiplies in it; otherwise the model's own precision."""
-    return setup_runtime(str(model.device)).compute_dtype if model.dtype == torch.float32 else model.dtype
-
-
-def _inference_copy(model: TinyLMForCausalLM, dtype: torch.dtype) -> TinyLMForCausalLM:
-    """A copy in another precision, its weights laid out for speed where the hardware has a layout of its own."""
-    own = copy.deepcopy(model).to(dtype).eval()
-    if can_pack(own.device, dtype):
-        pack_linears(own)
-    return own
+    return torch.bfloat16 if model.dtype == torch.float32 and device_has_bf16(model.device) else model.dtype
 
 
 def _seed_of(settings: SamplingSettings) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tinylm.runtime import device_has_bf16
 
 QUERY_BLOCK = 128
-"""Rows per block of `blocked_attention`. Of 64, 128 and 256, 128 was fastest at T = 512 on AVX512-BF16."""
+"""Rows per block of `blocked_attention`. 128 was faster than 256 at T = 512, slower at T = 256, on AVX512-BF16."""
 MAX_SCORES = 2**28
 """With more scores B*H*T*S than this (half a gigabyte in bf16) the flash kernel is used, which keeps none."""
 

@@ -51,9 +51,7 @@ def _byte_characters() -> list[str]:
     """
     printable = [range(ord(first), ord(last) + 1) for first, last in ("!~", "¡¬", "®ÿ")]
     substitutes = iter(range(256, 512))
-    return [
-        chr(byte if any(byte in span for span in printable) else next(substitutes)) for byte in range(256)
-    ]
+    return [chr(byte if any(byte in span for span in printable) else next(substitutes)) for byte in range(256)]
 
 
 BYTE_TO_CHARACTER: list[str] = _byte_characters()

@@ -35,9 +35,7 @@ def render_chat(
 ) -> str:
     """The chat as text, exactly as `CHAT_TEMPLATE` renders it. For people and for tests: never encode this
     text."""
-    text = "".join(
-        f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in _checked_turns(messages, tools)
-    )
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in _checked_turns(messages, tools))
     return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
@@ -58,9 +56,7 @@ def chat_turns(
     split pattern always cuts.
     """
     if not tokenizer.has_chat_tokens:
-        raise ValueError(
-            "this tokenizer has no <|im_start|> and <|im_end|>; a chat needs them; use another tokenizer"
-        )
+        raise ValueError("this tokenizer has no <|im_start|> and <|im_end|>; a chat needs them; use another tokenizer")
     newline = tokenizer.encode("\n")
     turns = []
     for role, content in _checked_turns(messages, tools):
@@ -94,14 +90,10 @@ def encode_chat(
     return ids, mask
 
 
-def _checked_turns(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
-) -> list[tuple[str, str]]:
+def _checked_turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, str]]:
     """The (role, stripped content) of each turn, after the tools have been written into the system turn."""
     if isinstance(messages, (str, Mapping)) or not messages:
-        raise ValueError(
-            "no messages; expected a list of {'role': ..., 'content': ...} with at least one message"
-        )
+        raise ValueError("no messages; expected a list of {'role': ..., 'content': ...} with at least one message")
     turns = [_checked_turn(number, message) for number, message in enumerate(messages)]
     if tools:
         lines = [TOOLS_INTRODUCTION, *(json.dumps(tool, ensure_ascii=False) for tool in tools)]
@@ -112,18 +104,12 @@ def _checked_turns(
 
 def _checked_turn(number: int, message: Message) -> tuple[str, str]:
     if not isinstance(message, Mapping):
-        raise ValueError(
-            f"message {number} is a {type(message).__name__}; expected {{'role': ..., 'content': ...}}"
-        )
+        raise ValueError(f"message {number} is a {type(message).__name__}; expected {{'role': ..., 'content': ...}}")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"message {number} has the role {role!r:.60}; expected one of {', '.join(ROLES)}")
     if message.get("tool_calls"):
-        raise ValueError(
-            f"message {number} has `tool_calls`; expected the call written out as text in `content`"
-        )
+        raise ValueError(f"message {number} has `tool_calls`; expected the call written out as text in `content`")
     if not isinstance(content, str):
-        raise ValueError(
-            f"message {number} ({role}) has a content of type {type(content).__name__}; expected a string"
-        )
+        raise ValueError(f"message {number} ({role}) has a content of type {type(content).__name__}; expected a string")
     return role, content.strip()

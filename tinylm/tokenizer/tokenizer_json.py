@@ -81,9 +81,7 @@ def definition_from_bpe(bpe: BytePairEncoding, special_tokens: tuple[str, ...]) 
     }
 
 
-def config_for_transformers(
-    endoftext: str, im_start: str, im_end: str, chat_template: str | None
-) -> dict[str, Any]:
+def config_for_transformers(endoftext: str, im_start: str, im_end: str, chat_template: str | None) -> dict[str, Any]:
     """The content of tokenizer_config.json, which makes transformers' AutoTokenizer load the folder as it
     is."""
     config: dict[str, Any] = {
@@ -150,18 +148,14 @@ def check_definition(definition: Any) -> None:
         raise ValueError(f"model type is {model.get('type')!r}; expected BPE (byte-level)")
     vocab, merges, added = model.get("vocab"), model.get("merges"), definition.get("added_tokens", [])
     if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(added, list):
-        raise ValueError(
-            "`model.vocab`, `model.merges` or `added_tokens` has the wrong type; expected {}, [], []"
-        )
+        raise ValueError("`model.vocab`, `model.merges` or `added_tokens` has the wrong type; expected {}, [], []")
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
             raise ValueError(f"an added token is {token!r:.60}; expected an object with `content` and `id`")
     ids = [*vocab.values(), *(token.get("id") for token in added)]
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < MAX_VOCAB_SIZE:
-            raise ValueError(
-                f"token id {token_id!r:.40}; expected a whole number from 0 to {MAX_VOCAB_SIZE - 1}"
-            )
+            raise ValueError(f"token id {token_id!r:.40}; expected a whole number from 0 to {MAX_VOCAB_SIZE - 1}")
     _check_one_token_per_id(vocab, added)
     for merge in merges:
         if any(part not in vocab for part in _pair(merge)):
@@ -169,9 +163,7 @@ def check_definition(definition: Any) -> None:
     missing = [byte for byte in range(256) if BYTE_TO_CHARACTER[byte] not in vocab]
     if missing or "ByteLevel" not in json.dumps(definition.get("pre_tokenizer")):
         what = f"byte 0x{missing[0]:02x} has no token" if missing else "its pre-tokenizer is not ByteLevel"
-        raise ValueError(
-            f"not a byte-level tokenizer: {what}; expected byte-level BPE (as of GPT-2, Qwen, Llama 3)"
-        )
+        raise ValueError(f"not a byte-level tokenizer: {what}; expected byte-level BPE (as of GPT-2, Qwen, Llama 3)")
 
 
 def _check_one_token_per_id(vocab: dict[str, int], added: list[dict[str, Any]]) -> None:

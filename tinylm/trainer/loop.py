@@ -129,15 +129,16 @@ def _accumulate_gradients(
         dtype=torch.float64,
     )
     count, num_tokens = runtime.all_reduce_sum(sizes.to(runtime.device)).unbind()
+    divisor = count.clamp(min=1)  # a step without a single target learns nothing, instead of 0 / 0
     sums: dict[str, Tensor] = {}
     for batch in micro_batches:
         batch = batch.to(runtime.device)
         with runtime.autocast():
             loss_sum, metrics = objective(model, batch)
-        loss = loss_sum / count
+        loss = loss_sum / divisor
         (scaler.scale(loss) if scaler is not None else loss).backward()
         for name, value in {"loss": loss_sum.detach(), **metrics}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
     means = torch.stack([value.double() for value in sums.values()])
-    means = runtime.all_reduce_sum(means) / count
+    means = runtime.all_reduce_sum(means) / divisor
     return {**dict(zip(sums, means.unbind(), strict=True)), "count": count, "num_tokens": num_tokens}

@@ -38,7 +38,7 @@ def load_parent(
     """(model on the device, tokenizer, description for lineage.json) of the model a fine-tuning stage starts from.
 
     Raises:
-        ValueError: if rows of `max_seq_len` do not fit into the model's context.
+        ValueError: if rows of `max_seq_len` do not fit into the model's context, or a width asked for is another.
     """
     path = resolve_model_path(model_path)
     model, tokenizer, lineage = load_model(path, device=runtime.device, tokenizer_path=settings.tokenizer_path)
@@ -48,6 +48,10 @@ def load_parent(
             f"max_seq_len is {settings.max_seq_len}, but {path} was made for contexts of up to {longest} tokens; "
             f"pass --max_seq_len {longest} or less"
         )
+    for name in ("hidden_size", "num_hidden_layers"):
+        asked, found = getattr(settings, name, 0), getattr(model.config, name)
+        if asked and asked != found:
+            raise ValueError(f"{name} is {asked}, but {path} has {found}; leave out --{name}, or give another model")
     console.print(f"starting from {path}", markup=False)
     parent = {"path": str(path), "stage": lineage.get("stage"), "weights": weights_fingerprint(model)}
     return model, tokenizer, parent

@@ -76,7 +76,8 @@ def train(settings: LoRASettings) -> Path:
     )
 
     def save(folder: Path, lineage: dict[str, Any]) -> None:
-        base = os.path.relpath(resolve_model_path(settings.model_path), folder)
+        # relative, so that both can be moved together; through no link, which `..` would not lead back from
+        base = os.path.relpath(os.path.realpath(resolve_model_path(settings.model_path)), os.path.realpath(folder))
         save_adapter(model, folder, base, lineage)
 
     # 6. Fit, saving the adapter folder after each epoch

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
@@ -85,7 +86,7 @@ def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
     """A small two-column table: what will happen, or what happened."""
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
-        table.add_row(f"  [dim]{name}[/dim]", value)
+        table.add_row(f"  [dim]{name}[/dim]", escape(value))  # a path may have brackets
     console.print(f"[bold]{title}[/bold]")
     console.print(table)
 

@@ -5,6 +5,7 @@ Recipes make the parts (data, model, optimizers) and hand them over; what all st
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,11 @@ class TrainingRun:
         """Folder of the model after `epoch` (from 0), named as the original project names its files."""
         return self.output_dir / f"{self.stage}_{self.model.config.hidden_size}_epoch{epoch}"
 
+    @property
+    def last_folder(self) -> Path:
+        """Folder of the model that the whole run ends with."""
+        return self.model_folder(-(-self.num_steps // self.steps_per_epoch) - 1)
+
     # --- the run -------------------------------------------------------------------------------------------------
 
     def fit(self) -> Path:
@@ -127,9 +133,9 @@ class TrainingRun:
             self.line.close()
             if self.metrics is not None:
                 self.metrics.close()
-        folder = self.model_folder(max(0, -(-self.num_steps // self.steps_per_epoch) - 1))
-        self._print_result(folder, time.perf_counter() - started, relative_change(before, self.model.parameters()))
-        return folder
+        seconds = time.perf_counter() - started
+        self._print_result(self.last_folder, seconds, relative_change(before, self.model.parameters()))
+        return self.last_folder
 
     def _step_batches(self) -> Iterator[list[Batch]]:
         """For each optimizer step from `start_step` on, its micro-batches; a step never spans two epochs.
@@ -230,6 +236,8 @@ class TrainingRun:
             "rows_per_optimizer_step": self.sampler.rows_per_step * settings.accumulation_steps,
             "seed": settings.seed,
             "optimizer": settings.optimizer,
+            "trained parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            **dataclasses.asdict(self.model.config),
         }
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -245,10 +253,11 @@ class TrainingRun:
         }
 
     def _load_state(self) -> None:
-        if not self.state_folder.exists():
-            self.console.print(f"nothing to resume in {self.output_dir}: starting from the beginning")
+        try:  # it also finds what a crash between two renames has left, when the folder itself is not there
+            state = load_training_state(self.state_folder)
+        except FileNotFoundError:
+            self.console.print(f"nothing to resume in {self.output_dir}: starting from the beginning", markup=False)
             return
-        state = load_training_state(self.state_folder)
         ours, theirs = self._identity(), state["identity"]
         for name, value in ours.items():
             if theirs.get(name) != value:
@@ -268,13 +277,14 @@ class TrainingRun:
         self.best_validation_loss = state["best_validation_loss"]
 
     def _check_output(self) -> None:
-        """Refuse to overwrite a finished model of another run: nothing good is lost by a repeated command."""
+        """Say it when an unfinished run is about to be replaced by a new one."""
         if self.start_step or not self.runtime.is_main or not self.state_folder.exists():
             return
         state = load_training_state(self.state_folder)
         if state["step"] < state["identity"]["num_steps"]:
             self.console.print(
-                f"note: {self.output_dir} holds an unfinished {self.stage} run; starting over (--resume goes on)"
+                f"note: {self.output_dir} holds an unfinished {self.stage} run; starting over (--resume goes on)",
+                markup=False,
             )
 
     # --- what the user reads ---------------------------------------------------------------------------------------
@@ -286,7 +296,8 @@ class TrainingRun:
         rows = self.sampler.rows_per_step * settings.accumulation_steps
         tokens = self.num_steps * rows * settings.max_seq_len
         seconds = tokens * flops / (EXPECTED_MATMUL_SHARE * matmul_flops * self.runtime.world_size)
-        # fp32 weights, gradients and two moments; activations: about 34 C + logits 3 V numbers per token and layer
+        # Activations per token: about 20 C numbers of 2 bytes for each block, and logits, 3 V of 4 bytes. fp32
+        # weights; for those that train also a gradient and two moments.
         config = model.config
         activations = settings.batch_size * settings.max_seq_len * (
             20 * config.hidden_size * config.num_hidden_layers * 2 + 3 * config.vocab_size * 4
@@ -303,7 +314,7 @@ class TrainingRun:
             "steps": f"{self.num_steps:,} in {settings.epochs} epoch(s), each {rows} {unit} x {settings.max_seq_len}",
             "device": device,
             "estimate": f"about {format_seconds(seconds)}, {format_count(memory)}B of memory",
-            "output": str(self.model_folder(settings.epochs - 1)),
+            "output": str(self.last_folder),
         }
         if self.start_step:
             facts["resuming"] = f"from step {self.start_step:,}"

@@ -1,0 +1,198 @@
+"""What README and docs show is true of the code: examples run, commands parse, links and paths lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from tinylm import cli
+from tinylm.dataset import tinyworld
+from tinylm.settings import SHARED_FLAGS, parse_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+SCRIPTS = {
+    "train_tokenizer.py": "tokenizer",
+    "train_pretrain.py": "pretrain",
+    "train_full_sft.py": "sft",
+    "train_lora.py": "lora",
+    "train_dpo.py": "dpo",
+    "inference.py": "chat",
+}
+"""The original project's script names -> our commands."""
+OTHER_FLAGS = {"help", "version", "nproc_per_node"}
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a page in these languages."""
+    return [code for language, code in FENCE.findall(page.read_text(encoding="utf-8")) if language in languages]
+
+
+class Found(BaseException):
+    """Carries a command's settings class out of its `main`."""
+
+
+def settings_of(command: str) -> Any:
+    """The dataclass that a command parses: what its `main` hands to `parse_settings`."""
+    module_name, _, name = cli.COMMANDS[command].target.partition(":")
+    module = importlib.import_module(module_name)
+
+    def catch(cls: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise Found(cls)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "parse_settings", catch)
+        with pytest.raises(Found) as caught:
+            getattr(module, name)([])
+    return caught.value.args[0]
+
+
+def shell_commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command in a page's shell blocks, redirections and here-documents left out."""
+    for block in blocks(page, "sh"):
+        without_documents = re.sub(r"<<'EOF'\n.*?^EOF$", "", block, flags=re.MULTILINE | re.DOTALL)
+        for line in without_documents.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(re.sub(r"\s[<>]\s*[\w./]+\s*$", "", part.partition("  #")[0]), comments=True)
+                if words:
+                    yield words
+
+
+def our_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(command, arguments) of every command of ours in the shell blocks of a page, under either name."""
+    for words in shell_commands(page):
+        if words[0] == "tinylm":
+            yield words[1], words[2:]
+        for place, word in enumerate(words):
+            if Path(word).name in SCRIPTS and words[0] in ("python", "torchrun"):
+                yield SCRIPTS[Path(word).name], words[place + 1 :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_examples_run(page: Path) -> None:
+    """Blocks with >>> run as doctests, one after another in one namespace; other Python at least compiles."""
+    parser, namespace = doctest.DocTestParser(), dict[str, Any]()
+    for number, code in enumerate(blocks(page, "python", "py")):
+        if ">>>" not in code:
+            compile(code, f"{page.name} block {number}", "exec")
+            continue
+        example = parser.get_doctest(code, namespace, f"{page.name}[{number}]", str(page), 0)
+        report: list[str] = []
+        runner = doctest.DocTestRunner(verbose=False)
+        runner.run(example, out=report.append, clear_globs=False)
+        namespace.update(example.globs)
+        assert runner.summarize(verbose=False).failed == 0, "".join(report)
+
+
+def test_there_are_examples_and_commands() -> None:
+    """The tests above and below would pass on empty pages."""
+    assert sum(">>>" in code for page in PAGES for code in blocks(page, "python")) > 20
+    shown = {command for page in PAGES for command, _ in our_commands(page)}
+    assert shown >= set(cli.COMMANDS) - {"quickstart"}, "README or docs should show every command"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command line shown is one that the command accepts, flags and values."""
+    for command, argv in our_commands(page):
+        assert command in cli.COMMANDS, f"{page.name}: tinylm {command}"
+        if command == "run":
+            continue
+        try:
+            parse_settings(settings_of(command), argv, f"tinylm {command}", "")
+        except SystemExit as stop:
+            assert stop.code == 0, f"{page.name}: tinylm {command} {argv}: {capsys.readouterr().err}"
+
+
+def test_flags_in_the_text_exist() -> None:
+    """A flag named between words belongs to some command."""
+    known = {name for command in set(cli.COMMANDS) - {"run"} for name in settings_of(command).__dataclass_fields__}
+    known |= set(SHARED_FLAGS) | OTHER_FLAGS
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        # a flag quoted inside an error message that corrects it is meant to be wrong
+        shown = set(re.findall(r"`[^`]*?--([a-z_]+)", text)) - {"lr"}
+        assert shown <= known, f"{page.name}: {sorted(shown - known)}"
+        named = set(re.findall(r"`tinylm ([a-z]+)", text))
+        assert named <= set(cli.COMMANDS), f"{page.name}: {sorted(named - set(cli.COMMANDS))}"
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_named_files_exist(page: Path) -> None:
+    """Paths of ours in backticks exist; a bare name.py is some file of the package."""
+    modules = {path.name for path in (ROOT / "tinylm").rglob("*.py")}
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for path in re.findall(r"`((?:tinylm|tests|docs|benchmarks)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert name in modules, f"{page.name} names {name}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for page in PAGES:
+        shown = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE))
+        assert shown <= targets, f"{page.name}: {sorted(shown - targets)}"
+
+
+def test_tinyworld_samples_are_real() -> None:
+    """The README's stories and the skill table of docs/tinyworld.md are what the generator makes."""
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("\n> ", "\n").split())
+    for number in (1, 2, 5):
+        document = tinyworld.pretrain_document(number).split("\n")
+        for line in document[: 5 if number == 5 else 1]:
+            assert line in readme, f"README does not show document {number} as it is: {line}"
+    page = (ROOT / "docs" / "tinyworld.md").read_text(encoding="utf-8")
+    for skill in tinyworld.SKILLS:
+        row = re.search(rf"^\| `{skill}` \| (?:\(story\) )?(.*?) \| (.*?) \|$", page, flags=re.MULTILINE)
+        assert row, f"docs/tinyworld.md has no row for {skill}"
+        item = tinyworld.test_item(skill, 0)
+        assert item.messages[-2]["content"].endswith(row[1]), skill
+        if skill != "write_story":
+            assert row[2] == item.accepted[0], skill
+
+
+def test_quickstart_is_described_as_it_is() -> None:
+    """The sizes in the README's table of steps are those of the quickstart's plan."""
+    from tinylm.model.model_tinylm import TinyLMConfig
+    from tinylm.trainer.quickstart import QuickstartSettings, make_plan
+
+    plan = make_plan(QuickstartSettings())
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    millions = TinyLMConfig.preset(plan.pretrain.preset, vocab_size=plan.tokenizer.vocab_size).num_parameters() / 1e6
+    for shown in (
+        f"learns {plan.tokenizer.vocab_size} tokens",
+        f"a {millions:.1f}M-parameter model",
+        f"{plan.pretrain.tinyworld_documents:,} short documents",
+        f"from {plan.full_sft.tinyworld_chats:,} chats",
+        f"{plan.pretrain.max_seq_len} tokens in the quickstart",
+        f"{QuickstartSettings().num_items} questions per skill",
+    ):
+        assert shown in text, f"README should say: {shown}"

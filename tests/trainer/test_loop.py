@@ -1,0 +1,201 @@
+"""The training loop: one gradient however a batch is cut up, and nothing learnt from what is not a number."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trainer_parts import Rows, assert_same_bits, small_model, weights_of
+
+from tinylm.dataset.batches import batches
+from tinylm.runtime import Runtime
+from tinylm.trainer.loop import fit
+from tinylm.trainer.objectives import next_token_loss
+
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
+
+
+def train(step_batches, num_steps, model=None, objective=next_token_loss, rate=0.5, on_step=(), **options):
+    """(model, reports) after `num_steps` of plain gradient descent, whose steps show the gradient as it is."""
+    model = model or small_model()
+    reports: list = []
+    optimizer = torch.optim.SGD(model.parameters())
+    callbacks = (reports.append, *on_step)
+    fit(model, objective, [optimizer], lambda _: rate, step_batches, RUNTIME, num_steps, on_step=callbacks, **options)
+    return model, reports
+
+
+def epoch_of(rows: Rows, batch_size: int, accumulation: int):
+    stream = batches(rows, batch_size, seed=5)
+    return iter(lambda: list(itertools.islice(stream, accumulation)), [])
+
+
+def assert_close(left, right):
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=2e-6, rtol=2e-5, msg=name)
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_targets():
+    """The original project averaged the means of its micro-batches: a row with one target weighed as much as one
+    with twenty. Here a step over rows with unequal targets is one gradient of sum / count."""
+    rows = Rows(4)
+    parts = [rows.collate([rows.row(i)]) for i in range(4)]
+    assert len({part.count for part in parts}) > 1
+    model, (report,) = train([parts], 1, rate=1.0, grad_clip=0)
+
+    exact = small_model()
+    total = torch.stack([next_token_loss(exact, part)[0] for part in parts]).sum()
+    count = sum(part.count for part in parts)
+    (total / count).backward()
+    expected = {name: p.detach() - p.grad for name, p in exact.named_parameters()}
+    assert_close(weights_of(model), expected)
+    assert report.loss == pytest.approx(total.item() / count, rel=1e-5)
+    assert (report.num_targets, report.num_tokens) == (count, 4 * rows.width)
+
+    wrong = small_model()
+    torch.stack([next_token_loss(wrong, part)[0] / part.count for part in parts]).mean().backward()
+    gap = max(float((p.grad - q.grad).abs().max()) for p, q in zip(wrong.parameters(), exact.parameters(), strict=True))
+    assert gap > 1e-2  # these rows do tell the two apart
+
+
+def test_eight_at_once_equal_one_by_one():
+    whole, reports = train(epoch_of(Rows(9), 8, 1), 2)
+    parts, others = train(epoch_of(Rows(9), 1, 8), 2)
+    assert_close(weights_of(whole), weights_of(parts))
+    for mine, other in zip(reports, others, strict=True):
+        assert mine.loss == pytest.approx(other.loss, rel=1e-5)
+        assert mine.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
+        assert (mine.num_targets, mine.num_tokens) == (other.num_targets, other.num_tokens)
+
+
+@pytest.mark.slow
+def test_eight_at_once_equal_two_processes_with_four(tmp_path: Path):
+    """Real processes over gloo: no GPU and no NCCL is needed. In the last step one of them has no row at all."""
+    whole, reports = train(epoch_of(Rows(9), 8, 1), 2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = Path(__file__).resolve().parent
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = os.pathsep.join([str(here.parent.parent), str(here)])
+    command = [sys.executable, str(here / "rank_worker.py"), str(tmp_path / "out")]
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    ranks = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in (0, 1)]
+    assert_same_bits(ranks[0]["weights"], ranks[1]["weights"])
+    assert_close(weights_of(whole), ranks[0]["weights"])
+    for report, (loss, norm, num_tokens, num_targets) in zip(reports, ranks[0]["facts"], strict=True):
+        assert (report.loss, report.grad_norm) == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5))
+        assert report.num_targets == num_targets and num_tokens >= report.num_tokens
+
+
+def test_nothing_is_left_over_from_a_step():
+    """In the original project the micro-batches left at an epoch's end stayed in the gradient and entered the next
+    epoch. A short step is a step of its own size, and after every step no gradient is there."""
+    rows, seen = Rows(5), []
+    model = small_model()
+
+    def gradients_are_gone(report):
+        seen.append(all(p.grad is None for p in model.parameters()))
+
+    steps = list(epoch_of(rows, 1, 2))
+    assert [len(step) for step in steps] == [2, 2, 1]
+    train(steps, 3, model, on_step=(gradients_are_gone,))
+    assert seen == [True, True, True]
+
+    alone = small_model()
+    train(steps[:2], 2, alone)
+    train(steps[2:], 1, alone)  # the last, short step by itself
+    assert_same_bits(weights_of(model), weights_of(alone))
+
+
+def test_the_schedule_counts_optimizer_steps():
+    """The original project counted micro-batches, so with accumulation the schedule ran past its end."""
+    asked: list[int] = []
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters())
+    rates: list[float] = []
+    fit(
+        model,
+        next_token_loss,
+        [optimizer],
+        lambda step: asked.append(step) or 0.1 / (step + 1),
+        epoch_of(Rows(8), 1, 4),
+        RUNTIME,
+        num_steps=2,
+        on_step=(lambda report: rates.append((report.step, report.learning_rate, optimizer.param_groups[0]["lr"])),),
+    )
+    assert asked == [0, 1]
+    assert rates == [(1, 0.1, 0.1), (2, 0.05, 0.05)]
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_not_a_number_stops_the_run_and_keeps_the_weights(bad):
+    """A NaN must not reach the weights: the error names the step and what to do, and all is as after the last one."""
+    model, calls, good = small_model(), itertools.count(1), {}
+
+    def objective(model, batch):
+        loss, metrics = next_token_loss(model, batch)
+        if next(calls) < 3:
+            return loss, metrics
+        # sqrt has no slope at 0: the loss stays what it is, the gradient is 0 * inf
+        return (loss * float("nan") if bad == "loss" else loss + (0 * loss).sqrt()), metrics
+
+    message = (
+        r"step 3: the loss is (nan|\d.*) and the gradient norm nan; nothing was updated; .*--resume.*--learning_rate"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        train(epoch_of(Rows(8), 2, 1), 4, model, objective, on_step=(lambda report: good.update(weights_of(model)),))
+    assert_same_bits(weights_of(model), good)
+
+
+def test_a_step_without_a_target_changes_nothing():
+    """Never 0 / 0, also when a whole step has nothing to learn."""
+    rows = Rows(2)
+    empty = rows.collate(rows.rows).without_targets()
+    model, (report,) = train([[empty, empty]], 1)
+    assert (report.loss, report.grad_norm, report.num_targets) == (0.0, 0.0, 0)
+    assert_same_bits(weights_of(model), weights_of(small_model()))
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.0, 1e6])
+def test_gradients_are_clipped_to_their_global_norm(clip):
+    start = weights_of(small_model())
+    model, (report,) = train(epoch_of(Rows(4), 4, 1), 1, rate=1.0, grad_clip=clip)
+    moved = sum(float((w - start[name]).double().pow(2).sum()) for name, w in weights_of(model).items()) ** 0.5
+    assert report.grad_norm > 0.1  # reported as it was before clipping
+    assert moved == pytest.approx(0.05 if clip == 0.05 else report.grad_norm, rel=1e-4)
+
+
+def test_the_model_trains_in_training_mode_whatever_a_callback_leaves():
+    modes = []
+
+    def objective(model, batch):
+        modes.append(model.training)
+        return next_token_loss(model, batch)
+
+    model = small_model()
+    train(epoch_of(Rows(6), 2, 1), 3, model, objective, on_step=(lambda report: model.eval(),))
+    assert modes == [True, True, True]
+
+
+def test_it_stops_where_the_batches_or_the_steps_end():
+    assert [r.step for r in train(epoch_of(Rows(6), 2, 1), 2)[1]] == [1, 2]
+    assert [r.step for r in train(epoch_of(Rows(6), 2, 1), 9)[1]] == [1, 2, 3]
+    assert [r.step for r in train(epoch_of(Rows(6), 2, 1), 9, start_step=7)[1]] == [8, 9]

@@ -1,0 +1,311 @@
+"""A run around the loop: resume to the bit, files and their names, and a report that does not flatter."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from trainer_parts import Rows, assert_same_bits, read_bytes, small_model, weights_of
+
+from tinylm.checkpoint import load_training_state
+from tinylm.model.model_lora import LoRAConfig, apply_lora
+from tinylm.runtime import Runtime
+from tinylm.trainer.objectives import next_token_loss
+from tinylm.trainer.optimizer import make_optimizers
+from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.training_run import TrainingRun
+
+DEFAULTS = {"batch_size": 2, "accumulation_steps": 2, "epochs": 4, "max_steps": 10, "learning_rate": 1e-2}
+INTERVALS = {"save_interval": 3, "log_interval": 1, "eval_interval": 2, "warmup_fraction": 0.2}
+
+
+def make_run(
+    folder: Path, data=None, seed=0, dropout=0.2, dtype=torch.float32, lora=0, shape=None, ranks=(0, 1), **changes
+):
+    """13 rows, 2 to a batch, 2 batches to a step: 4 steps an epoch, the last of a single batch with a single row."""
+    settings = TrainSettings(**{**DEFAULTS, **INTERVALS, "output_dir": str(folder), **changes})
+    model = small_model(seed, hidden_dropout=dropout, attention_dropout=dropout, **(shape or {}))
+    if lora:
+        apply_lora(model, LoRAConfig(rank=lora))
+
+    def save(place: Path, lineage: dict) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(weights_of(model), place / "model.safetensors")
+        (place / "lineage.json").write_text(json.dumps(lineage))
+
+    return TrainingRun(
+        stage="pretrain",
+        settings=settings,
+        runtime=Runtime(torch.device("cpu"), dtype, *ranks),
+        model=model,
+        optimizers=make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay),
+        objective=next_token_loss,
+        train_data=data or Rows(13),
+        validation_data=Rows(3, seed=9),
+        save=save,
+        lineage={"parent": {"weights": "abc"}},
+        sample=lambda: [f"drawn: {torch.rand(1).item() < 2}"],  # it also moves the random generator
+        console=Console(file=io.StringIO(), width=400),
+    )
+
+
+def said(run: TrainingRun) -> str:
+    return run.console.file.getvalue()
+
+
+def interrupt_at(run: TrainingRun, step: int) -> None:
+    evaluate = run._evaluate
+
+    def stop(report):
+        evaluate(report)
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    run._evaluate = stop
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+
+
+def records(folder: Path) -> list[dict]:
+    lines = (folder / "pretrain_metrics.jsonl").read_text().splitlines()
+    timing = ("tokens_per_second", "matmul_share")
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_is_exact_to_the_bit(tmp_path, optimizer):
+    """Ten steps at once, or stopped in the seventh and resumed from the sixth, across the end of an epoch: the same
+    weights, optimizer state, dropout and metrics. The original project's checkpoint had neither optimizer nor
+    position, and held half-precision weights."""
+    whole = make_run(tmp_path / "whole", optimizer=optimizer)
+    whole.fit()
+    stopped = make_run(tmp_path / "parts", optimizer=optimizer)
+    interrupt_at(stopped, 7)
+    assert load_training_state(stopped.state_folder)["step"] == 6
+    resumed = make_run(tmp_path / "parts", seed=1, optimizer=optimizer, resume=True)  # its own weights must not matter
+    resumed.fit()
+
+    assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+    for name in ("pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state"):
+        assert read_bytes(tmp_path / "parts" / name) == read_bytes(tmp_path / "whole" / name), name
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    steps = [record["step"] for record in records(tmp_path / "parts") if "loss" in record]
+    assert steps == list(range(1, 11))
+    assert "from step 6" in said(resumed)
+
+
+def test_dropout_is_another_at_every_step_and_is_part_of_the_run(tmp_path):
+    """What makes the test above sharp: with other dropout the weights are other weights."""
+    runs = [make_run(tmp_path / str(i), seed=0, max_steps=2, dropout=p) for i, p in enumerate((0.2, 0.0))]
+    for run in runs:
+        run.fit()
+    with pytest.raises(AssertionError):
+        assert_same_bits(weights_of(runs[0].model), weights_of(runs[1].model))
+    states = []
+    for _ in runs[0]._step_batches():
+        states.append(torch.get_rng_state())
+    assert len({bytes(state.numpy().tobytes()) for state in states}) == len(states) == 16
+
+
+def test_ranks_see_other_rows_and_other_dropout_in_every_epoch(tmp_path):
+    """The original project set the seed anew at each epoch, the same on all ranks: they then drew the same dropout."""
+    runs = [make_run(tmp_path, ranks=(rank, 2), batch_size=1) for rank in (0, 1)]
+    drawn = [[(torch.rand(4).tolist(), step[0].input_ids) for step in run._step_batches()] for run in runs]
+    assert len(drawn[0]) == len(drawn[1]) == 16
+    for (first, rows), (second, others) in zip(*drawn, strict=True):
+        assert first != second and not torch.equal(rows, others)
+    every = [tuple(numbers) for rank in drawn for numbers, _ in rank]
+    assert len(set(every)) == len(every)
+
+
+def test_an_epoch_has_every_row_once_and_its_last_step_is_its_own(tmp_path):
+    """A step never spans two epochs, so what is left over at an epoch's end cannot leak into the next."""
+    run = make_run(tmp_path, data=(data := Rows(13)))
+    steps = list(run._step_batches())
+    assert [len(step) for step in steps] == [2, 2, 2, 1] * 4
+    for epoch in range(4):
+        seen = [batch for step in steps[4 * epoch : 4 * epoch + 4] for batch in step]
+        assert sum(batch.count for batch in seen) == data.num_targets
+        assert sum(len(batch.input_ids) for batch in seen) == 13
+    orders = [torch.cat([b.input_ids for s in steps[4 * e : 4 * e + 4] for b in s]) for e in range(4)]
+    assert not torch.equal(orders[0], orders[1])
+
+
+def test_the_schedule_ends_at_a_tenth_of_its_peak_with_accumulation(tmp_path):
+    run = make_run(tmp_path, max_steps=0, epochs=10, eval_interval=0)
+    run.fit()
+    rates = [record["learning_rate"] for record in records(tmp_path) if "learning_rate" in record]
+    assert run.num_steps == len(rates) == 40
+    assert rates[0] == pytest.approx(1e-2 / 8) and max(rates) == pytest.approx(1e-2)
+    assert rates[-1] == pytest.approx(1e-3, rel=0.05)
+
+
+def test_folders_names_and_the_finished_flag(tmp_path):
+    run = make_run(tmp_path)
+    assert run.fit() == tmp_path / "pretrain_16_epoch2" == run.last_folder
+    assert str(tmp_path / "pretrain_16_epoch2") in said(run).partition("pretrain: done")[0]  # the plan says so too
+    names = ["pretrain_16_epoch0", "pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "pretrain_metrics.jsonl"]
+    lineages = [json.loads((tmp_path / name / "lineage.json").read_text()) for name in names[:3]]
+    assert [(x["epoch"], x["step"], x["finished"]) for x in lineages] == [(0, 4, False), (1, 8, False), (2, 10, True)]
+    assert all(x["stage"] == "pretrain" and x["parent"] == {"weights": "abc"} for x in lineages)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".pt", ".pth", ".bin")]
+
+
+def test_a_state_holds_all_a_run_needs_in_full_precision(tmp_path):
+    """Resuming from half-precision weights loses every small update since. Computing in bf16 must not show here."""
+    run = make_run(tmp_path, dtype=torch.bfloat16, max_steps=3, optimizer="adamw")
+    run.fit()
+    state = load_training_state(run.state_folder)
+    assert state["step"] == 3 and state["identity"]["seed"] == 42
+    assert {name: w.dtype for name, w in state["weights"].items()} == {
+        name: torch.float32 for name, _ in run.model.named_parameters()
+    }
+    assert_same_bits(state["weights"], weights_of(run.model))
+    assert any((w != w.bfloat16().float()).any() for w in state["weights"].values())
+    moments = state["optimizers"][0]["state"]
+    assert len(moments) == len(state["weights"])
+    for moment in moments.values():
+        assert moment["step"] == 3 and moment["exp_avg"].dtype == moment["exp_avg_sq"].dtype == torch.float32
+
+
+def test_under_lora_only_the_adapter_is_in_the_state(tmp_path):
+    run = make_run(tmp_path, lora=2, max_steps=2)
+    run.fit()
+    names = set(load_training_state(run.state_folder)["weights"])
+    assert names == {name for name, p in run.model.named_parameters() if "lora_" in name} and len(names) == 14
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": Rows(13, seed=4)}, r"made with data rows 13 0, this run has rows 13 4; .* another --output_dir"),
+        ({"batch_size": 4}, "made with rows_per_optimizer_step 4, this run has 8"),
+        ({"max_steps": 9}, "made with num_steps 2, this run has 9"),
+        ({"optimizer": "muon"}, "made with optimizer adamw, this run has muon"),
+        ({"shape": {"num_hidden_layers": 2}}, "this run has"),
+        ({"shape": {"num_attention_heads": 4, "num_key_value_heads": 2}}, "num_attention_heads 2, this run has 4"),
+        ({"lora": 2}, "made with trained parameters"),
+    ],
+)
+def test_a_resume_of_another_run_is_refused_in_one_line(tmp_path, change, message):
+    make_run(tmp_path, max_steps=2).fit()
+    run = make_run(tmp_path, **{"max_steps": 2, "resume": True, **change})
+    before = weights_of(run.model)
+    with pytest.raises(ValueError, match=message) as error:
+        run.fit()
+    assert "\n" not in str(error.value)
+    assert_same_bits(before, weights_of(run.model))
+
+
+def test_a_finished_run_resumed_does_nothing_and_a_new_one_starts_over(tmp_path):
+    first = make_run(tmp_path, max_steps=2)
+    first.fit()
+    again = make_run(tmp_path, max_steps=2, resume=True, seed=1)
+    assert again.fit() == first.last_folder
+    assert_same_bits(weights_of(again.model), weights_of(first.model))
+    nothing = make_run(tmp_path / "elsewhere", max_steps=1, resume=True)
+    nothing.fit()
+    assert "nothing to resume" in said(nothing) and nothing.start_step == 0
+
+
+def test_a_crash_between_two_renames_loses_no_state(tmp_path):
+    """A state is swapped in by two renames; after a crash between them the previous one is under a hidden name."""
+    run = make_run(tmp_path, max_steps=6)
+    interrupt_at(run, 5)
+    run.state_folder.rename(tmp_path / ".pretrain_16_state.abc.old")
+    resumed = make_run(tmp_path, max_steps=6, resume=True)
+    resumed.fit()
+    assert resumed.start_step == 4 and "from step 4" in said(resumed)
+
+
+def test_starting_over_an_unfinished_run_is_said(tmp_path):
+    interrupt_at(make_run(tmp_path), 7)
+    run = make_run(tmp_path, max_steps=1)
+    run.fit()
+    assert "holds an unfinished pretrain run; starting over (--resume goes on)" in said(run)
+
+
+def test_the_report_says_how_far_the_weights_moved(tmp_path):
+    """The original project's DPO had a learning rate of 1e-9: a whole run that changed nothing, and said nothing."""
+    moving = make_run(tmp_path / "a", max_steps=3)
+    before = weights_of(moving.model)
+    moving.fit()
+    after = weights_of(moving.model)
+    moved = sum(float((after[name] - before[name]).double().pow(2).sum()) for name in before) ** 0.5
+    size = sum(float(weight.double().pow(2).sum()) for weight in before.values()) ** 0.5
+    assert moved / size > 0.01
+    assert f"{moved / size:.2%} of their size" in said(moving) and "hardly moved" not in said(moving)
+    idle = make_run(tmp_path / "b", max_steps=3, learning_rate=1e-9)
+    idle.fit()
+    assert "0.00% of their size" in said(idle)
+    assert "warning: the weights hardly moved; raise --learning_rate" in said(idle)
+
+
+def test_brackets_in_a_path_are_shown(tmp_path):
+    """They are the console's own markup, which would swallow them, or stop the run."""
+    for resume in (True, False):
+        run = make_run(tmp_path / "a[bold]b[" / "i]", max_steps=1, resume=resume)
+        assert str(tmp_path / "a[bold]b[" / "i]" / "pretrain_16_epoch0") == str(run.fit())
+        assert said(run).count(str(run.last_folder)) == 2
+        assert ("nothing to resume in " + str(tmp_path / "a[bold]b[" / "i]") in said(run)) == resume
+
+
+def test_validation_is_the_mean_over_the_targets(tmp_path):
+    """Batches of 2 and of 1 row: the mean over all targets, without dropout, and nothing of the model changed."""
+    run = make_run(tmp_path)
+    rows = run.validation_data
+    before = weights_of(run.model)
+    found = run.validate(rows)["validation_loss"]
+    loss, _ = next_token_loss(run.model.eval(), rows.collate(rows.rows))
+    assert found == pytest.approx(loss.item() / rows.num_targets, rel=1e-5)
+    assert_same_bits(before, weights_of(run.model))
+
+
+def test_metrics_and_samples_are_recorded(tmp_path):
+    run = make_run(tmp_path, max_steps=4)
+    run.fit()
+    lines = records(tmp_path)
+    training = [record for record in lines if "loss" in record]
+    assert all(set(record) == {"step", "loss", "learning_rate", "grad_norm"} for record in training)
+    validations = [record for record in lines if "validation_loss" in record]
+    assert [record["step"] for record in validations] == [2, 4]
+    assert validations[0]["sample_0"] == "drawn: True" and "drawn: True" in said(run)
+    assert run.best_validation_loss == min(record["validation_loss"] for record in validations)
+
+
+def test_a_compiled_run_saves_plain_names(tmp_path, monkeypatch):
+    """Adapters saved from a compiled module had other names, and were then loaded with strict=False: useless.
+
+    aot_eager traces as the real backend does and needs no C++ compiler.
+    """
+    compile_module, used = torch.nn.Module.compile, []
+
+    def compile_without_compiler(module, **options):
+        used.append(type(module).__name__)
+        compile_module(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_compiler)
+    plain, compiled = (make_run(tmp_path / str(c), lora=2, max_steps=2, use_compile=c, dropout=0.0) for c in (0, 1))
+    names = list(weights_of(compiled.model))
+    plain.fit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "validation_data", None)
+        compiled.fit()
+    assert used == ["TinyLM"]
+    assert list(weights_of(compiled.model)) == names == list(load_names(compiled.last_folder))
+    for name, weight in weights_of(compiled.model).items():
+        torch.testing.assert_close(weight, weights_of(plain.model)[name], atol=1e-4, rtol=1e-3)
+
+
+def load_names(folder: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    return [name for name in weights_of(make_run(folder / "unused", lora=2).model) if name in stored]
