@@ -36,6 +36,7 @@ FLOORS = {
     "dataset/tinyworld_plots.py": 1,
     "dataset/tinyworld_skills.py": 1,
     "dataset/tinyworld_chats.py": 1,
+    "dataset/tinyworld_drills.py": 1,
     "dataset/tinyworld_pages.py": 1,
     "dataset/tinyworld.py": 1,
     "dataset/record_shapes.py": 2,

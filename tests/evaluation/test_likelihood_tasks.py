@@ -15,7 +15,7 @@ from tinylm.evaluation.multiple_choice import (
     last_word_accuracy,
     multiple_choice_accuracy,
 )
-from tinylm.evaluation.preferences import as_reference, preference_accuracy
+from tinylm.evaluation.preferences import answer_logprobs, as_reference, preference_accuracy
 from tinylm.tokenizer.chat_template import encode_chat
 
 
@@ -118,6 +118,8 @@ def test_preferences_are_relative_to_the_reference(model, tokenizer, reference_l
     chosen, rejected = pairs[0][1], pairs[0][2]
     plain = answer_logprob(model, chosen) - answer_logprob(model, rejected)
     base = answer_logprob(reference, chosen) - answer_logprob(reference, rejected)
+    [value] = answer_logprobs(model, encode, [prompt], [chosen])
+    assert value == pytest.approx(answer_logprob(model, chosen), abs=1e-8)
     alone = preference_accuracy(model, encode, pairs)
     assert alone.margins == pytest.approx([plain], abs=1e-8)
     relative = preference_accuracy(model, encode, pairs, reference=as_reference(reference))

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from tinylm.evaluation import sequence_logprob as module
 from tinylm.evaluation.sequence_logprob import (
     continuation_logprobs,
     sequence_logprobs,
@@ -121,3 +122,20 @@ def test_errors(model, table_model):
     with pytest.raises(RuntimeError, match="NaN"):
         continuation_logprobs(table_model(torch.full((2, 2), math.nan)), [([0], [1])])
     assert continuation_logprobs(model, []) == []
+
+
+def test_batches_are_full_and_hold_little_padding():
+    """A thousand sentences of 1 to 50 tokens: no batch above the limit, and less than a tenth of all is padding."""
+    rng = random.Random(4)
+    pieces = [module._Piece(i, list(range(rng.randint(2, 51))), [1]) for i in range(1000)]
+    batches = list(module._batches_by_length(pieces, 512))
+    sizes = [len(batch) * (len(batch[0].ids) - 1) for batch in batches]
+    assert sorted(piece.owner for batch in batches for piece in batch) == list(range(1000))
+    assert max(sizes) <= 512
+    assert sum(sizes) < 1.1 * sum(len(piece.ids) - 1 for piece in pieces)
+    few = list(module._batches_by_length(pieces[:60], 10**6))
+    assert sum(len(batch) * (len(batch[0].ids) - 1) for batch in few) < 1.25 * sum(
+        len(piece.ids) - 1 for piece in pieces[:60]
+    )
+    [alone] = module._batches_by_length([module._Piece(0, list(range(99)), [1])], 8)
+    assert len(alone) == 1, "a piece longer than the limit goes alone"

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import random
 
+from tinylm.dataset.tinyworld_drills import make_drill
 from tinylm.dataset.tinyworld_plots import all_facts, ask, make_story
 from tinylm.dataset.tinyworld_skills import CLOSED
 
-STORY_SHARE, STORY_WITH_QUESTIONS_SHARE = 0.5, 0.3  # the rest are pages of closed skills
+STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.15, 0.35, 0.35  # the rest are pages of closed skills
 
 # Skills whose answers say the whole fact: "7 plus 5 is 12."
 _FACTS = ("addition", "subtraction", "spelling", "opposites", "categories", "comparing")
@@ -24,7 +25,7 @@ def _story_with_questions(rng: random.Random, split: str) -> str:
     facts: list = all_facts(story)
     facts += [("not_in_story", None)] * rng.randint(0, 2)
     rng.shuffle(facts)
-    questions = [ask(rng, story, skill, split, subject) for skill, subject in facts[: rng.randint(3, 7)]]
+    questions = [ask(rng, story, skill, split, subject) for skill, subject in facts[: rng.randint(5, 8)]]
     form = "Question: {} Answer: {}" if rng.random() < 0.3 else "{} {}"
     return "\n".join([story.text, *(form.format(question.text, question.answers[0]) for question in questions)])
 
@@ -43,4 +44,6 @@ def make_page(rng: random.Random, split: str) -> str:
         return make_story(rng, split).text
     if draw < STORY_SHARE + STORY_WITH_QUESTIONS_SHARE:
         return _story_with_questions(rng, split)
+    if draw < STORY_SHARE + STORY_WITH_QUESTIONS_SHARE + DRILL_SHARE:
+        return make_drill(rng, split)
     return _closed_page(rng, split)

@@ -24,6 +24,9 @@ TOKENS_PER_BATCH = 4096
 """Tokens in one forward pass; enough to keep two CPU cores at full speed, while the logits stay near 100
 MB."""
 
+SMALL_BATCH = 256
+"""Tokens from which on a batch may end early, for the sake of less padding."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -146,14 +149,21 @@ def split_into_windows(owner: int, ids: TokenIds, mask: Sequence[bool], window: 
 
 
 def _batches_by_length(pieces: list[_Piece], tokens_per_batch: int) -> Iterator[list[_Piece]]:
-    """Longest first, so that memory runs out at the start if it does; neighbours have nearly equal
-    lengths."""
-    ordered = sorted(pieces, key=lambda piece: len(piece.ids), reverse=True)
-    start = 0
-    while start < len(ordered):
-        size = max(1, tokens_per_batch // (len(ordered[start].ids) - 1))
-        yield ordered[start : start + size]
-        start += size
+    """Longest first, so that memory runs out at the start if it does; neighbours have nearly equal lengths.
+
+    A batch ends when it is full, or when it is large enough and the next piece would be a quarter padding.
+    """
+    batch: list[_Piece] = []
+    for piece in sorted(pieces, key=lambda piece: len(piece.ids), reverse=True):
+        longest = len(batch[0].ids) - 1 if batch else 0
+        is_full = (len(batch) + 1) * longest > tokens_per_batch
+        is_padded = len(batch) * longest >= SMALL_BATCH and 4 * (len(piece.ids) - 1) < 3 * longest
+        if batch and (is_full or is_padded):
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
 
 
 def _score_batch(model: Any, batch: list[_Piece]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

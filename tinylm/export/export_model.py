@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     settings = parse_settings(ExportSettings, argv, "tinylm export", "Write a model for other programs.")
     path = resolve_model_path(settings.model_path)
     model, _, _ = load_model(path, tokenizer_path=settings.tokenizer_path)
-    export_pth(merge_lora(model), settings.output)
+    merge_lora(model)
+    export_pth(model, settings.output)
     print(f"{path} written to {settings.output}")
     return 0
 

@@ -1,0 +1,85 @@
+"""Drill pages of TinyWorld's reading book: lists said again, words spelled, short facts to remember.
+
+A story is mostly news: little of the next word can be known. A drill is the opposite, nearly every word of its second
+half follows from the first. On such pages attention learns to look things up (the induction heads of Olsson et al.
+2022, arXiv:2209.11895) within a few hundred steps, and stories then profit from it.
+"""
+
+from __future__ import annotations
+
+import random
+
+from tinylm.dataset.tinyworld_plots import all_facts, ask
+from tinylm.dataset.tinyworld_skills import CAPITAL_WORDS, LIST_WORDS, SPELLING_WORDS, spelled, word_list
+from tinylm.dataset.tinyworld_stories import Story
+from tinylm.dataset.tinyworld_words import COLOURS, FEELINGS, NAMES, PLACES, THINGS, a_or_an, reserved
+
+_HAS = ("{who} has {a_thing}.", "{who} had {a_thing}.", "{who} found {a_thing}.", "{who} got {a_thing}.")
+_IS = ("{who} is {place}.", "{who} was {place}.")
+_FEELS = ("{who} feels {feeling}.", "{who} is {feeling}.", "{who} felt {feeling}.")
+
+
+def _say_again(rng: random.Random) -> str:
+    """Lists, each said twice."""
+    lines = []
+    for _ in range(rng.randint(2, 4)):
+        words = ", ".join(rng.sample(LIST_WORDS, rng.randint(4, 9)))
+        lines.append(f"Say after me: {words}. {words}.")
+    return "\n".join(lines)
+
+
+def _backwards(rng: random.Random, split: str) -> str:
+    """Lists and their reversals."""
+    lists = [word_list(rng, split, "reverse", rng.randint(3, 5)) for _ in range(rng.randint(4, 6))]
+    return "\n".join(f"{', '.join(words)}. Backwards: {', '.join(words[::-1])}." for words in lists)
+
+
+def _letters(rng: random.Random) -> str:
+    """Words spelled, counted and in capitals."""
+    lines = []
+    for word in rng.sample(SPELLING_WORDS, rng.randint(5, 8)):
+        lines.append(f"{spelled(word)} The word {word} has {len(word)} letters.")
+    lines += [f"{word} in capital letters is {word.upper()}." for word in rng.sample(CAPITAL_WORDS, rng.randint(3, 6))]
+    return "\n".join(lines)
+
+
+def _remember(rng: random.Random, split: str) -> str:
+    """Short facts about a few people, then a question about each."""
+    while True:
+        people, things = rng.sample(NAMES, rng.randint(2, 4)), rng.sample(THINGS, 4)
+        if not any(reserved("has", name, thing) for name in people for thing in things) or split != "train":
+            break
+    colours = rng.sample(COLOURS, 4)
+    story = Story(tuple(people), dict(zip(things[: len(people)], colours, strict=False)))
+    facts = []
+    for who, thing in zip(people, things, strict=False):
+        if rng.random() < 0.8:
+            story.holder[thing] = who
+            a_thing = a_or_an(f"{story.colour[thing]} {thing}")
+            facts.append(rng.choice(_HAS).format(who=who, a_thing=a_thing))
+        else:
+            del story.colour[thing]
+        if rng.random() < 0.5:
+            story.where[who] = rng.choice(tuple(PLACES))
+            facts.append(rng.choice(_IS).format(who=who, place=PLACES[story.where[who]]))
+        if rng.random() < 0.5:
+            story.feels[who] = rng.choice(FEELINGS)
+            facts.append(rng.choice(_FEELS).format(who=who, feeling=story.feels[who]))
+    rng.shuffle(facts)
+    questions = all_facts(story)
+    questions += [("not_in_story", None)] if rng.random() < 0.5 else []  # type: ignore[list-item]
+    rng.shuffle(questions)
+    asked = [ask(rng, story, skill, split, subject) for skill, subject in questions[:8]]
+    return "\n".join([" ".join(facts), *(f"{question.text} {question.answers[0]}" for question in asked)])
+
+
+def make_drill(rng: random.Random, split: str) -> str:
+    """One page of drills."""
+    draw = rng.random()
+    if draw < 0.5:
+        return _remember(rng, split)
+    if draw < 0.65:
+        return _say_again(rng)
+    if draw < 0.80:
+        return _backwards(rng, split)
+    return _letters(rng)
