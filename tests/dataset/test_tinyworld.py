@@ -22,7 +22,7 @@ from tinylm.dataset.tinyworld_words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "ca94047b96a898a0"
+GOLDEN = "91e8a4c9d2f1bc1c"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:

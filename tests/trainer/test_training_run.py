@@ -97,6 +97,17 @@ def test_resume_is_exact_to_the_bit(tmp_path, optimizer):
     steps = [record["step"] for record in records(tmp_path / "parts") if "loss" in record]
     assert steps == list(range(1, 11))
     assert "from step 6" in said(resumed)
+    assert resumed.best_validation_loss == whole.best_validation_loss
+
+
+def test_the_best_validation_loss_outlives_a_stop(tmp_path):
+    """The best may lie before the stop; what is left of the run may only have worse ones."""
+    stopped = make_run(tmp_path, max_steps=4, save_interval=3)
+    stopped.validate = lambda data: {"validation_loss": 0.25}
+    interrupt_at(stopped, 4)
+    resumed = make_run(tmp_path, max_steps=4, save_interval=3, resume=True)
+    resumed.fit()
+    assert resumed.start_step == 3 and resumed.best_validation_loss == 0.25
 
 
 def test_dropout_is_another_at_every_step_and_is_part_of_the_run(tmp_path):
@@ -261,7 +272,9 @@ def test_validation_is_the_mean_over_the_targets(tmp_path):
     run = make_run(tmp_path)
     rows = run.validation_data
     before = weights_of(run.model)
+    run.model.train()  # as it is between two steps
     found = run.validate(rows)["validation_loss"]
+    assert run.model.training
     loss, _ = next_token_loss(run.model.eval(), rows.collate(rows.rows))
     assert found == pytest.approx(loss.item() / rows.num_targets, rel=1e-5)
     assert_same_bits(before, weights_of(run.model))

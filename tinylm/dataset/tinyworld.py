@@ -93,7 +93,7 @@ def pretrain_document(i: int, split: str = "train", seed: int = 0) -> str:
     return make_page(stream(seed, split, "document", i), split)
 
 
-def _item(rng: random.Random, split: str, voice: Voice, skill: str | None, max_questions: int = 4) -> Item:
+def _item(rng: random.Random, split: str, voice: Voice, skill: str | None, max_questions: int = 6) -> Item:
     messages, last = make_chat(rng, split, voice, skill, max_questions)
     return Item(messages, last.skill, last.answers, last.wrong, last.words)
 

@@ -160,6 +160,7 @@ def _story_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | N
     facts = all_facts(story)
     if last is not None:
         facts = [fact for fact in facts if fact[0] != last.skill]
+    num_questions = min(num_questions, len(facts) + 1)
     for k in range(num_questions):
         if last is not None and k == num_questions - 1:
             question = last
@@ -169,7 +170,7 @@ def _story_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | N
             skill = rng.choices(*_STORY_DRAW)[0]
             open_facts = [fact for fact in facts if fact[0] == skill]
             subject = None
-            if skill != "not_in_story":
+            if skill != "not_in_story" and facts:
                 fact = rng.choice(open_facts or facts)
                 facts.remove(fact)
                 skill, subject = fact
@@ -192,21 +193,21 @@ def _small_talk(chat: _Chat, split: str) -> None:
 
 
 def make_chat(
-    rng: random.Random, split: str, voice: Voice, skill: str | None = None, max_questions: int = 4
+    rng: random.Random, split: str, voice: Voice, skill: str | None = None, max_questions: int = 6
 ) -> tuple[list[Message], Question]:
     """A chat that ends with an answer to a question of `skill` (any if None), and that last question.
 
-    Without a skill, 45% of the chats are about a story, 10% small talk, the rest one to three questions that
+    Without a skill, half of the chats are about a story, 5% small talk, the rest one to three questions that
     stand alone. `max_questions` bounds the number of questions.
     """
     if skill is not None and skill not in SKILLS:
         raise ValueError(f"skill {skill!r}; expected one of {', '.join(SKILLS)}; choose one of them")
     chat, draw = _Chat(rng, voice), rng.random()
     about_story = (
-        skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < 0.45)
+        skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < 0.5)
     )
     if about_story:
-        _story_chat(chat, split, min(max_questions, rng.choices((2, 3, 4), (0.25, 0.35, 0.4))[0]), skill)
+        _story_chat(chat, split, min(max_questions, rng.choices((2, 3, 4, 5, 6), (0.1, 0.15, 0.25, 0.25, 0.25))[0]), skill)
     elif skill is None and draw < 0.55 and max_questions >= 4:
         _small_talk(chat, split)
     else:

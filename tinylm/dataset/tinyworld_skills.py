@@ -30,14 +30,12 @@ ASSISTANT_NAME = "Tiny"
 
 
 def number_pair(rng: random.Random, split: str, kind: str) -> tuple[int, int]:
-    """Two operands (the first is not the smaller one for "minus"): both up to 20, or one up to 50 and one up
-    to 10.
-    """
+    """Two operands (the first is not the smaller one for "minus"): both up to 12, or one up to 30 and one up to 9."""
     while True:
-        if rng.random() < 0.6:
-            a, b = rng.randint(1, 20), rng.randint(1, 20)
+        if rng.random() < 0.75:
+            a, b = rng.randint(1, 12), rng.randint(1, 12)
         else:
-            a, b = rng.randint(10, 50), rng.randint(1, 10)
+            a, b = rng.randint(10, 30), rng.randint(1, 9)
         if a < b and kind == "minus":
             a, b = b, a
         if reserved_unordered(kind, a, b) == (split != "train"):
@@ -212,7 +210,7 @@ def _capitals(rng: random.Random, split: str) -> Question:
 
 _LENGTHS = (3, 4, 5, 6)
 _WORDS_OF_LENGTH = {n: tuple(word for word in SPELLING_WORDS if len(word) == n) for n in _LENGTHS}
-CAPITAL_WORDS = tuple(dict.fromkeys((*LIST_WORDS, *CATEGORY_OF, *NAMES)))
+CAPITAL_WORDS = tuple(dict.fromkeys((*LIST_WORDS, *NAMES)))
 
 CLOSED: dict[str, Callable[[random.Random, str], Question]] = {
     "addition": _addition,

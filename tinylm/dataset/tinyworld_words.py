@@ -71,22 +71,9 @@ CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word
 # From the lightest to the heaviest.
 BY_WEIGHT = tuple("ant bee mouse frog duck cat dog sheep pig cow horse elephant whale".split())
 
-_MORE_WORDS = """sun moon star sky rain snow wind cloud fire water tree grass bird fish house door window
-table chair bed wall road street town coat shoe sock shirt glove bread milk soup rice salt sugar honey
-cheese hand foot head nose ear eye arm leg mother father sister brother friend baby king queen song game
-story letter word page picture paper glass plate clock bottle stone sand hill farm lake park shop barn
-cave river beach school garden forest market bridge kitchen library sing jump run walk sleep read play
-swim draw cook one two three four five six seven eight nine ten apron beak bench blanket breeze bucket
-butter button castle chain cheek chest chicken circle corner cotton cousin cream crown curtain desert
-dragon dream dust eagle edge engine farmer fence finger floor flour fork fox ghost giant grape gold hair
-hedge hen hook ice island jacket jar jelly kettle knee lemon lip mat meal mirror monkey mud nail neck
-needle nest net oven owl paint pan parrot peach penny pillow pirate pocket pond pony pot puppy rabbit roof
-rope sail sailor seed shelf silver smoke snail spider square stairs stick storm straw swan tail tent thumb
-tiger toast tooth towel tower trail turtle valley village wagon wave wheel whale wing wolf wood wool worm
-yard zebra"""
 SPELLING_WORDS = tuple(
     dict.fromkeys(
-        [w for w in (*THINGS, *OPPOSITES, *CATEGORY_OF, *_MORE_WORDS.split(), *COLOURS, *BY_WEIGHT) if 3 <= len(w) <= 6]
+        [w for w in (*THINGS, *CATEGORY_OF, *COLOURS, *FEELINGS, *BY_WEIGHT) if 3 <= len(w) <= 6]
     )
 )
 LIST_WORDS = tuple(
