@@ -7,6 +7,7 @@ every tensor must be there under its exact name and shape, and nothing is unpick
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ __all__ = [
 
 _CONFIG, _ADAPTER, _WEIGHTS = "config.json", "adapter_config.json", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_EPOCH = re.compile(r"_epoch(\d+)(?=\.pth$|$)")
 
 
 def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer, lineage: dict[str, Any]) -> None:
@@ -87,7 +89,9 @@ def _generation_config(config: TinyLMConfig) -> dict[str, Any]:
 
 
 def resolve_model_path(path: str | Path) -> Path:
-    """A model folder, an adapter folder or a `.pth` file: the path itself, or the only one inside it.
+    """A model folder, an adapter folder or a `.pth` file: the path itself, or the one inside it.
+
+    A stage's output folder holds one model for each epoch (`pretrain_512_epoch0`, ...): the last epoch's is taken.
 
     Raises:
         FileNotFoundError: nothing there. ValueError: a folder with no model in it, or with several.
@@ -104,12 +108,21 @@ def resolve_model_path(path: str | Path) -> Path:
     if _is_model(path):
         return path
     inside = sorted(child for child in path.iterdir() if not child.name.startswith(".") and _is_model(child))
+    epochs = {_EPOCH.sub("", child.name): child for child in sorted(inside, key=_epoch_of)}
+    if len(epochs) == 1:
+        return next(iter(epochs.values()))
     if len(inside) > 1:
         names = ", ".join(child.name for child in inside[:8])
         raise ValueError(f"{path} holds {len(inside)} models ({names}); give the path of one of them")
     if not inside:
         raise ValueError(f"{path} holds no model; expected {_CONFIG}, {_ADAPTER} or a .pth file in it")
     return inside[0]
+
+
+def _epoch_of(path: Path) -> int:
+    """3 for `pretrain_512_epoch3` or `pretrain_512_epoch3.pth`; -1 for a name without an epoch."""
+    found = _EPOCH.search(path.name)
+    return int(found[1]) if found else -1
 
 
 def _is_model(path: Path) -> bool:

@@ -171,7 +171,7 @@ def test_own_precision_shares_the_weights_and_follows_training() -> None:
     engine = Engine(model, dtype=FP32)
     assert engine.model is model
     half = Engine(model, dtype=torch.bfloat16)
-    assert half.model.dtype == torch.bfloat16 and half.dtype == torch.bfloat16
+    assert half.compute_model.dtype == torch.bfloat16 and half.dtype == torch.bfloat16
 
 
 def test_bfloat16_answers_mostly_agree_with_transformers_in_bfloat16(prompts) -> None:

@@ -80,6 +80,11 @@ class PretrainDataset:
             total += int(sizes[self.shards.tokens[start + 1 : start + length]].sum())
         return total
 
+    @property
+    def bytes_per_target(self) -> float:
+        """Mean UTF-8 bytes of a target: bits per byte = (nats per target) / ln 2 / (bytes per target)."""
+        return self.num_bytes / self.num_targets
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes when any token, the choice of documents or a row boundary does."""

@@ -207,7 +207,9 @@ def make_chat(
         skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < 0.5)
     )
     if about_story:
-        _story_chat(chat, split, min(max_questions, rng.choices((2, 3, 4, 5, 6), (0.1, 0.15, 0.25, 0.25, 0.25))[0]), skill)
+        _story_chat(
+            chat, split, min(max_questions, rng.choices((2, 3, 4, 5, 6), (0.1, 0.15, 0.25, 0.25, 0.25))[0]), skill
+        )
     elif skill is None and draw < 0.55 and max_questions >= 4:
         _small_talk(chat, split)
     else:

@@ -72,9 +72,7 @@ CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word
 BY_WEIGHT = tuple("ant bee mouse frog duck cat dog sheep pig cow horse elephant whale".split())
 
 SPELLING_WORDS = tuple(
-    dict.fromkeys(
-        [w for w in (*THINGS, *CATEGORY_OF, *COLOURS, *FEELINGS, *BY_WEIGHT) if 3 <= len(w) <= 6]
-    )
+    dict.fromkeys([w for w in (*THINGS, *CATEGORY_OF, *COLOURS, *FEELINGS, *BY_WEIGHT) if 3 <= len(w) <= 6])
 )
 LIST_WORDS = tuple(
     dict.fromkeys(w for w in (*THINGS, *CATEGORIES["animal"], *"sun moon star tree fish bird house door".split()))

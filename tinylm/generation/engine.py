@@ -52,7 +52,8 @@ class Engine:
         self, model: TinyLMForCausalLM, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
     ) -> None:
         self.dtype = dtype or _fastest_dtype(model)
-        self.model = model if model.dtype == self.dtype else inference_copy(model, self.dtype)
+        self.model = model
+        self.compute_model = model if model.dtype == self.dtype else inference_copy(model, self.dtype)
         self._tokenizer = tokenizer
         self.context_length: int = model.config.max_position_embeddings
 
@@ -85,11 +86,11 @@ class Engine:
             return
         ids = self.bounded(prompt_ids, settings)
         limit = self.limit(len(ids), settings)
-        uniforms = _uniforms(settings, [0], [limit]).to(self.model.device)
+        uniforms = _uniforms(settings, [0], [limit]).to(self.compute_model.device)
         seen = self._seen([ids], settings)
-        with _evaluating(self.model):
+        with _evaluating(self.compute_model):
             cache = self._new_cache(1, len(ids) + limit)
-            logits = self._forward(torch.tensor([ids], device=self.model.device), cache)
+            logits = self._forward(torch.tensor([ids], device=self.compute_model.device), cache)
             for step in range(limit):
                 token = next_tokens(logits, settings, uniforms[:, step], seen)
                 token_id = int(token)
@@ -118,7 +119,7 @@ class Engine:
         bounded = [self.bounded(prompt, settings) for prompt in prompts]
         seed = _seed_of(settings)
         answers: list[list[int]] = [[] for _ in prompts]
-        with _evaluating(self.model):
+        with _evaluating(self.compute_model):
             for places in self._batches(bounded, settings, batch_size):
                 rows = [bounded[place] for place in places]
                 limits = [self.limit(len(row), settings) for row in rows]
@@ -177,11 +178,11 @@ class Engine:
     # ----------------------------------------------------------------------------------------------- internals
 
     def _new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        return KVCache(self.model.config, batch_size, max_length, self.model.device, self.dtype)
+        return KVCache(self.compute_model.config, batch_size, max_length, self.compute_model.device, self.dtype)
 
     def _forward(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits [B, V] after the last token of input_ids [B, T]; no other position pays for the vocabulary."""
-        return self.model.lm_head(self.model.hidden_states(input_ids, cache=cache)[:, -1])
+        return self.compute_model.lm_head(self.compute_model.hidden_states(input_ids, cache=cache)[:, -1])
 
     def _batches(self, prompts: list[list[int]], settings: SamplingSettings, batch_size: int) -> Iterator[list[int]]:
         """Places of prompts that are answered together: of similar length, and short enough to be padded.
@@ -203,15 +204,15 @@ class Engine:
         """bool [B, V] for the repetition penalty; None when it is off."""
         if settings.repetition_penalty == 1.0:
             return None
-        return seen_tokens(rows, self.model.config.vocab_size, self.model.device)
+        return seen_tokens(rows, self.compute_model.config.vocab_size, self.compute_model.device)
 
     def _beam_answer(
         self, prompt_ids: list[int], settings: SamplingSettings, stop_ids: tuple[int, ...]
     ) -> Iterator[int]:
         ids = self.bounded(prompt_ids, settings)
-        with _evaluating(self.model):
+        with _evaluating(self.compute_model):
             best = beam_search(
-                self.model,
+                self.compute_model,
                 ids,
                 num_beams=settings.num_beams,
                 max_new_tokens=self.limit(len(ids), settings),
@@ -230,14 +231,14 @@ class Engine:
         stop_ids: tuple[int, ...],
     ) -> list[list[int]]:
         """Answer one batch: prefill with left padding, then a token a step for the rows that go on."""
-        device = self.model.device
+        device = self.compute_model.device
         width = max(len(prompt) for prompt in prompts)
         cache = self._new_cache(len(prompts), width + max(limits))
         batch = _Batch(prompts, limits, uniforms.to(device), self._seen(prompts, settings), stop_ids)
         padding = [width - len(prompt) for prompt in prompts]
         if any(padding):
             cache.pad_lengths = torch.tensor(padding, device=device)
-        pad_id = self.model.config.pad_token_id or 0
+        pad_id = self.compute_model.config.pad_token_id or 0
         padded = [[pad_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
         logits = self._forward(torch.tensor(padded, device=device), cache)
         for step in range(max(limits)):

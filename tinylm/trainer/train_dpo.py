@@ -39,7 +39,7 @@ class DPOSettings(TrainSettings):
     model_path: str
     """the model to start from, which is the reference too: a folder, or a .pth of the original project"""
     output_dir: str = "out/dpo"
-    """folder for the model folders, the training state and metrics.jsonl"""
+    """folder for the model folders, the training state and the metrics (JSON lines)"""
     learning_rate: float = 5e-5
     """peak learning rate; far below fine-tuning's, since the loss only asks for a difference"""
     weight_decay: float = 0.0

@@ -55,7 +55,7 @@ class FullSFTSettings(ChatSettings):
     """Settings of full fine-tuning."""
 
     output_dir: str = "out/full_sft"
-    """folder for the model folders, the training state and metrics.jsonl"""
+    """folder for the model folders, the training state and the metrics (JSON lines)"""
     optimizer: Literal["adamw", "muon"] = "muon"
     """adamw, or muon (with adamw for embeddings and norms)"""
     weight_decay: float = 0.0

@@ -15,7 +15,7 @@ from typing import Any
 
 from tinylm.checkpoint import resolve_model_path, save_adapter
 from tinylm.dataset import tinyworld
-from tinylm.model.model_lora import PROJECTIONS, LoRAConfig, apply_lora
+from tinylm.model.model_lora import PROJECTIONS, LoRAConfig, apply_lora, has_lora
 from tinylm.program import run_main
 from tinylm.runtime import seed_everything, setup_runtime
 from tinylm.settings import parse_settings
@@ -33,7 +33,7 @@ class LoRASettings(ChatSettings):
     """Settings of LoRA fine-tuning."""
 
     output_dir: str = "out/lora"
-    """folder for the adapter folders, the training state and metrics.jsonl"""
+    """folder for the adapter folders, the training state and the metrics (JSON lines)"""
     weight_decay: float = 0.0
     """decay of the adapters' matrices, times the learning rate, per step"""
     lora_rank: int = 8
@@ -61,6 +61,8 @@ def train(settings: LoRASettings) -> Path:
     seed_everything(settings.seed)
     # 2. Tokenizer and 4. model: the parent brings both
     model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    if has_lora(model):
+        raise ValueError(f"{settings.model_path} is an adapter; fold it into its model first, with tinylm merge")
     apply_lora(model, settings.lora_config)
     # 3. Data
     train_data, validation_data = load_chats(

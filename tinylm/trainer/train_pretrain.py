@@ -32,7 +32,7 @@ class PretrainSettings(TrainSettings):
     """Settings of pretraining."""
 
     output_dir: str = "out/pretrain"
-    """folder for the model folders, the training state and metrics.jsonl"""
+    """folder for the model folders, the training state and the metrics (JSON lines)"""
     optimizer: Literal["adamw", "muon"] = "muon"
     """adamw, or muon (with adamw for embeddings and norms)"""
     preset: Literal["tiny", "small", "large"] = "small"

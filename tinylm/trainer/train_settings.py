@@ -16,7 +16,7 @@ class TrainSettings:
     """Settings of every training stage."""
 
     output_dir: str = "out"
-    """folder for the model folders, the training state and metrics.jsonl"""
+    """folder for the model folders, the training state and the metrics (JSON lines)"""
     data_path: str | None = None
     """training data: a file, a folder or a glob; without it the stage runs on TinyWorld"""
     validation_path: str | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class TrainingRun:
         context = float(self.settings.max_seq_len)
         flops = training_flops_per_token(self.model.config, sum(p.numel() for p in self.model.parameters()), context)
         self._print_plan(flops, matmul_flops)
-        self._check_output()
+        self._note_unfinished()
         before = snapshot(self.model.parameters())
         self.metrics = (
             MetricsLog(self.output_dir, self.stage, self.start_step, self.settings.tensorboard)
@@ -202,7 +203,7 @@ class TrainingRun:
         means = {f"validation_{name}": value / count for name, value in sums.items()}
         bytes_per_target = getattr(data, "bytes_per_target", None)
         if bytes_per_target:
-            means["bits_per_byte"] = means["validation_loss"] / torch.log(torch.tensor(2.0)).item() / bytes_per_target
+            means["bits_per_byte"] = means["validation_loss"] / math.log(2) / bytes_per_target
         return means
 
     def _save(self, report: StepReport) -> None:
@@ -276,7 +277,7 @@ class TrainingRun:
         self.start_step = int(state["step"])
         self.best_validation_loss = state["best_validation_loss"]
 
-    def _check_output(self) -> None:
+    def _note_unfinished(self) -> None:
         """Say it when an unfinished run is about to be replaced by a new one."""
         if self.start_step or not self.runtime.is_main or not self.state_folder.exists():
             return
