@@ -75,8 +75,8 @@ class AdamW(torch.optim.Optimizer):
                 p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**t))
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix, roughly: a quintic Newton-Schulz iteration on the singular values.
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly: a quintic Newton-Schulz iteration on the singular values.
 
         X <- a X + (b A + c A^2) X,  A = X X^T,  (a, b, c) = (3.4445, -4.7750, 2.0315)
 
@@ -84,19 +84,17 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     five steps bring every singular value into about [0.7, 1.2], close enough for an update direction.
 
     Args:
-        matrix: [rows, columns].
+        matrices: [N, rows, columns] with rows <= columns, so that A is the smaller of the two Gram matrices.
         steps: number of iterations.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    if tall:  # A is the smaller Gram matrix
-        x = x.T
-    x = x / (x.norm() + 1e-7)  # singular values at most 1, where the iteration converges
+    x = matrices.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values at most 1, where the iteration converges
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -107,6 +105,9 @@ class Muon(torch.optim.Optimizer):
     `scale` = 0.2 sqrt(max(rows, columns)) gives the update AdamW's usual root mean square (Liu et al. 2025,
     arXiv:2502.16982), so both optimizers take the same learning rate. Its oracle in the tests is
     `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`.
+
+    Matrices of one shape, transposed or not, are orthogonalised together: a tiny model has many small ones, and one
+    batched product of twelve costs little more than half of twelve products.
     """
 
     def __init__(
@@ -118,19 +119,30 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every matrix that has a gradient. `closure` is not used."""
         for group in self.param_groups:
-            mu = group["momentum"]
+            same_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"]
-                momentum.lerp_(p.grad, 1 - mu)
-                update = orthogonalize(p.grad.lerp(momentum, mu))  # Nesterov: look one step ahead
-                scale = 0.2 * math.sqrt(max(p.shape))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * scale)
+                if p.grad is not None:
+                    direction = self._direction(p, group["momentum"])
+                    same_shape.setdefault(tuple(sorted(p.shape)), []).append((p, direction))
+            for (_, columns), members in same_shape.items():
+                updates = orthogonalize(torch.stack([direction for _, direction in members]))
+                for (p, _), update in zip(members, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(_wide(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(columns))
+
+    def _direction(self, p: Tensor, mu: float) -> Tensor:
+        """Nesterov's look one step ahead, laid wide: [rows, columns] with rows <= columns."""
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        momentum = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
+        return _wide(p, p.grad.lerp(momentum, mu))
+
+
+def _wide(p: Tensor, matrix: Tensor) -> Tensor:
+    """`matrix` transposed if `p` is taller than wide; twice gives the matrix back."""
+    return matrix.mT if p.shape[0] > p.shape[1] else matrix
 
 
 def make_optimizers(

@@ -1,0 +1,107 @@
+"""The whole quickstart in miniature: every stage runs, learns something, and a second call skips what is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tinylm.checkpoint import load_model
+from tinylm.trainer.quickstart import QuickstartSettings, main, make_plan
+
+SCALE = "0.06"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    words = ["--scale", SCALE, "--num_items", "12", "--output_dir", str(folder), "--chat", "false"]
+    assert main(words) == 0
+    return folder
+
+
+def last_value(folder: Path, stage: str, name: str) -> float:
+    lines = (folder / stage / f"{stage}_metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines if name in json.loads(line)][-1]
+
+
+def test_losses_fall_to_what_a_miniature_reaches(run):
+    # untrained, the loss is ln 2048 = 7.6; measured here: 2.0, 1.0 and 0.5
+    assert last_value(run, "pretrain", "validation_loss") < 2.6
+    assert last_value(run, "full_sft", "validation_loss") < 1.3
+    assert last_value(run, "dpo", "validation_preference_accuracy") > 0.6
+
+
+def test_skills_and_style_move_as_they_should(run):
+    report = json.loads((run / "scoreboard.json").read_text())
+    columns = report["scoreboard"]
+    assert list(columns) == ["base", "SFT", "LoRA", "DPO"]
+    assert columns["SFT"]["skills"]["identity"] >= 0.5, "who it is, is learned first"
+    assert columns["SFT"]["summary"]["mean of skills"] > columns["base"]["summary"]["mean of skills"]
+    assert columns["LoRA"]["summary"]["in persona"] >= 0.5 > columns["SFT"]["summary"]["in persona"]
+    assert columns["DPO"]["summary"]["warm replies"] > columns["SFT"]["summary"]["warm replies"]
+    bars = {bar["what"]: bar for bar in report["bars"]}
+    assert bars["LoRA: base weights bit-identical without it"]["met"]
+
+
+def test_every_folder_loads_and_names_its_parent(run):
+    parents = {"pretrain": None, "full_sft": "pretrain", "lora": "full_sft", "dpo": "full_sft"}
+    for stage, parent in parents.items():
+        _, tokenizer, lineage = load_model(run / stage)
+        assert lineage["stage"] == stage and lineage["finished"] and tokenizer.vocab_size == 2048
+        assert (lineage["parent"] or {}).get("stage") == parent
+
+
+def test_a_second_call_trains_nothing(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.glob("*/*/*.safetensors")}
+    assert len(before) >= 8  # a model and a training state for each stage
+    words = ["--scale", SCALE, "--num_items", "1", "--output_dir", str(run), "--chat", "false"]
+    assert main(words) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.glob("*/*/*.safetensors")} == before
+    assert capsys.readouterr().out.count("done before") == 5
+
+
+def test_an_interrupted_stage_goes_on(run, tmp_path, monkeypatch):
+    """Stopped in fine-tuning and called again: pretraining is skipped, fine-tuning goes on from its state."""
+    import shutil
+
+    from tinylm.trainer import train_full_sft
+    from tinylm.trainer.training_run import TrainingRun
+
+    folder = tmp_path / "again"
+    shutil.copytree(run, folder)
+    for stage in ("full_sft", "lora", "dpo"):
+        shutil.rmtree(folder / stage)
+    plan = make_plan(QuickstartSettings(output_dir=str(folder), scale=float(SCALE)))
+    steps: list[int] = []
+    plain_log = TrainingRun._log
+
+    def log_then_stop(self, report):
+        steps.append(report.step)
+        plain_log(self, report)
+        if report.step == 12:
+            raise KeyboardInterrupt
+
+    settings = plan.full_sft.__class__(**{**vars(plan.full_sft), "save_interval": 10})
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "_log", log_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_full_sft.train(settings)
+    steps.clear()
+
+    def log(self, report):
+        steps.append(report.step)
+        plain_log(self, report)
+
+    monkeypatch.setattr(TrainingRun, "_log", log)
+    train_full_sft.train(settings)
+    assert steps[0] == 11, "goes on from the state saved at step 10"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"), [(["--scale", "0"], "scale is 0"), (["--num_items", "0"], "num_items is 0")]
+)
+def test_bad_settings_are_told(words, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        main(words)
