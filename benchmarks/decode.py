@@ -124,7 +124,7 @@ def measure(settings: DecodeSettings, preset: str, precision: str, batch_size: i
     speeds = time_in_turns(turns, settings.rounds, runtime_synchronize(runtime))
     streams = "one stream" if batch_size == 1 else f"{batch_size} streams"
     name = f"{preset} {config.hidden_size}x{config.num_hidden_layers}, {streams}, {precision}"
-    return results_of(name, speeds, 2 * config.num_parameters(), matmul_ceiling(runtime))
+    return results_of(name, precision, speeds, 2 * config.num_parameters(), matmul_ceiling(runtime))
 
 
 def main(argv: list[str] | None = None) -> int:

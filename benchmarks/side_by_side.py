@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ class Result:
     """One contestant in one setting."""
 
     setting: str
-    """Shape and precision."""
+    """Shape and precision, in words."""
+    precision: str
+    """Of the matrix products, such as `bfloat16`."""
     system: str
     tokens_per_second: float
     """Median over the rounds."""
@@ -81,7 +83,7 @@ def time_in_turns(
 
 
 def results_of(
-    setting: str, speeds: Mapping[str, Sequence[float]], flops_per_token: float, ceiling: float
+    setting: str, precision: str, speeds: Mapping[str, Sequence[float]], flops_per_token: float, ceiling: float
 ) -> list[Result]:
     """Medians and ratios of one setting."""
     results = []
@@ -91,6 +93,7 @@ def results_of(
         results.append(
             Result(
                 setting,
+                precision,
                 name,
                 median,
                 statistics.median(ratios),
@@ -112,6 +115,17 @@ def runtime_synchronize(runtime: Runtime) -> Callable[[], None]:
 def matmul_ceiling(runtime: Runtime) -> float:
     """The best of three measurements: a ceiling is what the machine can do when nothing else runs."""
     return max(measured_matmul_flops(runtime) for _ in range(3))
+
+
+def with_best_ceilings(results: Sequence[Result]) -> list[Result]:
+    """Give all results of one precision the highest ceiling of the run.
+
+    A ceiling is measured after each setting; one taken while other work ran on the machine would flatter.
+    """
+    best: dict[str, float] = {}
+    for result in results:
+        best[result.precision] = max(best.get(result.precision, 0.0), result.ceiling)
+    return [replace(result, ceiling=best[result.precision]) for result in results]
 
 
 def machine_name() -> str:
@@ -137,6 +151,7 @@ def announce(results: Sequence[Result]) -> None:
 def show(title: str, results: Sequence[Result], output: str | None) -> None:
     """Print the table; write the numbers as JSON where `output` names a file."""
     machine = machine_name()
+    results = with_best_ceilings(results)
     table = Table(title=f"{title}\n{machine}", title_justify="left")
     table.add_column("setting", min_width=max(len(result.setting) for result in results), no_wrap=True)
     table.add_column("system")

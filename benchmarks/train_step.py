@@ -155,7 +155,8 @@ def measure(settings: TrainStepSettings, preset: str, precision: str) -> list[Re
     compiled = ", compiled" if settings.compile else ""
     shape = f"{preset} {config.hidden_size}x{config.num_hidden_layers}, T={length}, B={batch_size}"
     flops_per_token = 6 * config.num_parameters() + attention
-    return results_of(f"{shape}, {precision}{compiled}", speeds, flops_per_token, matmul_ceiling(runtime))
+    setting = f"{shape}, {precision}{compiled}"
+    return results_of(setting, precision, speeds, flops_per_token, matmul_ceiling(runtime))
 
 
 def main(argv: list[str] | None = None) -> int:

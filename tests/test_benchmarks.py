@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import decode, train_step
-from benchmarks.side_by_side import OURS, THEIRS, equal_models, results_of, time_in_turns
+from benchmarks.side_by_side import OURS, THEIRS, equal_models, results_of, time_in_turns, with_best_ceilings
 from tinylm.model.model_tinylm import TinyLMConfig
 
 MINIATURE = ["--preset", "tiny", "--hidden_size", "32", "--num_hidden_layers", "1", "--device", "cpu"]
@@ -48,9 +48,13 @@ def test_turns_are_interleaved_and_the_first_round_is_not_counted():
 
 def test_medians_ratios_and_ceiling():
     speeds = {OURS: [10.0, 30.0, 20.0], THEIRS: [10.0, 10.0, 10.0]}
-    ours, theirs = results_of("here", speeds, flops_per_token=2.0, ceiling=100.0)
+    ours, theirs = results_of("here", "float32", speeds, flops_per_token=2.0, ceiling=100.0)
     assert (ours.tokens_per_second, ours.ratio, ours.flops) == (20.0, 2.0, 40.0)
     assert theirs.ratio == 1.0
+    disturbed = results_of("there", "float32", speeds, flops_per_token=2.0, ceiling=7.0)
+    other = results_of("there", "bfloat16", speeds, flops_per_token=2.0, ceiling=300.0)
+    ceilings = [result.ceiling for result in with_best_ceilings([ours, *disturbed, *other])]
+    assert ceilings == [100.0, 100.0, 100.0, 300.0, 300.0]
 
 
 def test_train_step_runs_and_reports(tmp_path, capsys):
