@@ -58,7 +58,7 @@ format: $(DEV)
 types: $(DEV)
 	$(BIN)/mypy tinylm
 
-bench: $(RUN)
+bench: $(DEV)
 	$(BIN)/python benchmarks/run.py
 
 clean:

@@ -124,9 +124,9 @@ def _accumulate_gradients(
     scaler: torch.amp.GradScaler | None,
 ) -> dict[str, Tensor]:
     """Backward through every micro-batch, each divided by the global count; returns the global means."""
+    sum_dtype = torch.float32 if runtime.device.type == "mps" else torch.float64  # MPS has no float64
     sizes = torch.tensor(
-        [sum(b.count for b in micro_batches), sum(b.input_ids.numel() for b in micro_batches)],
-        dtype=torch.float64,
+        [sum(b.count for b in micro_batches), sum(b.input_ids.numel() for b in micro_batches)], dtype=sum_dtype
     )
     count, num_tokens = runtime.all_reduce_sum(sizes.to(runtime.device)).unbind()
     divisor = count.clamp(min=1)  # a step without a single target learns nothing, instead of 0 / 0
@@ -139,6 +139,6 @@ def _accumulate_gradients(
         (scaler.scale(loss) if scaler is not None else loss).backward()
         for name, value in {"loss": loss_sum.detach(), **metrics}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value
-    means = torch.stack([value.double() for value in sums.values()])
+    means = torch.stack([value.to(sum_dtype) for value in sums.values()])
     means = runtime.all_reduce_sum(means) / divisor
     return {**dict(zip(sums, means.unbind(), strict=True)), "count": count, "num_tokens": num_tokens}

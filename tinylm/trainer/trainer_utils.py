@@ -44,8 +44,8 @@ def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
 def relative_change(before: list[torch.Tensor], parameters: Iterable[nn.Parameter]) -> float:
     """|after - before| / |before|, L2 over all trainable weights: near 0 means that training changed nothing."""
     after = [p.detach() for p in parameters if p.requires_grad]
-    moved = sum(float((a - b).double().pow(2).sum()) for a, b in zip(after, before, strict=True))
-    size = sum(float(b.double().pow(2).sum()) for b in before)
+    moved = sum(float((a - b).float().pow(2).sum()) for a, b in zip(after, before, strict=True))
+    size = sum(float(b.float().pow(2).sum()) for b in before)
     return (moved / size) ** 0.5 if size else float("inf") if moved else 0.0
 
 

@@ -218,7 +218,7 @@ class TrainingRun:
                     "epoch": epoch,
                     "step": report.step,
                     "finished": report.step == self.num_steps,
-                    "validation_loss": self.best_validation_loss,
+                    "best_validation_loss": self.best_validation_loss,
                 }
                 self.save(self.model_folder(epoch), {"stage": self.stage, **facts, **self.lineage})
             save_training_state(self.state_folder, self._state(report.step))
