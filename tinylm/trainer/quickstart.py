@@ -245,7 +245,7 @@ def show_sample_chats(folder: Path, console: Console) -> None:
     model, tokenizer, _ = load_model(folder)
     engine = Engine(model, tokenizer)
     for question in SAMPLE_CHATS:
-        reply = engine.reply([{"role": "user", "content": question}], SamplingSettings(temperature=0.0))
+        reply = engine.reply([{"role": "user", "content": question}], SamplingSettings(temperature=0.0, max_new_tokens=80))
         console.print(f"  you: {question}\n  model: {reply}\n", markup=False)
 
 

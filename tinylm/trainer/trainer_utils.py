@@ -16,7 +16,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import nn
 
 from tinylm.model.model_tinylm import TinyLMConfig
@@ -83,12 +82,11 @@ def status(console: Console, title: str) -> Iterator[Callable[[str], None]]:
 
 
 def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
-    """A small two-column table: what will happen, or what happened."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        table.add_row(f"  [dim]{name}[/dim]", escape(value))  # a path may have brackets
+    """Two columns: what will happen, or what happened. Lines are never wrapped, so that paths can be copied."""
+    width = max(len(name) for name in facts)
     console.print(f"[bold]{title}[/bold]")
-    console.print(table)
+    for name, value in facts.items():
+        console.print(f"  [dim]{name:<{width}}[/dim]  {escape(value)}")
 
 
 class MetricsLog:
