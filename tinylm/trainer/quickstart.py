@@ -120,9 +120,8 @@ def make_plan(settings: QuickstartSettings) -> Plan:
             output_dir=str(out / "lora"),
             model_path=str(out / "full_sft"),
             tinyworld_chats=settings.sized(3_000),
-            lora_rank=4,
-            lora_alpha=8,
-            optimizer="muon",
+            lora_rank=8,
+            lora_alpha=32,
             learning_rate=1e-2,
             **shared,
         ),
@@ -245,7 +244,9 @@ def show_sample_chats(folder: Path, console: Console) -> None:
     model, tokenizer, _ = load_model(folder)
     engine = Engine(model, tokenizer)
     for question in SAMPLE_CHATS:
-        reply = engine.reply([{"role": "user", "content": question}], SamplingSettings(temperature=0.0, max_new_tokens=80))
+        reply = engine.reply(
+            [{"role": "user", "content": question}], SamplingSettings(temperature=0.0, max_new_tokens=80)
+        )
         console.print(f"  you: {question}\n  model: {reply}\n", markup=False)
 
 
