@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -16,6 +16,11 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.train_settings import TrainSettings
+
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+DEFAULT_SEQ_LEN = 512
+"""Tokens of a row in fine-tuning where the model's context is longer and nothing else is asked for."""
 
 
 def lineage_of(
@@ -33,9 +38,9 @@ def lineage_of(
 
 
 def load_parent(
-    model_path: str, settings: TrainSettings, runtime: Runtime, console: Console
-) -> tuple[TinyLMForCausalLM, Tokenizer, dict[str, Any]]:
-    """(model on the device, tokenizer, description for lineage.json) of the model a fine-tuning stage starts from.
+    model_path: str, settings: Settings, runtime: Runtime, console: Console
+) -> tuple[Settings, TinyLMForCausalLM, Tokenizer, dict[str, Any]]:
+    """The model a fine-tuning stage starts from: settings with `max_seq_len` filled in, model, tokenizer, description.
 
     Raises:
         ValueError: if rows of `max_seq_len` do not fit into the model's context, or a width asked for is another.
@@ -48,13 +53,15 @@ def load_parent(
             f"max_seq_len is {settings.max_seq_len}, but {path} was made for contexts of up to {longest} tokens; "
             f"pass --max_seq_len {longest} or less"
         )
+    if settings.max_seq_len == 0:
+        settings = dataclasses.replace(settings, max_seq_len=min(longest, DEFAULT_SEQ_LEN))
     for name in ("hidden_size", "num_hidden_layers"):
         asked, found = getattr(settings, name, 0), getattr(model.config, name)
         if asked and asked != found:
             raise ValueError(f"{name} is {asked}, but {path} has {found}; leave out --{name}, or give another model")
     console.print(f"starting from {path}", markup=False)
     parent = {"path": str(path), "stage": lineage.get("stage"), "weights": weights_fingerprint(model)}
-    return model, tokenizer, parent
+    return settings, model, tokenizer, parent
 
 
 def sampler_of(

@@ -78,7 +78,7 @@ def train(settings: DPOSettings) -> Path:
     console = make_console(runtime.is_main)
     seed_everything(settings.seed)
     # 2. Tokenizer and 4. model: the parent brings both; an adapter is folded in
-    model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
     merge_lora(model)
     # 3. Data, with the reference's view of it
     train_data, validation_data = load_pairs(settings, settings.tinyworld_pairs, tokenizer, console)

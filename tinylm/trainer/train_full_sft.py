@@ -69,7 +69,7 @@ def train(settings: FullSFTSettings) -> Path:
     console = make_console(runtime.is_main)
     seed_everything(settings.seed)
     # 2. Tokenizer and 4. model: the parent brings both
-    model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
     # 3. Data
     train_data, validation_data = load_chats(
         settings, settings.tinyworld_chats, tokenizer, console, settings.replacements

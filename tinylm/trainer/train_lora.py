@@ -60,7 +60,7 @@ def train(settings: LoRASettings) -> Path:
     console = make_console(runtime.is_main)
     seed_everything(settings.seed)
     # 2. Tokenizer and 4. model: the parent brings both
-    model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
     if has_lora(model):
         raise ValueError(f"{settings.model_path} is an adapter; fold it into its model first, with tinylm merge")
     apply_lora(model, settings.lora_config)

@@ -32,9 +32,11 @@ class PretrainSettings(TrainSettings):
     """Settings of pretraining."""
 
     output_dir: str = "out/pretrain"
-    """folder for the model folders, the training state and the metrics (JSON lines)"""
+    """folder for models, training state and metrics (JSON lines)"""
     optimizer: Literal["adamw", "muon"] = "muon"
     """adamw, or muon (with adamw for embeddings and norms)"""
+    max_seq_len: int = 512
+    """tokens of a packed row, and the model's context"""
     preset: Literal["tiny", "small", "large"] = "small"
     """shape of the model: tiny (about 3M parameters), small (26M) or large (104M)"""
     hidden_size: int = 0
@@ -110,9 +112,7 @@ def train(settings: PretrainSettings) -> Path:
 
 def main(argv: list[str]) -> int:
     """The command line: flags -> settings -> train."""
-    train(
-        parse_settings(PretrainSettings, argv, "tinylm pretrain", "Train a model on plain text, from random weights.")
-    )
+    train(parse_settings(PretrainSettings, argv, "tinylm pretrain", "Train a model on plain text from nothing."))
     return 0
 
 

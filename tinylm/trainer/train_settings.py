@@ -36,8 +36,8 @@ class TrainSettings:
     """rows (or preference pairs) of a micro-batch, per process"""
     accumulation_steps: int = 1
     """micro-batches whose gradients are added up for one optimizer step"""
-    max_seq_len: int = 512
-    """tokens of a packed row"""
+    max_seq_len: int = 0
+    """tokens of a packed row; 0 takes the model's context, but at most 512"""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (with adamw for embeddings and norms)"""
@@ -81,7 +81,7 @@ class TrainSettings:
     """also write TensorBoard event files to output_dir/tensorboard"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation_steps", "max_seq_len", "log_interval"):
+        for name in ("epochs", "batch_size", "accumulation_steps", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1; pass --{name} 1 or more")
         for name in (
