@@ -79,7 +79,7 @@ def fit(
             break
         rate = learning_rate(step)
         for group in _groups(optimizers):
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+            group["lr"] = rate
         totals = _accumulate_gradients(model, objective, micro_batches, runtime, scaler)
         runtime.all_reduce_gradients(trained)
         for optimizer in optimizers if scaler is not None else ():
