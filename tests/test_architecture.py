@@ -273,3 +273,11 @@ def test_the_loop_takes_few_parameters() -> None:
     functions = [node for node in ast.walk(parse("trainer/loop.py")) if isinstance(node, ast.FunctionDef)]
     (fit,) = [node for node in functions if node.name == "fit"]
     assert len(fit.args.posonlyargs + fit.args.args + fit.args.kwonlyargs) <= 12
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "full_sft", "lora", "dpo"])
+def test_recipes_share_what_they_have_in_common(stage: str) -> None:
+    """Each wrote out the same dozen lines of optimizer and run: a flag could reach three stages and not the fourth."""
+    called = [dotted(node.func) for node in ast.walk(parse(f"trainer/train_{stage}.py")) if isinstance(node, ast.Call)]
+    assert called.count("settings.make_optimizers") == called.count("make_run") == 1
+    assert {"make_optimizers", "TrainingRun"}.isdisjoint(called)

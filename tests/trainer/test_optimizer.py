@@ -148,3 +148,15 @@ def test_settings_reach_the_schedule():
 def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         TrainSettings(**change)
+
+
+def test_every_setting_of_an_optimizer_reaches_it():
+    """All stages make theirs by this one call, so a flag that is parsed and dropped would be dropped everywhere."""
+    for name in ("adamw", "muon"):
+        settings = TrainSettings(optimizer=name, learning_rate=0.03, weight_decay=0.4, beta1=0.7, beta2=0.8)
+        optimizers = settings.make_optimizers(small_model())
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        assert [group["lr"] for group in groups] == [0.03, 0.03]
+        assert [group["weight_decay"] for group in groups] == [0.4, 0.0]
+        assert [group["betas"] for group in groups if "betas" in group] == [(0.7, 0.8)] * (2 if name == "adamw" else 1)
+        assert isinstance(optimizers[0], Muon) == (name == "muon")

@@ -1,11 +1,13 @@
-"""Small parts that every recipe needs: notes to the user, lineage, samples, the parent model."""
+"""Small parts that every recipe needs: the parent model, samples, and the run with its lineage."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 
 from tinylm import __version__
@@ -15,26 +17,14 @@ from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.objectives import Objective
 from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.training_run import TrainingRun
 
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 DEFAULT_SEQ_LEN = 512
 """Tokens of a row in fine-tuning where the model's context is longer and nothing else is asked for."""
-
-
-def lineage_of(
-    settings: TrainSettings, tokenizer: Tokenizer, data: Dataset, parent: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """What lineage.json says of a model's origin, besides its stage and step."""
-    return {
-        "parent": parent,
-        "data_fingerprint": data.fingerprint,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "seed": settings.seed,
-        "version": __version__,
-        "settings": dataclasses.asdict(settings),
-    }
 
 
 def load_parent(
@@ -85,3 +75,51 @@ def sampler_of(
         ]
 
     return sample
+
+
+def make_run(
+    stage: str,
+    settings: TrainSettings,
+    runtime: Runtime,
+    console: Console,
+    tokenizer: Tokenizer,
+    model: TinyLMForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    data: tuple[Dataset, Dataset | None],
+    objective: Objective,
+    *,
+    save: Callable[[Path, dict[str, Any]], None],
+    sample: Callable[[], list[str]],
+    parent: dict[str, Any] | None = None,
+) -> TrainingRun:
+    """A stage's run, from the parts that its recipe made, in the order of the recipe's banners.
+
+    Args:
+        data: (training, validation).
+        save: (folder, lineage) -> writes the model folder, or the adapter folder.
+        sample: texts to look at after each validation.
+        parent: what `load_parent` says of the model the stage started from.
+    """
+    train_data, validation_data = data
+    lineage = {
+        "parent": parent,
+        "data_fingerprint": train_data.fingerprint,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "seed": settings.seed,
+        "version": __version__,
+        "settings": dataclasses.asdict(settings),
+    }
+    return TrainingRun(
+        stage=stage,
+        settings=settings,
+        runtime=runtime,
+        model=model,
+        optimizers=optimizers,
+        objective=objective,
+        train_data=train_data,
+        validation_data=validation_data,
+        save=save,
+        lineage=lineage,
+        sample=sample,
+        console=console,
+    )

@@ -23,13 +23,11 @@ from tinylm.program import run_main
 from tinylm.runtime import Runtime, seed_everything, setup_runtime
 from tinylm.settings import parse_settings
 from tinylm.trainer.objectives import make_dpo_objective, sequence_log_probs
-from tinylm.trainer.optimizer import make_optimizers
-from tinylm.trainer.recipe_utils import lineage_of, load_parent, sampler_of
+from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
 from tinylm.trainer.stage_data import load_pairs
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS
 from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.trainer_utils import make_console, status
-from tinylm.trainer.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,32 +79,18 @@ def train(settings: DPOSettings) -> Path:
     settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
     merge_lora(model)
     # 3. Data, with the reference's view of it
-    train_data, validation_data = load_pairs(settings, settings.tinyworld_pairs, tokenizer, console)
-    for part in filter(None, (train_data, validation_data)):
+    data = load_pairs(settings, settings.tinyworld_pairs, tokenizer, console)
+    for part in filter(None, data):
         attach_reference(model, part, settings, runtime, console)
     # 5. Optimizer
-    optimizers = make_optimizers(
-        model,
-        settings.optimizer,
-        settings.learning_rate,
-        settings.weight_decay,
-        (settings.beta1, settings.beta2),
-    )
+    optimizers = settings.make_optimizers(model)
     # 6. Fit, saving the model folder after each epoch
-    run = TrainingRun(
-        stage="dpo",
-        settings=settings,
-        runtime=runtime,
-        model=model,
-        optimizers=optimizers,
-        objective=make_dpo_objective(settings.beta),
-        train_data=train_data,
-        validation_data=validation_data,
+    run = make_run(
+        "dpo", settings, runtime, console, tokenizer, model, optimizers, data, make_dpo_objective(settings.beta),
         save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
-        lineage=lineage_of(settings, tokenizer, train_data, parent),
         sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
-        console=console,
-    )
+        parent=parent,
+    )  # fmt: skip
     return run.fit()
 
 

@@ -17,12 +17,10 @@ from tinylm.program import run_main
 from tinylm.runtime import seed_everything, setup_runtime
 from tinylm.settings import parse_settings
 from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.optimizer import make_optimizers
-from tinylm.trainer.recipe_utils import lineage_of, load_parent, sampler_of
+from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
 from tinylm.trainer.stage_data import load_chats
 from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.trainer_utils import make_console
-from tinylm.trainer.training_run import TrainingRun
 
 SAMPLE_QUESTIONS = ("Who are you?", "What is the opposite of big?")
 
@@ -71,32 +69,16 @@ def train(settings: FullSFTSettings) -> Path:
     # 2. Tokenizer and 4. model: the parent brings both
     settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
     # 3. Data
-    train_data, validation_data = load_chats(
-        settings, settings.tinyworld_chats, tokenizer, console, settings.replacements
-    )
+    data = load_chats(settings, settings.tinyworld_chats, tokenizer, console, settings.replacements)
     # 5. Optimizer
-    optimizers = make_optimizers(
-        model,
-        settings.optimizer,
-        settings.learning_rate,
-        settings.weight_decay,
-        (settings.beta1, settings.beta2),
-    )
+    optimizers = settings.make_optimizers(model)
     # 6. Fit, saving the model folder after each epoch
-    run = TrainingRun(
-        stage="full_sft",
-        settings=settings,
-        runtime=runtime,
-        model=model,
-        optimizers=optimizers,
-        objective=next_token_loss,
-        train_data=train_data,
-        validation_data=validation_data,
+    run = make_run(
+        "full_sft", settings, runtime, console, tokenizer, model, optimizers, data, next_token_loss,
         save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
-        lineage=lineage_of(settings, tokenizer, train_data, parent),
         sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
-        console=console,
-    )
+        parent=parent,
+    )  # fmt: skip
     return run.fit()
 
 

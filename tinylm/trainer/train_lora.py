@@ -20,12 +20,10 @@ from tinylm.program import run_main
 from tinylm.runtime import seed_everything, setup_runtime
 from tinylm.settings import parse_settings
 from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.optimizer import make_optimizers
-from tinylm.trainer.recipe_utils import lineage_of, load_parent, sampler_of
+from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
 from tinylm.trainer.stage_data import load_chats
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatSettings
 from tinylm.trainer.trainer_utils import make_console
-from tinylm.trainer.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +63,11 @@ def train(settings: LoRASettings) -> Path:
         raise ValueError(f"{settings.model_path} is an adapter; fold it into its model first, with tinylm merge")
     apply_lora(model, settings.lora_config)
     # 3. Data
-    train_data, validation_data = load_chats(
+    data = load_chats(
         settings, settings.tinyworld_chats, tokenizer, console, settings.replacements, tinyworld.persona_conversations
     )
     # 5. Optimizer
-    optimizers = make_optimizers(
-        model,
-        settings.optimizer,
-        settings.learning_rate,
-        settings.weight_decay,
-        (settings.beta1, settings.beta2),
-    )
+    optimizers = settings.make_optimizers(model)
 
     def save(folder: Path, lineage: dict[str, Any]) -> None:
         # relative, so that both can be moved together; through no link, which `..` would not lead back from
@@ -83,20 +75,12 @@ def train(settings: LoRASettings) -> Path:
         save_adapter(model, folder, base, lineage)
 
     # 6. Fit, saving the adapter folder after each epoch
-    run = TrainingRun(
-        stage="lora",
-        settings=settings,
-        runtime=runtime,
-        model=model,
-        optimizers=optimizers,
-        objective=next_token_loss,
-        train_data=train_data,
-        validation_data=validation_data,
+    run = make_run(
+        "lora", settings, runtime, console, tokenizer, model, optimizers, data, next_token_loss,
         save=save,
-        lineage=lineage_of(settings, tokenizer, train_data, parent),
         sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
-        console=console,
-    )
+        parent=parent,
+    )  # fmt: skip
     folder = run.fit()
     console.print(
         f"talk to it: tinylm chat --model_path {folder}   fold it in: tinylm merge --model_path {folder}",

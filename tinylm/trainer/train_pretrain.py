@@ -19,12 +19,10 @@ from tinylm.runtime import seed_everything, setup_runtime
 from tinylm.settings import parse_settings
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.optimizer import make_optimizers
-from tinylm.trainer.recipe_utils import lineage_of, sampler_of
+from tinylm.trainer.recipe_utils import make_run, sampler_of
 from tinylm.trainer.stage_data import load_texts
 from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.trainer_utils import make_console
-from tinylm.trainer.training_run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,32 +79,17 @@ def train(settings: PretrainSettings) -> Path:
     # 2. Tokenizer
     tokenizer = Tokenizer.load(settings.tokenizer_path) if settings.tokenizer_path else Tokenizer.default()
     # 3. Data
-    train_data, validation_data = load_texts(settings, settings.tinyworld_documents, runtime, tokenizer, console)
+    data = load_texts(settings, settings.tinyworld_documents, runtime, tokenizer, console)
     # 4. Model
     model = TinyLMForCausalLM(settings.model_config(tokenizer.vocab_size)).to(runtime.device)
     # 5. Optimizer
-    optimizers = make_optimizers(
-        model,
-        settings.optimizer,
-        settings.learning_rate,
-        settings.weight_decay,
-        (settings.beta1, settings.beta2),
-    )
+    optimizers = settings.make_optimizers(model)
     # 6. Fit, saving the model folder after each epoch
-    run = TrainingRun(
-        stage="pretrain",
-        settings=settings,
-        runtime=runtime,
-        model=model,
-        optimizers=optimizers,
-        objective=next_token_loss,
-        train_data=train_data,
-        validation_data=validation_data,
+    run = make_run(
+        "pretrain", settings, runtime, console, tokenizer, model, optimizers, data, next_token_loss,
         save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
-        lineage=lineage_of(settings, tokenizer, train_data),
         sample=sampler_of(model, tokenizer, "Once upon a time"),
-        console=console,
-    )
+    )  # fmt: skip
     return run.fit()
 
 

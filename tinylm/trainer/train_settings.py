@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tinylm.trainer.optimizer import cosine_with_warmup
+import torch
+from torch import nn
+
+from tinylm.trainer.optimizer import cosine_with_warmup, make_optimizers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +114,8 @@ class TrainSettings:
         """Learning rate of optimizer step `step` (from 0) in a run of `num_steps`."""
         warmup_steps = round(self.warmup_fraction * num_steps)
         return cosine_with_warmup(step, num_steps, warmup_steps, self.learning_rate, self.final_lr_fraction)
+
+    def make_optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """The optimizers over the model's trainable parameters: one AdamW, or Muon and AdamW."""
+        betas = (self.beta1, self.beta2)
+        return make_optimizers(model, self.optimizer, self.learning_rate, self.weight_decay, betas)
