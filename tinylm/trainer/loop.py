@@ -20,6 +20,9 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime
 from tinylm.trainer.objectives import Objective
 
+Optimizers = Sequence[torch.optim.Optimizer]
+Scaler = torch.amp.GradScaler | None
+
 
 @dataclass
 class StepReport:
@@ -47,7 +50,7 @@ class StepReport:
 def fit(
     model: TinyLMForCausalLM,
     objective: Objective,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Optimizers,
     learning_rate: Callable[[int], float],
     step_batches: Iterable[list[Batch]],
     runtime: Runtime,
@@ -55,7 +58,7 @@ def fit(
     start_step: int = 0,
     grad_clip: float = 1.0,
     on_step: Sequence[Callable[[StepReport], None]] = (),
-    scaler: torch.amp.GradScaler | None = None,
+    scaler: Scaler = None,
 ) -> None:
     """Train in place, from `start_step` to `num_steps` or to the end of `step_batches`, whichever comes first.
 
@@ -70,58 +73,39 @@ def fit(
         RuntimeError: the loss or the gradient is not a number. The weights are still those of the step before.
     """
     trained = [p for group in _groups(optimizers) for p in group["params"]]
-    batches = iter(step_batches)
     model.train()
-    for step in range(start_step, num_steps):
-        start = time.perf_counter()
-        micro_batches = next(batches, None)
-        if micro_batches is None:
-            break
+    start = time.perf_counter()
+    for step, micro_batches in zip(range(start_step, num_steps), step_batches, strict=False):
         rate = learning_rate(step)
         for group in _groups(optimizers):
             group["lr"] = rate
         totals = _accumulate_gradients(model, objective, micro_batches, runtime, scaler)
         runtime.all_reduce_gradients(trained)
-        for optimizer in optimizers if scaler is not None else ():
-            scaler.unscale_(optimizer)  # type: ignore[union-attr]
-        norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip if grad_clip > 0 else math.inf)
-        loss, grad_norm = totals["loss"].item(), norm.item()
-        if not math.isfinite(loss) or (scaler is None and not math.isfinite(grad_norm)):
-            raise RuntimeError(
-                f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm}; nothing was updated; "
-                "go on from the last checkpoint (--resume) with a lower --learning_rate or a smaller --grad_clip"
-            )
-        for optimizer in optimizers:
-            scaler.step(optimizer) if scaler is not None else optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if scaler is not None:
-            scaler.update()
+        grad_norm = _update_weights(optimizers, trained, totals["loss"], grad_clip, scaler, step)
+        values = {name: value.item() for name, value in totals.items()}
         report = StepReport(
             step=step + 1,
             num_steps=num_steps,
-            loss=loss,
+            loss=values.pop("loss"),
             learning_rate=rate,
             grad_norm=grad_norm,
-            num_tokens=int(totals.pop("num_tokens").item()),
-            num_targets=int(totals.pop("count").item()),
+            num_tokens=int(values.pop("num_tokens")),
+            num_targets=int(values.pop("count")),
             seconds=time.perf_counter() - start,
-            metrics={name: value.item() for name, value in totals.items() if name != "loss"},
+            metrics=values,
         )
         for callback in on_step:
             callback(report)
         model.train()
+        start = time.perf_counter()  # before the next step's batches are drawn
 
 
-def _groups(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[dict]:
+def _groups(optimizers: Optimizers) -> Iterator[dict]:
     return (group for optimizer in optimizers for group in optimizer.param_groups)
 
 
 def _accumulate_gradients(
-    model: TinyLMForCausalLM,
-    objective: Objective,
-    micro_batches: list[Batch],
-    runtime: Runtime,
-    scaler: torch.amp.GradScaler | None,
+    model: TinyLMForCausalLM, objective: Objective, micro_batches: list[Batch], runtime: Runtime, scaler: Scaler
 ) -> dict[str, Tensor]:
     """Backward through every micro-batch, each divided by the global count; returns the global means."""
     sum_dtype = torch.float32 if runtime.device.type == "mps" else torch.float64  # MPS has no float64
@@ -142,3 +126,23 @@ def _accumulate_gradients(
     means = torch.stack([value.to(sum_dtype) for value in sums.values()])
     means = runtime.all_reduce_sum(means) / divisor
     return {**dict(zip(sums, means.unbind(), strict=True)), "count": count, "num_tokens": num_tokens}
+
+
+def _update_weights(
+    optimizers: Optimizers, trained: list[Tensor], loss: Tensor, grad_clip: float, scaler: Scaler, step: int
+) -> float:
+    """Clip, step and forget the gradients; returns their global norm before clipping."""
+    for optimizer in optimizers if scaler is not None else ():
+        scaler.unscale_(optimizer)  # type: ignore[union-attr]
+    norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip if grad_clip > 0 else math.inf).item()
+    if not math.isfinite(loss.item()) or (scaler is None and not math.isfinite(norm)):
+        raise RuntimeError(
+            f"step {step + 1}: the loss is {loss.item()} and the gradient norm {norm}; nothing was updated; "
+            "go on from the last checkpoint (--resume) with a lower --learning_rate or a smaller --grad_clip"
+        )
+    for optimizer in optimizers:
+        scaler.step(optimizer) if scaler is not None else optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if scaler is not None:
+        scaler.update()
+    return norm
