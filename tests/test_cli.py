@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -17,14 +18,6 @@ from tinylm.program import run_main
 def tinylm(repository: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tinylm.cli", *argv]
     return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=60)
-
-
-@pytest.fixture(autouse=True)
-def same_signals():
-    """`run_main` takes SIGTERM over; give it back, so that a test run can be stopped."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
@@ -139,6 +132,29 @@ def test_sigterm_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(command, [], resumable=False) == 143
     assert cleaned == [True]
     assert capsys.readouterr().err == "tinylm: stopped\n"
+
+
+@pytest.mark.parametrize("end", [None, ValueError("wrong"), KeyboardInterrupt(), CustomError(), SystemExit(0)])
+def test_sigterm_is_given_back(end: BaseException | None) -> None:
+    """A program that calls a command must stop on SIGTERM as it did before, however the command ended."""
+
+    def mine(signum: int, frame: object) -> None: ...
+
+    inside: list[object] = []
+
+    def command(argv: list[str]) -> int:
+        inside.append(signal.getsignal(signal.SIGTERM))
+        if end is not None:
+            raise end
+        return 0
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with contextlib.suppress(SystemExit):  # --help ends so
+            run_main(command, [])
+        assert signal.getsignal(signal.SIGTERM) is mine and inside != [mine]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_reader_that_leaves_is_no_failure(repository: Path) -> None:

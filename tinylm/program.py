@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -29,12 +30,11 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        status = function([word for word in argv if word != "--debug"])
-        sys.stdout.flush()
-        return status
+        with _sigterm_raises():
+            status = function([word for word in argv if word != "--debug"])
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt as stop:
         message = "stopped; run the same command with --resume" if resumable else "stopped"
         return _report(message, 143 if isinstance(stop, _Terminated) else 130, debug)
@@ -47,6 +47,23 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
     except Exception as error:
         kind = "" if type(error) in (RuntimeError, OSError) else f"{type(error).__name__}: "
         return _report(f"error: {kind}{_one_line(error)}", 1, debug)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM is an exception inside the block, and afterwards what it was to the caller before.
+
+    Only the main thread may say what a signal does; in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: set by other than Python, which cannot put it back
+            signal.signal(signal.SIGTERM, before)
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
