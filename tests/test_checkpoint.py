@@ -15,6 +15,7 @@ from tests.model.small_models import YARN, random_ids, reference_of, small_model
 from tinylm.checkpoint import (
     load_model,
     load_training_state,
+    read_training_values,
     resolve_model_path,
     save_model,
     save_training_state,
@@ -428,6 +429,16 @@ def test_training_state_comes_back_exactly(tmp_path):
     save_training_state(tmp_path / "state", state)
     assert {path.name for path in (tmp_path / "state").iterdir()} == {"state.safetensors", "state.json"}
     assert_same(load_training_state(tmp_path / "state"), state)
+    (tmp_path / "state" / "state.safetensors").unlink()
+    assert_same(read_training_values(tmp_path / "state"), without_tensors(state))
+
+
+def without_tensors(value):
+    if isinstance(value, dict):
+        return {key: without_tensors(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_tensors(item) for item in value)
+    return None if isinstance(value, torch.Tensor) else value
 
 
 def test_an_optimizer_resumes_bit_for_bit(tmp_path):

@@ -32,11 +32,12 @@ from tinylm.model.weights_file import (
 )
 from tinylm.original_pth import config_from_tensors, read_pth
 from tinylm.tokenizer.tokenizer import Tokenizer
-from tinylm.training_state import load_training_state, save_training_state
+from tinylm.training_state import load_training_state, read_training_values, save_training_state
 
 __all__ = [
     "load_model",
     "load_training_state",
+    "read_training_values",
     "resolve_model_path",
     "save_adapter",
     "save_model",

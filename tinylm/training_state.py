@@ -43,15 +43,31 @@ def load_training_state(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: no state there. ValueError: a damaged file.
     """
     folder = _existing(Path(folder))
-    record = read_json(folder / _VALUES)
-    if record.get("format") != 1:
-        raise ValueError(f"{folder / _VALUES} has format {record.get('format')!r}; expected 1: it is not ours")
+    record = _read_record(folder)
     tensors = read_tensors(folder / _TENSORS)
     if _sha256(folder / _TENSORS) != record.get("sha256"):
         raise ValueError(f"{folder / _TENSORS} does not match its checksum; restore it from a copy or start afresh")
     state = _unflatten(record["state"], tensors)
     assert isinstance(state, dict)
     return state
+
+
+def read_training_values(folder: str | Path) -> dict[str, Any]:
+    """A training state without its tensors, which are None here: a look at the small file, and none at the large one.
+
+    Raises:
+        FileNotFoundError: no state there. ValueError: a damaged file.
+    """
+    state = _unflatten(_read_record(_existing(Path(folder)))["state"], None)
+    assert isinstance(state, dict)
+    return state
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    record = read_json(folder / _VALUES)
+    if record.get("format") != 1:
+        raise ValueError(f"{folder / _VALUES} has format {record.get('format')!r}; expected 1: it is not ours")
+    return record
 
 
 def _existing(folder: Path) -> Path:
@@ -83,13 +99,13 @@ def _flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     raise TypeError(f"{path} is a {type(value).__name__}; training state holds tensors and plain JSON values only")
 
 
-def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _unflatten(value: Any, tensors: dict[str, Tensor] | None) -> Any:
     if isinstance(value, list):
         return [_unflatten(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
-        return tensors[value[_TENSOR]]
+        return None if tensors is None else tensors[value[_TENSOR]]
     if _TUPLE in value:
         return tuple(_unflatten(item, tensors) for item in value[_TUPLE])
     if _ITEMS in value:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tinylm.checkpoint import load_training_state, save_training_state
+from tinylm.checkpoint import load_training_state, read_training_values, save_training_state
 from tinylm.dataset.batches import Batch, BatchSampler, Dataset, batches
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime, measured_matmul_flops
@@ -281,7 +281,7 @@ class TrainingRun:
         """Say it when an unfinished run is about to be replaced by a new one."""
         if self.start_step or not self.runtime.is_main or not self.state_folder.exists():
             return
-        state = load_training_state(self.state_folder)
+        state = read_training_values(self.state_folder)
         if state["step"] < state["identity"]["num_steps"]:
             self.console.print(
                 f"note: {self.output_dir} holds an unfinished {self.stage} run; starting over (--resume goes on)",
