@@ -261,6 +261,37 @@ def test_the_report_says_how_far_the_weights_moved(tmp_path):
     assert "warning: the weights hardly moved; raise --learning_rate" in said(idle)
 
 
+def moved(run: TrainingRun) -> str:
+    (line,) = [line for line in said(run).splitlines() if "weights moved" in line]
+    return line.split("moved")[1].strip()
+
+
+def test_how_far_the_weights_moved_counts_from_the_true_start(tmp_path):
+    """After a resume it counted from the resume: a long run stopped near its end seemed to have learned nothing.
+
+    The state does not hold the first weights; it knows them again when the recipe makes them anew from the seed.
+    """
+    whole = make_run(tmp_path / "whole")
+    whole.fit()
+    interrupt_at(make_run(tmp_path / "parts"), 4)
+    interrupt_at(make_run(tmp_path / "parts", resume=True), 7)
+    resumed = make_run(tmp_path / "parts", resume=True)
+    resumed.fit()
+    assert resumed.start_step == 6 and moved(resumed) == moved(whole)
+    finished = make_run(tmp_path / "parts", resume=True)
+    finished.fit()
+    assert moved(finished) == moved(whole)
+
+    interrupt_at(make_run(tmp_path / "others"), 7)
+    interrupt_at(make_run(tmp_path / "others", resume=True, seed=1), 10)  # these are not the first weights ...
+    others = make_run(tmp_path / "others", resume=True, seed=1)
+    others.fit()
+    assert moved(others).endswith("of their size, since step 9") and moved(others) != moved(whole)  # ... so it says so
+    known = make_run(tmp_path / "others", resume=True)
+    known.fit()
+    assert moved(known) == moved(whole)
+
+
 def test_brackets_in_a_path_are_shown(tmp_path):
     """They are the console's own markup, which would swallow them, or stop the run."""
     for resume in (True, False):

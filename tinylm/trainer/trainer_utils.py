@@ -6,6 +6,7 @@ On a terminal the line is redrawn in place; into a file or a pipe it becomes pla
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +39,14 @@ def training_flops_per_token(config: TinyLMConfig, num_parameters: int, context_
 def snapshot(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     """A copy of the trainable weights, to tell at the end how far they moved."""
     return [p.detach().clone() for p in parameters if p.requires_grad]
+
+
+def fingerprint_of(weights: Iterable[torch.Tensor]) -> str:
+    """16 hex digits of a SHA-256 over the exact values."""
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def relative_change(before: list[torch.Tensor], parameters: Iterable[nn.Parameter]) -> float:

@@ -27,6 +27,7 @@ from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.trainer_utils import (
     MetricsLog,
     ProgressLine,
+    fingerprint_of,
     format_count,
     format_seconds,
     make_console,
@@ -73,6 +74,7 @@ class TrainingRun:
             self.num_steps = min(self.num_steps, settings.max_steps)
         self.output_dir = Path(settings.output_dir)
         self.start_step = 0
+        self.moved_since = ""
         fp16 = runtime.compute_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type) if fp16 else None
 
@@ -96,6 +98,9 @@ class TrainingRun:
 
     def fit(self) -> Path:
         """Train, from the start or from where `--resume` finds it; returns the last model folder."""
+        # The weights as the recipe made them: the run's true start, before anything is loaded over them.
+        self.first_weights = snapshot(self.model.parameters())
+        self.first_fingerprint: str | None = fingerprint_of(self.first_weights)
         if self.settings.resume:
             self._load_state()
         matmul_flops = measured_matmul_flops(self.runtime)
@@ -103,7 +108,6 @@ class TrainingRun:
         flops = training_flops_per_token(self.model.config, sum(p.numel() for p in self.model.parameters()), context)
         self._print_plan(flops, matmul_flops)
         self._note_unfinished()
-        before = snapshot(self.model.parameters())
         self.metrics = (
             MetricsLog(self.output_dir, self.stage, self.start_step, self.settings.tensorboard)
             if self.runtime.is_main
@@ -135,7 +139,7 @@ class TrainingRun:
             if self.metrics is not None:
                 self.metrics.close()
         seconds = time.perf_counter() - started
-        self._print_result(self.last_folder, seconds, relative_change(before, self.model.parameters()))
+        self._print_result(self.last_folder, seconds, relative_change(self.first_weights, self.model.parameters()))
         return self.last_folder
 
     def _step_batches(self) -> Iterator[list[Batch]]:
@@ -248,6 +252,7 @@ class TrainingRun:
             "step": step,
             "identity": self._identity(),
             "best_validation_loss": self.best_validation_loss,
+            "first_weights": self.first_fingerprint,
             "weights": trained,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
@@ -276,6 +281,10 @@ class TrainingRun:
             self.scaler.load_state_dict(state["scaler"])
         self.start_step = int(state["step"])
         self.best_validation_loss = state["best_validation_loss"]
+        if state.get("first_weights") != self.first_fingerprint:  # another torch or device may draw other numbers
+            self.first_weights = snapshot(self.model.parameters())
+            self.moved_since = ", since step " + format(self.start_step, ",")
+        self.first_fingerprint = state.get("first_weights")
 
     def _note_unfinished(self) -> None:
         """Say it when an unfinished run is about to be replaced by a new one."""
@@ -325,7 +334,7 @@ class TrainingRun:
         facts = {"time": format_seconds(seconds)}
         if self.best_validation_loss is not None:
             facts["best validation loss"] = f"{self.best_validation_loss:.4f}"
-        facts["weights moved"] = f"{change:.2%} of their size"
+        facts["weights moved"] = f"{change:.2%} of their size{self.moved_since}"
         facts["model"] = str(folder)
         print_facts(self.console, f"{self.stage}: done", facts)
         if change < 1e-5 and self.start_step < self.num_steps:
