@@ -60,6 +60,7 @@ FLOORS = {
     "trainer/train_settings.py": 3,
     "trainer/loop.py": 4,
     "trainer/trainer_utils.py": 4,
+    "trainer/resume.py": 4,
     "trainer/training_run.py": 4,
     "trainer/stage_data.py": 4,
     "trainer/recipe_utils.py": 5,

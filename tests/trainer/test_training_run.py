@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,11 +13,16 @@ from rich.console import Console
 from safetensors.torch import save_file
 from trainer_parts import Rows, assert_same_bits, read_bytes, small_model, weights_of
 
-from tinylm.checkpoint import load_training_state
+from tinylm.checkpoint import load_training_state, save_training_state
 from tinylm.model.model_lora import LoRAConfig, apply_lora
 from tinylm.runtime import Runtime
 from tinylm.trainer.objectives import next_token_loss
 from tinylm.trainer.optimizer import make_optimizers
+from tinylm.trainer.resume import ADJUSTABLE, FREE
+from tinylm.trainer.train_dpo import DPOSettings
+from tinylm.trainer.train_full_sft import FullSFTSettings
+from tinylm.trainer.train_lora import LoRASettings
+from tinylm.trainer.train_pretrain import PretrainSettings
 from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.training_run import TrainingRun
 
@@ -25,9 +31,12 @@ INTERVALS = {"save_interval": 3, "log_interval": 1, "eval_interval": 2, "warmup_
 
 
 def make_run(
-    folder: Path, data=None, seed=0, dropout=0.2, dtype=torch.float32, lora=0, shape=None, ranks=(0, 1), **changes
-):
+    folder: Path, data=None, seed=0, dropout=0.2, dtype=torch.float32, lora=0, shape=None, ranks=(0, 1), parent=None,
+    **changes,
+):  # fmt: skip
     """13 rows, 2 to a batch, 2 batches to a step: 4 steps an epoch, the last of a single batch with a single row."""
+    if "seed_setting" in changes:  # `seed` is the model's
+        changes["seed"] = changes.pop("seed_setting")
     settings = TrainSettings(**{**DEFAULTS, **INTERVALS, "output_dir": str(folder), **changes})
     model = small_model(seed, hidden_dropout=dropout, attention_dropout=dropout, **(shape or {}))
     if lora:
@@ -48,7 +57,7 @@ def make_run(
         train_data=data or Rows(13),
         validation_data=Rows(3, seed=9),
         save=save,
-        lineage={"parent": {"weights": "abc"}},
+        lineage={"parent": parent or {"path": "out/sft", "weights": "abc"}},
         sample=lambda: [f"drawn: {torch.rand(1).item() < 2}"],  # it also moves the random generator
         console=Console(file=io.StringIO(), width=400),
     )
@@ -164,7 +173,7 @@ def test_folders_names_and_the_finished_flag(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "pretrain_metrics.jsonl"]
     lineages = [json.loads((tmp_path / name / "lineage.json").read_text()) for name in names[:3]]
     assert [(x["epoch"], x["step"], x["finished"]) for x in lineages] == [(0, 4, False), (1, 8, False), (2, 10, True)]
-    assert all(x["stage"] == "pretrain" and x["parent"] == {"weights": "abc"} for x in lineages)
+    assert all(x["stage"] == "pretrain" and x["parent"]["weights"] == "abc" for x in lineages)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".pt", ".pth", ".bin")]
 
 
@@ -173,7 +182,7 @@ def test_a_state_holds_all_a_run_needs_in_full_precision(tmp_path):
     run = make_run(tmp_path, dtype=torch.bfloat16, max_steps=3, optimizer="adamw")
     run.fit()
     state = load_training_state(run.state_folder)
-    assert state["step"] == 3 and state["identity"]["seed"] == 42
+    assert state["step"] == 3 and state["settings"]["seed"] == 42
     assert {name: w.dtype for name, w in state["weights"].items()} == {
         name: torch.float32 for name, _ in run.model.named_parameters()
     }
@@ -195,10 +204,19 @@ def test_under_lora_only_the_adapter_is_in_the_state(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": Rows(13, seed=4)}, r"made with data rows 13 0, this run has rows 13 4; .* another --output_dir"),
+        (
+            {"data": Rows(13, seed=4), "data_path": "new.txt"},
+            r"made with data TinyWorld \(fingerprint rows 13 0\), this run has new.txt \(fingerprint rows 13 4\); "
+            "resume with the settings and data it was started with, or choose another --output_dir",
+        ),
+        (
+            {"parent": {"path": "out/other", "weights": "def"}},
+            r"made with parent out/sft \(fingerprint abc\), this run has out/other \(fingerprint def\); ",
+        ),
         ({"batch_size": 4}, "made with rows_per_optimizer_step 4, this run has 8"),
         ({"max_steps": 9}, "made with num_steps 2, this run has 9"),
-        ({"optimizer": "muon"}, "made with optimizer adamw, this run has muon"),
+        ({"optimizer": "muon"}, "made with optimizer adamw, this run has muon; pass --optimizer adamw to go on with"),
+        ({"seed_setting": 7}, "made with seed 42, this run has 7; pass --seed 42 to go on with"),
         ({"shape": {"num_hidden_layers": 2}}, "this run has"),
         ({"shape": {"num_attention_heads": 4, "num_key_value_heads": 2}}, "num_attention_heads 2, this run has 4"),
         ({"lora": 2}, "made with trained parameters"),
@@ -212,6 +230,86 @@ def test_a_resume_of_another_run_is_refused_in_one_line(tmp_path, change, messag
         run.fit()
     assert "\n" not in str(error.value)
     assert_same_bits(before, weights_of(run.model))
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "now"),
+    [("weight_decay", 0.1, 0.2), ("beta1", 0.9, 0.8), ("beta2", 0.95, 0.99), ("warmup_fraction", 0.2, 0.1),
+     ("final_lr_fraction", 0.1, 0.5)],
+)  # fmt: skip
+def test_a_setting_of_the_mathematics_cannot_change_halfway(tmp_path, name, was, now):
+    """weight_decay and the betas were silently replaced by those of the saved optimizer, the schedule's were taken
+    over in silence: either way the run was not the one that was asked for, and recorded as if it were."""
+    interrupt_at(make_run(tmp_path, max_steps=5), 4)
+    run = make_run(tmp_path, max_steps=5, resume=True, **{name: now})
+    before = weights_of(run.model)
+    with pytest.raises(ValueError) as error:
+        run.fit()
+    assert str(error.value) == (
+        f"{run.state_folder} was made with {name} {was}, this run has {now}; pass --{name} {was} to go on with it, "
+        "or choose another --output_dir for a new run"
+    )
+    assert_same_bits(before, weights_of(run.model))
+
+
+def test_a_diverged_run_goes_on_with_a_lower_learning_rate_and_says_so(tmp_path):
+    """The error about a loss that is no number advises just that. It is shown, and recorded in the lineage."""
+    interrupt_at(make_run(tmp_path, max_steps=8), 4)
+    run = make_run(tmp_path, max_steps=8, resume=True, learning_rate=5e-3, grad_clip=0.5)
+    interrupt_at(run, 7)
+    assert "note: learning_rate is 0.005 from step 3 on; it was 0.01" in said(run)
+    assert "note: grad_clip is 0.5 from step 3 on; it was 1.0" in said(run)
+    rates = {record["step"]: record["learning_rate"] for record in records(tmp_path) if "learning_rate" in record}
+    schedule = make_run(tmp_path, max_steps=8, learning_rate=1e-2).settings.learning_rate_at
+    assert rates == {step: pytest.approx(schedule(step - 1, 8) / (1 if step <= 3 else 2)) for step in range(1, 8)}
+    again = make_run(tmp_path, max_steps=8, resume=True, learning_rate=5e-3, grad_clip=0.5)
+    again.fit()
+    assert again.start_step == 6 and "note:" not in said(again)
+    lineage = json.loads((again.last_folder / "lineage.json").read_text())
+    assert lineage["changed_on_resume"] == [
+        {"step": 3, "setting": "learning_rate", "was": 1e-2, "now": 5e-3},
+        {"step": 3, "setting": "grad_clip", "was": 1.0, "now": 0.5},
+    ]
+    with pytest.raises(ValueError, match="made with learning_rate 0.005, this run has 0.02; pass --learning_rate"):
+        make_run(tmp_path, max_steps=8, resume=True, learning_rate=2e-2, grad_clip=0.5).fit()  # nothing left to train
+
+
+def test_what_does_not_touch_the_mathematics_may_change(tmp_path):
+    """How often something is shown or saved, where it is computed, how a batch is cut up: to the same weights."""
+    whole = make_run(tmp_path / "whole", max_steps=5, dropout=0.0)
+    whole.fit()
+    interrupt_at(make_run(tmp_path / "parts", max_steps=5, dropout=0.0), 4)
+    free = {"log_interval": 2, "eval_interval": 0, "eval_batches": 1, "save_interval": 1, "num_workers": 1}
+    free |= {"device": "cuda", "batch_size": 1, "accumulation_steps": 4, "epochs": 2}
+    resumed = make_run(tmp_path / "parts", max_steps=5, dropout=0.0, resume=True, **free)
+    resumed.fit()
+    assert resumed.start_step == 3 and "note:" not in said(resumed)
+    for name, weight in weights_of(resumed.model).items():
+        torch.testing.assert_close(weight, weights_of(whole.model)[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_state_without_settings_is_held_to_what_it_has(tmp_path):
+    """Written before states named their settings; such a run can still be resumed."""
+    interrupt_at(stopped := make_run(tmp_path, max_steps=5), 4)
+    state = load_training_state(stopped.state_folder)
+    for name in ("settings", "sources", "changed_on_resume", "first_weights"):
+        del state[name]
+    save_training_state(stopped.state_folder, state)
+    resumed = make_run(tmp_path, max_steps=5, resume=True)
+    resumed.fit()
+    assert resumed.start_step == 3 and moved(resumed).endswith(", since step 3")
+
+
+def test_every_setting_is_free_or_held_by_choice():
+    """A setting that is new is held, until somebody says that it is harmless; and FREE names nothing that is gone."""
+    stages = (PretrainSettings, FullSFTSettings, LoRASettings, DPOSettings)
+    names = {field.name for stage in stages for field in dataclasses.fields(stage)}
+    assert FREE | ADJUSTABLE <= names and not FREE & ADJUSTABLE
+    assert names - FREE - ADJUSTABLE == {
+        "beta", "beta1", "beta2", "final_lr_fraction", "lora_alpha", "lora_dropout", "lora_rank", "optimizer", "seed",
+        "target_modules", "tinyworld_chats", "tinyworld_documents", "tinyworld_pairs", "warmup_fraction",
+        "weight_decay",
+    }  # fmt: skip
 
 
 def test_a_finished_run_resumed_does_nothing_and_a_new_one_starts_over(tmp_path):

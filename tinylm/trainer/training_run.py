@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime, measured_matmul_flops
 from tinylm.trainer.loop import StepReport, fit
 from tinylm.trainer.objectives import Objective
+from tinylm.trainer.resume import check_same_run
 from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.trainer_utils import (
     MetricsLog,
@@ -75,6 +77,7 @@ class TrainingRun:
         self.output_dir = Path(settings.output_dir)
         self.start_step = 0
         self.moved_since = ""
+        self.changes: list[dict[str, Any]] = []
         fp16 = runtime.compute_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device.type) if fp16 else None
 
@@ -223,6 +226,7 @@ class TrainingRun:
                     "step": report.step,
                     "finished": report.step == self.num_steps,
                     "best_validation_loss": self.best_validation_loss,
+                    **({"changed_on_resume": self.changes} if self.changes else {}),
                 }
                 self.save(self.model_folder(epoch), {"stage": self.stage, **facts, **self.lineage})
             save_training_state(self.state_folder, self._state(report.step))
@@ -230,19 +234,21 @@ class TrainingRun:
 
     # --- state -----------------------------------------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, Any]:
-        """What must agree for a resume to be the same run."""
-        settings = self.settings
+    def _description(self) -> dict[str, Any]:
+        """What tells this run from others; `check_same_run` says how far it must agree for a resume."""
+        settings, parent = self.settings, self.lineage.get("parent") or {}
         return {
-            "stage": self.stage,
-            "data": self.train_data.fingerprint,
-            "parent": (self.lineage.get("parent") or {}).get("weights"),
-            "num_steps": self.num_steps,
-            "rows_per_optimizer_step": self.sampler.rows_per_step * settings.accumulation_steps,
-            "seed": settings.seed,
-            "optimizer": settings.optimizer,
-            "trained parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            **dataclasses.asdict(self.model.config),
+            "identity": {
+                "stage": self.stage,
+                "data": self.train_data.fingerprint,
+                "parent": parent.get("weights"),
+                "num_steps": self.num_steps,
+                "rows_per_optimizer_step": self.sampler.rows_per_step * settings.accumulation_steps,
+                "trained parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+                **dataclasses.asdict(self.model.config),
+            },
+            "settings": json.loads(json.dumps(dataclasses.asdict(settings))),  # a tuple is a list, as from a YAML file
+            "sources": {"data": settings.data_path or "TinyWorld", "parent": parent.get("path")},
         }
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -250,7 +256,8 @@ class TrainingRun:
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         return {
             "step": step,
-            "identity": self._identity(),
+            **self._description(),
+            "changed_on_resume": self.changes,
             "best_validation_loss": self.best_validation_loss,
             "first_weights": self.first_fingerprint,
             "weights": trained,
@@ -264,20 +271,17 @@ class TrainingRun:
         except FileNotFoundError:
             self.console.print(f"nothing to resume in {self.output_dir}: starting from the beginning", markup=False)
             return
-        ours, theirs = self._identity(), state["identity"]
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{self.state_folder} was made with {name} {theirs.get(name)}, this run has {value}; resume with "
-                    "the settings and data it was started with, or choose another --output_dir"
-                )
+        changes = check_same_run(self.state_folder, state, self._description())
+        self.changes = [*state.get("changed_on_resume", []), *changes]
+        for change in changes:
+            self.console.print("note: {setting} is {now} from step {step} on; it was {was}".format(**change))
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, weight in state["weights"].items():
                 parameters[name].copy_(weight)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        if self.scaler is not None:
+        if self.scaler is not None and state["scaler"] is not None:  # None: computed in another dtype until now
             self.scaler.load_state_dict(state["scaler"])
         self.start_step = int(state["step"])
         self.best_validation_loss = state["best_validation_loss"]
