@@ -327,7 +327,7 @@ class TrainingRun:
             "data": f"{len(self.train_data):,} {unit}, {self.train_data.num_targets:,} target tokens",
             "steps": f"{self.num_steps:,} in {settings.epochs} epoch(s), each {rows} {unit} x {settings.max_seq_len}",
             "device": device,
-            "estimate": f"about {format_seconds(seconds)}, {format_count(memory)}B of memory",
+            "estimate": f"about {format_seconds(seconds)}, {memory / 1e9:.1f} GB of memory",
             "output": str(self.last_folder),
         }
         if self.start_step:
