@@ -239,7 +239,7 @@ def _load_adapter_folder(folder: Path, tokenizer_path: str | Path | None) -> tup
     if (base := resolve_model_path(base)).is_dir() and not (base / _CONFIG).is_file():
         raise ValueError(f"{folder / _ADAPTER} names {stated}, an adapter itself; the base must be a full model")
     model, tokenizer, base_lineage = load_model(base, tokenizer_path=tokenizer_path)
-    load_adapter(model, folder)
+    load_adapter(model, folder, base)
     lineage_path = folder / "lineage.json"
     return model, tokenizer, read_json(lineage_path) if lineage_path.is_file() else base_lineage
 

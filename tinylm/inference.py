@@ -147,7 +147,7 @@ def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
         if wanted not in (0, actual):
             raise ValueError(f"{name} is {wanted}, but {path} has {actual}; leave it out to read it from the model")
     if settings.adapter:
-        load_adapter(model, settings.adapter)
+        load_adapter(model, settings.adapter, path)
     merge_lora(model)
     engine = Engine(model, tokenizer, runtime.compute_dtype)
     if settings.max_seq_len > engine.context_length:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -160,7 +161,11 @@ def test_an_adapter_refuses_another_base(tmp_path):
     save_adapter(model, tmp_path / "adapter", "base")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.base.weight[0, 0] += 1e-3
-    with pytest.raises(ValueError, match="was trained on base weights"):
+    place = re.escape(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match=rf"^{place} was trained on base \(weights \w+\); out/b has weights \w+: load"):
+        load_adapter(model, tmp_path / "adapter", "out/b")
+    save_adapter(adapted(), tmp_path / "adapter", "base", {"parent": {"path": "out/a"}})  # the path as it was given
+    with pytest.raises(ValueError, match=r"was trained on out/a \(weights \w+\); this model has weights \w+: load"):
         load_adapter(model, tmp_path / "adapter")
 
 

@@ -141,7 +141,7 @@ def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
     """Load the model, its adapter, its tokenizer and the reference."""
     model, tokenizer, _ = load_model(settings.model_path, device=runtime.device, tokenizer_path=settings.tokenizer_path)
     if settings.adapter is not None:
-        load_adapter(model, settings.adapter)
+        load_adapter(model, settings.adapter, settings.model_path)
     reference: ReferenceModel | None = None
     if has_lora(model):
         reference = _without_adapters(model)

@@ -248,18 +248,21 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+def load_adapter(model: nn.Module, folder: str | Path, model_path: str | Path | None = None) -> nn.Module:
     """Attach the adapter in a PEFT folder, in place of any that is attached; returns the model.
 
     Every tensor must be there, under its exact name and shape, and no other: an adapter that is loaded in
     part is silently useless. Where the folder records its base weights' fingerprint, the model must match it.
+
+    Args:
+        model_path: where the model is from, for the message when it is not the adapter's base.
 
     Raises:
         FileNotFoundError, ValueError: as said; the model is then as it was.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
-    _check_base(model, folder)
+    _check_base(model, folder, model_path)
     path = folder / "adapter_model.safetensors"
     expected: dict[str, tuple[int, ...]] = {}
     for name, module in _adaptable(model).items():
@@ -286,12 +289,14 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
-def _check_base(model: nn.Module, folder: Path) -> None:
+def _check_base(model: nn.Module, folder: Path, model_path: str | Path | None) -> None:
     path = folder / "lineage.json"
-    recorded = read_json(path).get("base_fingerprint") if path.is_file() else None
+    lineage = read_json(path) if path.is_file() else {}
+    recorded = lineage.get("base_fingerprint")
     if recorded and recorded != (actual := weights_fingerprint(model)):
+        stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = (lineage.get("parent") or {}).get("path") or stated
         raise ValueError(
-            f"{folder} was trained on base weights {recorded}; this model's are {actual}: load it onto its "
-            "own "
-            "base model (and convert to half precision only afterwards)"
+            f"{folder} was trained on {base} (weights {recorded}); {model_path or 'this model'} has weights {actual}: "
+            "load it onto its own base model (and convert to half precision only afterwards)"
         )
