@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from trainer_parts import Rows, assert_same_bits, small_model, weights_of
+from trainer_parts import Rows, assert_same_bits, run_two_ranks, small_model, weights_of
 
 from tinylm.dataset.batches import batches
 from tinylm.runtime import Runtime
@@ -78,26 +74,7 @@ def test_eight_at_once_equal_one_by_one():
 def test_eight_at_once_equal_two_processes_with_four(tmp_path: Path):
     """Real processes over gloo: no GPU and no NCCL is needed. In the last step one of them has no row at all."""
     whole, reports = train(epoch_of(Rows(9), 8, 1), 2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = Path(__file__).resolve().parent
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = os.pathsep.join([str(here.parent.parent), str(here)])
-    command = [sys.executable, str(here / "rank_worker.py"), str(tmp_path / "out")]
-    processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    ranks = [torch.load(tmp_path / f"out.{rank}", weights_only=True) for rank in (0, 1)]
+    ranks = run_two_ranks("rank_worker.py", tmp_path / "out")
     assert_same_bits(ranks[0]["weights"], ranks[1]["weights"])
     assert_close(weights_of(whole), ranks[0]["weights"])
     for report, (loss, norm, num_tokens, num_targets) in zip(reports, ranks[0]["facts"], strict=True):

@@ -11,7 +11,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -56,17 +55,22 @@ class DPOSettings(TrainSettings):
 def attach_reference(
     model: TinyLMForCausalLM, data: DPODataset, settings: DPOSettings, runtime: Runtime, console: Console
 ) -> None:
-    """Log-probabilities of every answer under the model as it is now, computed once: the reference never changes."""
+    """Log-probabilities of every answer under the model as it is now, computed once: the reference never changes.
+
+    Each process scores every `world_size`-th batch. Where it scored nothing it has zeros, so the sum over all
+    processes holds every number exactly as one process alone would have it.
+    """
     model.eval()
-    rows = []
+    log_probs = torch.zeros(len(data), 2, device=runtime.device)
+    size = settings.batch_size
     with status(console, "reference log-probabilities") as progress:
-        for start in range(0, len(data), settings.batch_size):
-            stop = min(start + settings.batch_size, len(data))
+        for start in range(runtime.rank * size, len(data), runtime.world_size * size):
+            stop = min(start + size, len(data))
             batch = data.collate([data.row(index) for index in range(start, stop)]).to(runtime.device)
             with runtime.autocast():
-                rows.append(sequence_log_probs(model, batch, 2 * batch.count).view(batch.count, 2).cpu().numpy())
+                log_probs[start:stop] = sequence_log_probs(model, batch, 2 * batch.count).view(batch.count, 2)
             progress(f"{stop:,} of {len(data):,} pairs")
-    data.attach_reference_log_probs(np.concatenate(rows))
+    data.attach_reference_log_probs(runtime.all_reduce_sum(log_probs).cpu().numpy())
 
 
 def train(settings: DPOSettings) -> Path:

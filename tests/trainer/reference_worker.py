@@ -1,0 +1,48 @@
+"""One process of DPO's reference scoring over several: `python reference_worker.py OUTPUT`, ranks as torchrun's."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from trainer_parts import random_documents, small_model
+
+from tinylm.dataset.documents import Documents
+from tinylm.dataset.dpo_dataset import DPODataset
+from tinylm.dataset.sft_dataset import Outcomes
+from tinylm.runtime import Runtime, setup_runtime
+from tinylm.trainer import train_dpo
+from tinylm.trainer.trainer_utils import make_console
+
+NUM_PAIRS, BATCH_SIZE = 11, 2
+
+
+def score(runtime: Runtime) -> tuple[torch.Tensor, list[int]]:
+    """([pairs, 2] log-probabilities of the reference, the pairs in each batch that this process scored)."""
+    documents = random_documents(2 * NUM_PAIRS)
+    data = DPODataset(Documents.join(documents), 24, Outcomes(NUM_PAIRS, 0, 0))
+    settings = train_dpo.DPOSettings(model_path="none", batch_size=BATCH_SIZE)
+    scored: list[int] = []
+    plain_scorer = train_dpo.sequence_log_probs
+
+    def count(model, batch, num_sequences):
+        scored.append(batch.count)
+        return plain_scorer(model, batch, num_sequences)
+
+    train_dpo.sequence_log_probs = count
+    try:
+        train_dpo.attach_reference(small_model(), data, settings, runtime, make_console(False))
+    finally:
+        train_dpo.sequence_log_probs = plain_scorer
+    assert data.reference_log_probs is not None
+    return torch.from_numpy(data.reference_log_probs), scored
+
+
+def main(output: str) -> None:
+    runtime = setup_runtime("cpu", "float32")
+    log_probs, scored = score(runtime)
+    torch.save({"log_probs": log_probs, "scored": scored}, f"{output}.{runtime.rank}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,31 @@
+"""DPO's reference log-probabilities: scored once, shared out over the processes, the same to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from reference_worker import BATCH_SIZE, NUM_PAIRS, score
+from trainer_parts import random_documents, reference_log_prob, run_two_ranks, small_model
+
+from tinylm.runtime import Runtime
+
+
+def test_every_answer_is_scored_in_its_place():
+    """Held to the model's own probabilities, token by token in float64."""
+    log_probs, scored = score(Runtime(torch.device("cpu"), torch.float32))
+    assert scored == [BATCH_SIZE] * (NUM_PAIRS // BATCH_SIZE) + [NUM_PAIRS % BATCH_SIZE]
+    model = small_model()
+    exact = [reference_log_prob(model, ids, is_target) for ids, is_target in random_documents(2 * NUM_PAIRS)]
+    torch.testing.assert_close(log_probs, torch.tensor(exact).view(-1, 2), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pairs_and_agree_with_one(tmp_path: Path):
+    """Every process once scored every pair: eight GPUs took as long as one, and each did the others' work."""
+    alone, scored = score(Runtime(torch.device("cpu"), torch.float32))
+    ranks = run_two_ranks("reference_worker.py", tmp_path / "out")
+    assert [rank["scored"] for rank in ranks] == [scored[0::2], scored[1::2]]
+    for rank in ranks:
+        assert torch.equal(rank["log_probs"], alone)
