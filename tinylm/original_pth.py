@@ -80,8 +80,10 @@ def config_from_tensors(path: Path, tensors: dict[str, Tensor]) -> TinyLMConfig:
         head_dim, uneven = divmod(tensors[f"{layer}self_attn.k_proj.weight"].shape[0], NUM_KEY_VALUE_HEADS)
         num_heads, uneven_heads = divmod(tensors[f"{layer}self_attn.q_proj.weight"].shape[0], max(head_dim, 1))
         width = tensors[f"{layer}mlp.gate_proj.weight"].shape[0]
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} lacks {error}; expected the original project's tensors") from None
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}; expected the original project's tensors; check the file") from None
+    except (ValueError, IndexError):
+        raise ValueError(f"{path} has weights that are no matrices; expected the original project's tensors") from None
     if uneven or uneven_heads:
         raise ValueError(f"{path} has q_proj and k_proj of unequal heads; expected {NUM_KEY_VALUE_HEADS} k/v heads")
     numbers = [int(m.group(1)) for name in tensors if (m := re.match(r"model\.layers\.(\d+)\.", name))]

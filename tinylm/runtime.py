@@ -200,12 +200,10 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"device {name!r}; expected auto, cpu, cuda, cuda:N or mps; choose one of these")
-    if name == "cpu":
-        return torch.device("cpu")
-    if name == "mps":
-        if not torch.backends.mps.is_available():
-            raise ValueError("device 'mps', but this machine has none; expected auto or cpu; use --device auto")
-        return torch.device("mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps', but this machine has none; expected auto or cpu; use --device auto")
+    if name in ("cpu", "mps"):
+        return torch.device(name)
     if not torch.cuda.is_available():
         raise ValueError(f"device {name!r}, but torch sees no CUDA GPU; use --device auto or --device cpu")
     index = int(name.partition(":")[2]) if ":" in name else local_rank
@@ -255,34 +253,34 @@ def device_has_bf16(device: torch.device) -> bool:
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a temporary sibling of `path` for binary writing; it becomes `path` when the block ends well.
 
-    When the block fails (a full disk, an interruption) the temporary file goes and the old `path` stays.
-    Parent folders are made. Symbolic links are followed, so the file they point to is replaced.
+    When the block fails (a full disk, an interruption) the temporary file goes, with the parent folders made
+    for it, and the old `path` stays. Symbolic links are followed, so the file they point to is replaced.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected a file name; choose another path")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, target.stat().st_mode & 0o777 if target.exists() else _default_mode(0o666))
-        os.replace(name, target)
-        _sync_folder(target.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    with _parent_folder(target) as parent:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, target.stat().st_mode & 0o777 if target.exists() else _default_mode(0o666))
+            os.replace(name, target)
+            _sync_folder(parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder; it becomes `path` when the block ends well.
 
-    An existing folder at `path` is swapped out, then deleted. When the block fails the temporary folder goes
-    and the old one stays.
+    An existing folder at `path` is swapped out, then deleted. When the block fails the temporary folder goes,
+    with the parent folders made for it, and the old one stays.
 
     Raises:
         NotADirectoryError: `path` is a file.
@@ -290,16 +288,30 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{path} is a file; expected a folder name; choose another path")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    with _parent_folder(target) as parent:
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent))
+        try:
+            yield fresh
+            for file in sorted(fresh.rglob("*")):
+                _sync_folder(file)
+            fresh.chmod(_default_mode(0o777))
+            _swap_in(fresh, target)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _parent_folder(target: Path) -> Iterator[Path]:
+    """Make the folder that `target` lies in; when the block fails, what was made goes, unless others use it."""
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
-        yield fresh
-        for file in sorted(fresh.rglob("*")):
-            _sync_folder(file)
-        fresh.chmod(_default_mode(0o777))
-        _swap_in(fresh, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield target.parent
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for folder in made:
+                folder.rmdir()
         raise
 
 

@@ -197,6 +197,8 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
             _fail(prog, f"{where}: unknown key {key!r}; {_nearest(str(key), hints)}see {prog} --help")
         if _is_bool(hints[key]) and value in (0, 1):
             value = bool(value)
+        if value is None and type(None) not in typing.get_args(hints[key]):
+            _fail(prog, f"{where}: {key} is null; expected {_type_name(hints[key])}; see {prog} --help")
         try:
             values[key] = vars(parser.parse_object({key: value}, defaults=False))[key]
         except _ParseError as error:

@@ -53,10 +53,11 @@ def _read_jsonl(file: str) -> Iterator[Record | BadRow]:
 
 
 def _read_json(file: str) -> Iterator[Record | BadRow]:
+    with _opened(file) as handle:
+        raw = handle.read()
     try:
-        with _opened(file) as handle:
-            rows = json.loads(handle.read().decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also brackets too deep, a number too long for Python
         raise ValueError(
             f"{file}: not JSON ({error}); expected a list of objects; for one a line, use .jsonl"
         ) from None
@@ -77,7 +78,7 @@ def _read_parquet(file: str) -> Iterator[Record | BadRow]:
                 for row in batch.to_pylist():
                     number += 1
                     yield make_record(row, file, number)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read as parquet ({error}); download it again") from None
 
 
@@ -110,7 +111,7 @@ def _decode(raw: bytes, file: str, line: int) -> str | BadRow:
 def _parse(text: str, file: str, line: int) -> Record | BadRow:
     try:
         return make_record(json.loads(text), file, line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return BadRow(file, line, f"not JSON ({error})")
 
 

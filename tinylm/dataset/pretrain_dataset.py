@@ -12,7 +12,7 @@ import numpy as np
 
 from tinylm.dataset.packing import RunningTextPacking
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
-from tinylm.dataset.sources import BadRows
+from tinylm.dataset.sources import HUB_PREFIX, BadRows, find_files
 from tinylm.dataset.splits import Spans, hold_out_documents
 from tinylm.dataset.token_shards import TokenShards, cached_token_shards, tokenize_texts
 
@@ -128,6 +128,9 @@ def load_pretrain_data(
         seed: chooses which documents are held out.
         progress: called with (documents, tokens) while tokenising.
     """
+    for path in filter(None, (data_path, validation_path)):
+        if not path.startswith(HUB_PREFIX):
+            find_files(path)  # a mistyped validation_path is told before the training data is tokenised
     shards = cached_token_shards(data_path, tokenizer, cache_dir, bad_rows, num_workers, progress)
     whole = PretrainDataset(shards, tokenizer, max_seq_len)
     if validation_path is None:

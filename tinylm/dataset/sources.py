@@ -162,6 +162,8 @@ def read_records(
 def find_files(path: str) -> list[str]:
     """The data files that `path` names, sorted. In a folder, hidden files, README* and LICENSE* are left
     out."""
+    if not path:
+        raise ValueError("data path '': expected a file, a folder or a glob; give one, or leave the setting out")
     if os.path.isdir(path):
         found = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
         names = [os.path.relpath(file, path).split(os.sep) for file in found]
@@ -176,6 +178,8 @@ def find_files(path: str) -> list[str]:
             raise FileNotFoundError(f"{path}: no data file in this folder; expected {', '.join(SUFFIXES)}")
         return files
     if os.path.exists(path):
+        if not os.path.isfile(path):  # opening a pipe would wait for a writer
+            raise ValueError(f"{path}: neither a file nor a folder; expected one of these; write the data to a file")
         files = [path]
     else:
         files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))

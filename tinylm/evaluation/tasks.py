@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tinylm.dataset.sources import Record, find_files, messages_of, preference_of, read_records, text_of
+from tinylm.dataset.sources import BadRow, Record, find_files, messages_of, preference_of, read_records, text_of
 from tinylm.evaluation.bits_per_byte import LossReport, text_loss
 from tinylm.evaluation.exact_match import answer_matches, token_f1
 from tinylm.evaluation.minimal_pairs import MinimalPair, minimal_pair_accuracy
@@ -71,7 +71,7 @@ def data_files(path: str) -> list[str]:
 
 def first_fields(path: str) -> tuple[list[str], str]:
     """Fields of a file's first record and the place they were found at."""
-    record = next(iter(read_records(path)), None)
+    record = next(_records(path), None)
     if record is None:
         raise ValueError(f"{path}: no records; expected at least one; check the file")
     return list(record.data), f"{record.path}, line {record.line}"
@@ -85,7 +85,18 @@ def run_task(evaluator: Evaluator, task: str, path: str, limit: int | None = Non
         limit: first so many records (of each set, for minimal pairs).
     """
     run = _RUNNERS[task]
-    return run(evaluator, read_records(path), Path(path).name.split(".")[0], limit)
+    try:
+        return run(evaluator, _records(path), Path(path).name.split(".")[0], limit)
+    except BadRow as error:
+        raise ValueError(f"{error}; correct the row or take it out") from None
+
+
+def _records(path: str) -> Iterator[Record]:
+    """Every record, or an error: training may skip a broken row, a measurement would mean something else."""
+    try:
+        yield from read_records(path)
+    except BadRow as error:
+        raise ValueError(f"{error}; correct the row or take it out") from None
 
 
 def _field(record: Record, name: str, kind: type) -> Any:

@@ -40,5 +40,11 @@ def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
         )
     state = {name_to_original(name): tensor.detach().cpu() for name, tensor in base_state(model).items()}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    with atomic_write(path) as file:
-        torch.save(state, file)
+    try:
+        with atomic_write(path) as file:
+            torch.save(state, file)
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        error.filename = str(path)  # a full disk: the system does not say which file did not fit
+        raise

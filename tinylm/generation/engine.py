@@ -91,6 +91,8 @@ class Engine:
         with _evaluating(self.compute_model):
             cache = self._new_cache(1, len(ids) + limit)
             logits = self._forward(torch.tensor([ids], device=self.compute_model.device), cache)
+            if logits.isnan().any():
+                raise ValueError("the model computes no numbers (NaN): its weights are damaged; use another checkpoint")
             for step in range(limit):
                 token = next_tokens(logits, settings, uniforms[:, step], seen)
                 token_id = int(token)
@@ -133,6 +135,8 @@ class Engine:
         """The prompt, or its tail if it leaves too little of the context for an answer."""
         if not prompt_ids:
             raise ValueError("the prompt is empty; expected at least one token; give some text to continue")
+        if self.context_length < 2:
+            raise ValueError(f"a context of {self.context_length} token has no room for an answer; expected 2 or more")
         if len(prompt_ids) < self.context_length and len(prompt_ids) + settings.max_new_tokens <= self.context_length:
             return prompt_ids
         return prompt_ids[-prompt_budget(self.context_length, settings.max_new_tokens) :]

@@ -121,6 +121,9 @@ class TinyLMConfig:
                 f"rms_norm_eps {self.rms_norm_eps} must be >= 0, rope_theta {self.rope_theta} > 1 and "
                 f"initializer_range {self.initializer_range} > 0; correct the one that is not"
             )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if not isinstance(getattr(self, name), int | None):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number or null")
         if self.rope_scaling is not None:
             object.__setattr__(self, "rope_scaling", _checked_yarn(self.rope_scaling, self))
 
@@ -223,10 +226,10 @@ class TinyLMConfig:
         missing = [n for n in ("vocab_size", "hidden_size", "num_hidden_layers") if n not in kept]
         if missing:
             raise ValueError(f"{missing[0]} is missing; a {kind} config.json must state it")
-        kept["rope_theta"], kept["rope_scaling"] = _rope_of(data)
         try:
+            kept["rope_theta"], kept["rope_scaling"] = _rope_of(data)
             return cls(**kept)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"a value has the wrong type ({error}); correct it") from None
 
 

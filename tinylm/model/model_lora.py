@@ -56,8 +56,8 @@ class LoRAConfig:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank is {self.rank!r}; it must be a whole number of at least 1")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha is {self.alpha}; it must be above 0, or the adapter does nothing")
+        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {self.alpha!r}; it must be a number above 0, or the adapter does nothing")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; it must be a probability below 1")
         if not self.target_modules:
@@ -245,7 +245,7 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
         rank, alpha = data.get("r", 8), data.get("lora_alpha", 8)
         return LoRAConfig(rank, alpha, data.get("lora_dropout", 0.0), tuple(targets))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}; correct the file or save the adapter again") from None
 
 
 def load_adapter(model: nn.Module, folder: str | Path, model_path: str | Path | None = None) -> nn.Module:

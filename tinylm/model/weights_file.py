@@ -62,7 +62,7 @@ def read_header(path: Path) -> Shapes:
         header.pop("__metadata__", None)
         shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in header.items()}
         ends = [int(entry["data_offsets"][1]) for entry in header.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise ValueError(f"{path} has an unreadable safetensors header; copy or save it again") from None
     expected = 8 + length + max(ends, default=0)
     if expected != size:
@@ -115,7 +115,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             data = data.clone()
         written.add(data.untyped_storage().data_ptr())
         plain[name] = data
-    save_file(plain, path, metadata={"format": "pt"})
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}); make room on the disk, then run it again") from None
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -173,10 +176,10 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist; it is needed to load what lies beside it")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); repair it or save the folder again") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}; a JSON object is expected")
+        raise ValueError(f"{path} holds a {type(data).__name__}; a JSON object is expected: save the folder again")
     return data
 
 

@@ -147,6 +147,8 @@ class Tokenizer:
         if chat_template is not None:
             contents["chat_template.jinja"] = chat_template
         folder = Path(folder)
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder} is a file; expected a folder name; choose another path")
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             with atomic_write(folder / name) as file:
