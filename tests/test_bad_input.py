@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tinylm import cli
-from tinylm.checkpoint import save_adapter, save_model
+from tinylm.checkpoint import load_model, save_adapter, save_model, weights_fingerprint
 from tinylm.model import weights_file
-from tinylm.model.model_lora import LoRAConfig, apply_lora
+from tinylm.model.model_lora import LoRAConfig, apply_lora, has_lora, lora_parameters, merge_lora
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
 
@@ -117,6 +117,8 @@ def _write_models(folder: Path) -> None:
     save_model(folder / "base", base, tokenizer, {"stage": "full_sft"})
     save_model(folder / "other", other, tokenizer, {"stage": "pretrain"})
     apply_lora(base, LoRAConfig(rank=2))
+    for parameter in lora_parameters(base):
+        torch.nn.init.normal_(parameter)
     save_adapter(base, folder / "adapter", "../base", {"stage": "lora"})
 
     def broken(name: str, source: str = "base") -> Path:
@@ -149,6 +151,15 @@ def _write_models(folder: Path) -> None:
     reconfigured("m.kind", model_type="gpt2")
     tensors = load_file(folder / "base/model.safetensors")
     save_file({k: t * float("nan") for k, t in tensors.items()}, broken("m.nan") / "model.safetensors")
+    save_file({k: t.to(torch.int64) for k, t in tensors.items()}, broken("m.whole") / "model.safetensors")
+    reconfigured("m.tied", tie_word_embeddings="no")
+    adapter = load_file(folder / "adapter/adapter_model.safetensors")
+    save_file(
+        {k: t.to(torch.int64) for k, t in adapter.items()}, broken("a.whole", "adapter") / "adapter_model.safetensors"
+    )
+    reconfigured("a.number", "adapter", "adapter_config.json", base_model_name_or_path=5)
+    reconfigured("roomy", max_position_embeddings=128)
+    reconfigured("a.roomy", "adapter", "adapter_config.json", base_model_name_or_path="../roomy")
     reconfigured("a.lost", "adapter", "adapter_config.json", base_model_name_or_path="nowhere")
     reconfigured("a.astray", "adapter", "adapter_config.json", base_model_name_or_path="../other")
     reconfigured("a.rank", "adapter", "adapter_config.json", r=4)
@@ -281,6 +292,10 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{CHAT_WITH} m.eos": ("m.eos/config.json", "eos_token_id", "must be a whole number"),
     f"{CHAT_WITH} m.kind": ("m.kind/config.json", "'gpt2' is not supported", "expected llama"),
     f"{CHAT_WITH} m.nan": ("NaN", "weights are damaged", "use another checkpoint"),
+    f"{CHAT_WITH} m.whole": ("m.whole/model.safetensors", "of type int64", "expected floating-point", "save the model"),
+    f"{CHAT_WITH} m.tied": ("m.tied/config.json", "tie_word_embeddings is 'no'", "must be true or false"),
+    f"{CHAT_WITH} a.whole": ("a.whole/adapter_model.safetensors", "of type int64", "expected floating-point"),
+    f"{CHAT_WITH} a.number": ("a.number/adapter_config.json", "of type int", "expected a string"),
     f"{CHAT_WITH} a.lost": ("a.lost/adapter_config.json", "nowhere", "correct base_model_name_or_path"),
     f"{CHAT_WITH} a.astray": ("a.astray was trained on", "its own base model"),
     f"{CHAT_WITH} a.rank": ("a.rank/adapter_model.safetensors", "another shape", "check that both"),
@@ -300,6 +315,8 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{SFT} good.c.jsonl --max_seq_len 33": ("max_seq_len is 33", "up to 32 tokens", "--max_seq_len 32 or less"),
     f"{MERGE} base": ("base is a full model", "expected an adapter folder"),
     f"{MERGE} adapter": ("OUT", "holds other files", "choose another folder"),
+    f"{MERGE} adapter --output_dir base": ("base is the adapter's base model", "choose another --output_dir"),
+    f"{MERGE} adapter --output_dir other/../adapter": ("adapter is the adapter's base", "the adapter itself", "choose"),
     f"{MERGE} a.lost": ("a.lost/adapter_config.json", "nowhere", "correct base_model_name_or_path"),
     f"{EXPORT} m.unconfigured": ("m.unconfigured", "no config.json", "copy the config"),
     "export --output nodata --model_path base": ("nodata is a folder", "expected a file name", "choose another"),
@@ -313,6 +330,20 @@ CASES: dict[str, tuple[str, ...]] = {
         "not divisible",
         "choose a multiple",
     ),
+    f"{PRETRAIN} good.txt --hidden_size 30": ("hidden_size 30", "not divisible", "choose a multiple"),
+    f"{PRETRAIN} good.txt --max_seq_len 1": ("max_seq_len is 1", "expected at least 2", "--max_seq_len 2"),
+    f"{SFT} good.c.jsonl --max_seq_len -1": ("max_seq_len is -1", "expected at least 0"),
+    f"{PRETRAIN} good.txt --grad_clip -1": ("grad_clip is -1", "expected at least 0", "--grad_clip 0"),
+    f"{PRETRAIN} good.txt --output_dir=": ("output_dir is empty", "expected the path of a folder"),
+    f"{TOKENIZER} good.txt --output_dir=": ("output_dir is empty", "expected the path of a folder"),
+    f"{TOKENIZER} good.txt --max_bytes 0": ("max_bytes is 0", "expected at least 1", "--max_bytes 1"),
+    f"{TOKENIZER} good.txt --max_bytes -1": ("max_bytes is -1", "expected at least 1"),
+    f"{TOKENIZER} good.txt --max_bad_rows 2": ("max_bad_rows is 2", "from 0 to below 1"),
+    f"{TOKENIZER.removesuffix(' --data_path')} --tinyworld_documents 0": ("tinyworld_documents is 0", "at least 1"),
+    f"{PRETRAIN.removesuffix(' --data_path')} --tinyworld_documents 0": ("tinyworld_documents is 0", "at least 1"),
+    f"{SFT.removesuffix(' --data_path')} --tinyworld_chats 0": ("tinyworld_chats is 0", "at least 1"),
+    f"{LORA.removesuffix(' --data_path')} --tinyworld_chats -1": ("tinyworld_chats is -1", "at least 1"),
+    f"{DPO.removesuffix(' --data_path')} --tinyworld_pairs 0": ("tinyworld_pairs is 0", "at least 1"),
     f"{PRETRAIN} good.txt --dtype fp16": ("float16 on cpu", "it needs CUDA", "--dtype auto"),
     f"{PRETRAIN} good.txt --device tpu": ("device 'tpu'", "expected auto", "choose one"),
     f"{PRETRAIN} good.txt --epochs 0": ("epochs is 0", "expected at least 1", "--epochs 1"),
@@ -326,6 +357,8 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{PRETRAIN} good.txt --config half.yaml": ("half.yaml, line 2", "not YAML", "expected"),
     f"{PRETRAIN} good.txt --config other.yaml": ("other.yaml is for `tinylm sft`", "use tinylm run"),
     f"{PRETRAIN} good.txt --output_dir file": ("file", "Not a directory"),
+    f"{SFT} good.c.jsonl --output_dir file": ("file: File exists", "a folder is expected", "choose another path"),
+    f"{SFT} good.c.jsonl --output_dir loop.txt/out": ("loop.txt/out", "links lead round", "choose another path"),
     f"{TOKENIZER} good.txt --output_dir file": ("file is a file", "expected a folder", "choose another"),
     f"{PRETRAIN} good.txt --config null.yaml": ("null.yaml, line 2", "epochs is null", "expected a whole number"),
     f"{CHAT_WITH} base --max_seq_len 1": ("the prompt may take 0", "expected a longer context"),
@@ -333,6 +366,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "run typo.yaml": ("typo.yaml, line 3", "did you mean learning_rate?"),
     "pretrian": ("unknown command 'pretrian'", "did you mean tinylm pretrain?"),
     f"{LORA} good.c.jsonl --lora_rank 0": ("rank is 0", "at least 1"),
+    f"{LORA} good.c.jsonl --lora_rank 99999999999": ("lora_rank is 99999999999", "width of 32", "--lora_rank 8"),
     f"{LORA} good.c.jsonl --target_modules foo": ("target module 'foo'", "choose from q_proj"),
 }
 
@@ -343,6 +377,20 @@ def test_bad_input_is_one_line(run, tmp_path: Path, command: str) -> None:
     for word in CASES[command]:
         assert word.replace("OUT", str(tmp_path / "out")) in line
     assert not Path("executed").exists(), "a pickle's code was run"
+
+
+def test_fine_tuning_an_adapter_folds_it_in(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once trained, and then failed on saving."""
+    monkeypatch.chdir(inputs)
+    rate = "--learning_rate 1e-30"  # the result is the parent, but for the adapter
+    command = f"sft --model_path a.roomy --data_path good.c.jsonl {TRAIN} {rate}".replace("OUT", str(tmp_path))
+    assert cli.main(command.split()) == 0
+    tuned, _, _ = load_model(tmp_path)
+    parent, _, _ = load_model("a.roomy")
+    assert not has_lora(tuned)
+    assert weights_fingerprint(tuned) != weights_fingerprint(load_model("roomy")[0])
+    expected = merge_lora(parent).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tuned.state_dict().items())
 
 
 def test_a_full_disk_names_the_file(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from tinylm.model.weights_file import (
     num_elements,
     read_header,
     read_json,
-    read_tensors,
+    read_weights,
     replaceable_folder,
     unwrapped,
     weights_fingerprint,
@@ -35,6 +35,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.training_state import load_training_state, read_training_values, save_training_state
 
 __all__ = [
+    "adapter_base",
     "load_model",
     "load_training_state",
     "read_training_values",
@@ -170,7 +171,7 @@ def _load_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyL
     check_shapes(files[0], _without_tables(shapes), _expected_shapes(config))
     tokenizer = _tokenizer_for(folder, config, tokenizer_path)
 
-    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    tensors = {name: tensor for file in files for name, tensor in read_weights(file).items()}
     if tied_copy and not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
         raise ValueError(
             f"{files[0]} has an lm_head.weight that differs from the embedding; {_CONFIG} says they are "
@@ -225,10 +226,20 @@ def _assemble(config: TinyLMConfig, tensors: dict[str, Tensor]) -> TinyLMForCaus
     return model
 
 
-def _load_adapter_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
+def adapter_base(folder: Path) -> Path:
+    """The base model that an adapter folder names: a model folder, or a `.pth` file.
+
+    Raises:
+        FileNotFoundError, ValueError: it names none, or what it names is not there or is no full model.
+    """
     stated = read_json(folder / _ADAPTER).get("base_model_name_or_path")
     if not stated:
         raise ValueError(f"{folder / _ADAPTER} names no base_model_name_or_path; write the base model's path there")
+    if not isinstance(stated, str):
+        raise ValueError(
+            f"{folder / _ADAPTER}: base_model_name_or_path is of type {type(stated).__name__}; expected a string: "
+            "write the base model's path there"
+        )
     candidates = [folder / stated, Path(stated)]  # an absolute path is itself in both
     base = next((candidate for candidate in candidates if candidate.exists()), None)
     if base is None:
@@ -238,6 +249,11 @@ def _load_adapter_folder(folder: Path, tokenizer_path: str | Path | None) -> tup
         )
     if (base := resolve_model_path(base)).is_dir() and not (base / _CONFIG).is_file():
         raise ValueError(f"{folder / _ADAPTER} names {stated}, an adapter itself; the base must be a full model")
+    return base
+
+
+def _load_adapter_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
+    base = adapter_base(folder)
     model, tokenizer, base_lineage = load_model(base, tokenizer_path=tokenizer_path)
     load_adapter(model, folder, base)
     lineage_path = folder / "lineage.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -15,6 +16,17 @@ from typing import NoReturn
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, raised like Ctrl-C so that the same clean-up runs."""
+
+
+_USER_MISTAKES = (
+    ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError
+)  # fmt: skip
+_ADVICE = {
+    errno.EEXIST: "File exists, where a folder is expected; choose another path",
+    errno.ENOTDIR: "Not a directory: a part of this path is a file; choose another path",
+    errno.ELOOP: "its symbolic links lead round in a circle; correct them, or choose another path",
+}
+"""The system's words for an error of a path, where they do not say what to do."""
 
 
 def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None, resumable: bool = True) -> int:
@@ -42,9 +54,9 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
         # the reader has left (`tinylm eval | head`); a closed stdout must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as when the system stops a program that writes to nobody
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        return _report(f"error: {_one_line(error)}", 2, debug)
     except Exception as error:
+        if isinstance(error, _USER_MISTAKES) or (isinstance(error, OSError) and error.errno == errno.ELOOP):
+            return _report(f"error: {_one_line(error)}", 2, debug)
         kind = "" if type(error) in (RuntimeError, OSError) else f"{type(error).__name__}: "
         return _report(f"error: {kind}{_one_line(error)}", 1, debug)
 
@@ -79,5 +91,6 @@ def _report(message: str, status: int, debug: bool) -> int:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        words = _ADVICE.get(error.errno or 0, error.strerror)
+        return f"{error.filename}: {words}" if error.filename is not None else words
     return " ".join(str(error).split())

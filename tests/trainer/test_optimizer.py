@@ -140,7 +140,7 @@ def test_settings_reach_the_schedule():
     [
         ({"epochs": 0}, "epochs is 0; expected at least 1"),
         ({"accumulation_steps": 0}, "accumulation_steps is 0; expected at least 1"),
-        ({"max_steps": -1}, "max_steps is -1; expected 0 or more"),
+        ({"max_steps": -1}, "max_steps is -1; expected at least 0"),
         ({"warmup_fraction": 1.0}, "warmup_fraction is 1.0; expected a share"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a positive number"),
     ],

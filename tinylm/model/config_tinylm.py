@@ -121,6 +121,9 @@ class TinyLMConfig:
                 f"rms_norm_eps {self.rms_norm_eps} must be >= 0, rope_theta {self.rope_theta} > 1 and "
                 f"initializer_range {self.initializer_range} > 0; correct the one that is not"
             )
+        for name in ("tie_word_embeddings", "qk_norm", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if not isinstance(getattr(self, name), int | None):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number or null")

@@ -21,7 +21,7 @@ from tinylm.model.weights_file import (
     plain_name,
     read_header,
     read_json,
-    read_tensors,
+    read_weights,
     replaceable_folder,
     unwrapped,
     weights_fingerprint,
@@ -270,7 +270,7 @@ def load_adapter(model: nn.Module, folder: str | Path, model_path: str | Path | 
             expected[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = (config.rank, module.in_features)
             expected[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = (module.out_features, config.rank)
     check_shapes(path, read_header(path), expected)
-    tensors = read_tensors(path)
+    tensors = read_weights(path)
 
     apply_lora(unload_lora(model), config)
     with torch.no_grad():

@@ -79,6 +79,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read ({error}); copy or save it again") from None
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """`read_tensors`, for a file that holds a model's weights and therefore only floating-point numbers.
+
+    Raises:
+        ValueError: a tensor of whole numbers, which are quantised weights without what gives them their scale.
+    """
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{path}: {name} is of type {str(tensor.dtype).removeprefix('torch.')}; expected floating-point "
+                "weights: save the model again, unquantised"
+            )
+    return tensors
+
+
 def check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ValueError, naming the first tensor and the count, unless both hold the same names and shapes."""
     missing = [name for name in expected if name not in found]

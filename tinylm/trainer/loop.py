@@ -138,7 +138,8 @@ def _update_weights(
     if not math.isfinite(loss.item()) or (scaler is None and not math.isfinite(norm)):
         raise RuntimeError(
             f"step {step + 1}: the loss is {loss.item()} and the gradient norm {norm}; nothing was updated; "
-            "go on from the last checkpoint (--resume) with a lower --learning_rate or a smaller --grad_clip"
+            "go on from the last saved state with --resume, or start again if none was saved, with a lower "
+            "--learning_rate or a smaller --grad_clip"
         )
     for optimizer in optimizers:
         scaler.step(optimizer) if scaler is not None else optimizer.step()

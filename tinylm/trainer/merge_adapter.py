@@ -5,12 +5,13 @@ tinylm merge --model_path out/lora --output_dir out/merged
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinylm import __version__
-from tinylm.checkpoint import load_model, resolve_model_path, save_model
+from tinylm.checkpoint import adapter_base, load_model, resolve_model_path, save_model
 from tinylm.model.model_lora import has_lora, merge_lora
 from tinylm.program import run_main
 from tinylm.settings import parse_settings
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
     model, tokenizer, lineage = load_model(path, tokenizer_path=settings.tokenizer_path)
     if not has_lora(model):
         raise ValueError(f"{path} is a full model; expected an adapter folder, such as the output of `tinylm lora`")
+    _check_output(Path(settings.output_dir), path)
     save_model(
         Path(settings.output_dir),
         merge_lora(model),
@@ -44,6 +46,18 @@ def main(argv: list[str]) -> int:
     )
     make_console().print(f"merged model: {settings.output_dir}", markup=False)
     return 0
+
+
+def _check_output(output: Path, adapter: Path) -> None:
+    """Refuse to replace the folder that the base model or the adapter is in: without it the adapter is worthless."""
+    target = Path(os.path.realpath(output))
+    for source in (adapter_base(adapter), adapter):
+        path = Path(os.path.realpath(source))
+        if target in (path, *path.parents):
+            raise ValueError(
+                f"{output} is the adapter's base model (or the adapter itself), or holds it; merging would overwrite "
+                "it; choose another --output_dir"
+            )
 
 
 if __name__ == "__main__":

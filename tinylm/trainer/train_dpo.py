@@ -25,7 +25,7 @@ from tinylm.trainer.objectives import make_dpo_objective, sequence_log_probs
 from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
 from tinylm.trainer.stage_data import load_pairs
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS
-from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.trainer_utils import make_console, status
 
 
@@ -49,6 +49,10 @@ class DPOSettings(TrainSettings):
     """if given, must be the model's number of blocks (the original project's flag)"""
     tinyworld_pairs: int = 3_000
     """preference pairs of TinyWorld to train on when there is no data_path"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, self, "tinyworld_pairs")
 
 
 @torch.no_grad()

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 from tinylm.checkpoint import save_model
+from tinylm.model.model_lora import merge_lora
 from tinylm.program import run_main
 from tinylm.runtime import seed_everything, setup_runtime
 from tinylm.settings import parse_settings
 from tinylm.trainer.objectives import next_token_loss
 from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
 from tinylm.trainer.stage_data import load_chats
-from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.trainer_utils import make_console
 
 SAMPLE_QUESTIONS = ("Who are you?", "What is the opposite of big?")
@@ -41,6 +42,10 @@ class ChatSettings(TrainSettings):
     """if given, must be the model's number of blocks (the original project's flag)"""
     tinyworld_chats: int = 24_000
     """chats of TinyWorld to train on when there is no data_path"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, self, "tinyworld_chats")
 
     @property
     def replacements(self) -> dict[str, str]:
@@ -66,8 +71,9 @@ def train(settings: FullSFTSettings) -> Path:
     runtime = setup_runtime(settings.device, settings.dtype)
     console = make_console(runtime.is_main)
     seed_everything(settings.seed)
-    # 2. Tokenizer and 4. model: the parent brings both
+    # 2. Tokenizer and 4. model: the parent brings both; an adapter is folded in
     settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    merge_lora(model)
     # 3. Data
     data = load_chats(settings, settings.tinyworld_chats, tokenizer, console, settings.replacements)
     # 5. Optimizer

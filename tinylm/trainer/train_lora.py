@@ -61,6 +61,11 @@ def train(settings: LoRASettings) -> Path:
     settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
     if has_lora(model):
         raise ValueError(f"{settings.model_path} is an adapter; fold it into its model first, with tinylm merge")
+    if settings.lora_rank > model.config.hidden_size:
+        raise ValueError(
+            f"lora_rank is {settings.lora_rank}, more than the model's width of {model.config.hidden_size}, beyond "
+            "which an adapter is larger than what it adapts; pass --lora_rank 8"
+        )
     apply_lora(model, settings.lora_config)
     # 3. Data
     data = load_chats(

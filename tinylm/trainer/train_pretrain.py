@@ -21,7 +21,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.objectives import next_token_loss
 from tinylm.trainer.recipe_utils import make_run, sampler_of
 from tinylm.trainer.stage_data import load_texts
-from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.trainer_utils import make_console
 
 
@@ -54,6 +54,11 @@ class PretrainSettings(TrainSettings):
     tinyworld_documents: int = 14_000
     """documents of TinyWorld to train on when there is no data_path"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, self, "tinyworld_documents")
+        require_at_least(2, self, "max_seq_len")  # one token to read and one to predict
+
     def model_config(self, vocab_size: int) -> TinyLMConfig:
         """The preset with the widths given, for a tokenizer of `vocab_size` and rows of `max_seq_len`."""
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -78,10 +83,11 @@ def train(settings: PretrainSettings) -> Path:
     seed_everything(settings.seed)
     # 2. Tokenizer
     tokenizer = Tokenizer.load(settings.tokenizer_path) if settings.tokenizer_path else Tokenizer.default()
+    config = settings.model_config(tokenizer.vocab_size)  # an impossible shape is refused before the data is read
     # 3. Data
     data = load_texts(settings, settings.tinyworld_documents, runtime, tokenizer, console)
     # 4. Model
-    model = TinyLMForCausalLM(settings.model_config(tokenizer.vocab_size)).to(runtime.device)
+    model = TinyLMForCausalLM(config).to(runtime.device)
     # 5. Optimizer
     optimizers = settings.make_optimizers(model)
     # 6. Fit, saving the model folder after each epoch

@@ -6,12 +6,33 @@ A field is a flag and a YAML key; the text below it is its help. Names are the o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from tinylm.trainer.optimizer import cosine_with_warmup, make_optimizers
+
+
+def require_at_least(least: int, settings: Any, *names: str) -> None:
+    """Raise ValueError for the first of the settings `names` that is below `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < least:
+            raise ValueError(f"{name} is {value}; expected at least {least}; pass --{name} {least} or more")
+
+
+def require_share(settings: Any, *names: str) -> None:
+    """Raise ValueError for the first of the settings `names` that is not from 0 to below 1."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; expected a share from 0 to below 1")
+
+
+def require_output_dir(settings: Any) -> None:
+    """Raise ValueError if `output_dir` is empty, which would be the working directory."""
+    if not settings.output_dir.strip():
+        raise ValueError("output_dir is empty; expected the path of a folder, such as --output_dir out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,29 +105,12 @@ class TrainSettings:
     """also write TensorBoard event files to output_dir/tensorboard"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation_steps", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1; pass --{name} 1 or more")
-        for name in (
-            "max_steps",
-            "eval_interval",
-            "eval_batches",
-            "save_interval",
-            "num_workers",
-            "weight_decay",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more; pass --{name} 0 or more")
-        for name in (
-            "validation_fraction",
-            "warmup_fraction",
-            "final_lr_fraction",
-            "max_bad_rows",
-            "beta1",
-            "beta2",
-        ):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to below 1")
+        require_output_dir(self)
+        require_at_least(1, self, "epochs", "batch_size", "accumulation_steps", "log_interval")
+        require_at_least(0, self, "max_steps", "eval_interval", "eval_batches", "save_interval", "num_workers")
+        require_at_least(0, self, "max_seq_len", "weight_decay", "grad_clip")
+        require_share(self, "validation_fraction", "warmup_fraction", "final_lr_fraction", "max_bad_rows")
+        require_share(self, "beta1", "beta2")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number, such as 1e-3")
 

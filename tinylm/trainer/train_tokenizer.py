@@ -16,6 +16,7 @@ from tinylm.dataset.sources import BadRows, iterate_texts
 from tinylm.program import run_main
 from tinylm.settings import parse_settings
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tinylm.trainer.train_settings import require_at_least, require_output_dir, require_share
 from tinylm.trainer.trainer_utils import format_seconds, make_console, print_facts, status
 
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
@@ -40,6 +41,9 @@ class TokenizerSettings:
     """stories, and as many chats, of TinyWorld to learn from when there is no data_path"""
 
     def __post_init__(self) -> None:
+        require_output_dir(self)
+        require_at_least(1, self, "max_bytes", "tinyworld_documents")
+        require_share(self, "max_bad_rows")
         if not SMALLEST_VOCAB <= self.vocab_size <= 1_000_000:
             raise ValueError(
                 f"vocab_size is {self.vocab_size}; expected {SMALLEST_VOCAB} (control tokens and bytes) to 1,000,000; "

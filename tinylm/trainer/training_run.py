@@ -30,7 +30,6 @@ from tinylm.trainer.trainer_utils import (
     MetricsLog,
     ProgressLine,
     fingerprint_of,
-    format_count,
     format_seconds,
     make_console,
     print_facts,
