@@ -159,6 +159,8 @@ def _write_models(folder: Path) -> None:
     )
     reconfigured("a.number", "adapter", "adapter_config.json", base_model_name_or_path=5)
     reconfigured("roomy", max_position_embeddings=128)
+    reconfigured("short", max_position_embeddings=16)
+    shutil.copytree(folder / "base", folder / "runs/full_sft_32_epoch0")
     reconfigured("a.roomy", "adapter", "adapter_config.json", base_model_name_or_path="../roomy")
     reconfigured("a.lost", "adapter", "adapter_config.json", base_model_name_or_path="nowhere")
     reconfigured("a.astray", "adapter", "adapter_config.json", base_model_name_or_path="../other")
@@ -288,6 +290,11 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{CHAT_WITH} m.wide": ("m.wide/model.safetensors", "another shape", "check that both"),
     f"{CHAT_WITH} m.heads": ("m.heads/config.json", "not divisible by num_attention_heads 5", "choose"),
     f"{CHAT_WITH} m.vast": ("m.vast/model.safetensors", "its config implies", "check that both"),
+    f"sft --model_path short {TRAIN} --data_path good.c.jsonl": ("up to 16 tokens", "needs 32", "pretrain with"),
+    f"{SFT.replace('OUT', 'runs').replace('base', 'runs')} good.c.jsonl": (
+        "would overwrite its parent",
+        "choose another --output_dir",
+    ),
     f"{CHAT_WITH} m.rope": ("m.rope/config.json", "wrong type", "correct it"),
     f"{CHAT_WITH} m.eos": ("m.eos/config.json", "eos_token_id", "must be a whole number"),
     f"{CHAT_WITH} m.kind": ("m.kind/config.json", "'gpt2' is not supported", "expected llama"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ Settings = TypeVar("Settings", bound=TrainSettings)
 
 DEFAULT_SEQ_LEN = 512
 """Tokens of a row in fine-tuning where the model's context is longer and nothing else is asked for."""
+MIN_CHAT_CONTEXT = 32
+"""Tokens below which a question in the chat template leaves no room for an answer."""
 
 
 def load_parent(
@@ -38,6 +41,11 @@ def load_parent(
     path = resolve_model_path(model_path)
     model, tokenizer, lineage = load_model(path, device=runtime.device, tokenizer_path=settings.tokenizer_path)
     longest = model.config.max_position_embeddings
+    if longest < MIN_CHAT_CONTEXT:
+        raise ValueError(
+            f"{path} was made for contexts of up to {longest} tokens; a chat needs {MIN_CHAT_CONTEXT}; "
+            f"pretrain with a --max_seq_len of at least {MIN_CHAT_CONTEXT}"
+        )
     if settings.max_seq_len > longest:
         raise ValueError(
             f"max_seq_len is {settings.max_seq_len}, but {path} was made for contexts of up to {longest} tokens; "
@@ -62,7 +70,8 @@ def sampler_of(
     max_new_tokens: int = 40,
 ) -> Callable[[], list[str]]:
     """A function that lets the model of the moment continue (or, in a chat, answer) each prompt, greedily."""
-    settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0)
+    room = model.config.max_position_embeddings // 4  # the prompt needs most of a short context
+    settings = SamplingSettings(max_new_tokens=min(max_new_tokens, room), temperature=0.0)
 
     def sample() -> list[str]:
         engine = Engine(model, tokenizer)
@@ -99,8 +108,14 @@ def make_run(
         save: (folder, lineage) -> writes the model folder, or the adapter folder.
         sample: texts to look at after each validation.
         parent: what `load_parent` says of the model the stage started from.
+
+    Raises:
+        ValueError: if the run would write its model where its parent lies.
     """
     train_data, validation_data = data
+    source = Path(os.path.realpath(parent["path"])) if parent else None
+    if source and str(source.parent) == os.path.realpath(settings.output_dir) and source.name.startswith(f"{stage}_"):
+        raise ValueError(f"the run would overwrite its parent, {source}; choose another --output_dir")
     lineage = {
         "parent": parent,
         "data_fingerprint": train_data.fingerprint,
