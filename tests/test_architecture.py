@@ -15,6 +15,7 @@ PACKAGE = ROOT / "tinylm"
 FLOORS = {
     "runtime.py": 0,
     "settings.py": 0,
+    "cores.py": 0,
     "program.py": 0,
     "tokenizer/bpe.py": 1,
     "tokenizer/tokenizer_json.py": 1,
@@ -58,6 +59,7 @@ FLOORS = {
     "trainer/objectives.py": 3,
     "trainer/optimizer.py": 3,
     "trainer/train_settings.py": 3,
+    "trainer/gradients.py": 4,
     "trainer/loop.py": 4,
     "trainer/trainer_utils.py": 4,
     "trainer/resume.py": 4,

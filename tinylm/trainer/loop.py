@@ -18,10 +18,10 @@ from torch import Tensor
 from tinylm.dataset.batches import Batch
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime
+from tinylm.trainer.gradients import Scaler, accumulate_gradients
 from tinylm.trainer.objectives import Objective
 
 Optimizers = Sequence[torch.optim.Optimizer]
-Scaler = torch.amp.GradScaler | None
 
 
 @dataclass
@@ -59,6 +59,7 @@ def fit(
     grad_clip: float = 1.0,
     on_step: Sequence[Callable[[StepReport], None]] = (),
     scaler: Scaler = None,
+    num_workers: int = 1,
 ) -> None:
     """Train in place, from `start_step` to `num_steps` or to the end of `step_batches`, whichever comes first.
 
@@ -68,6 +69,7 @@ def fit(
         grad_clip: largest global gradient norm; 0 turns clipping off.
         on_step: called after every step, in order: logging, evaluation, saving are the recipe's.
         scaler: fp16's gradient scaler; bf16 and fp32 need none.
+        num_workers: micro-batches computed side by side, each on CPU cores of its own.
 
     Raises:
         RuntimeError: the loss or the gradient is not a number. The weights are still those of the step before.
@@ -79,7 +81,7 @@ def fit(
         rate = learning_rate(step)
         for group in _groups(optimizers):
             group["lr"] = rate
-        totals = _accumulate_gradients(model, objective, micro_batches, runtime, scaler)
+        totals = accumulate_gradients(model, objective, micro_batches, trained, runtime, scaler, num_workers)
         runtime.all_reduce_gradients(trained)
         grad_norm = _update_weights(optimizers, trained, totals["loss"], grad_clip, scaler, step)
         values = {name: value.item() for name, value in totals.items()}
@@ -102,30 +104,6 @@ def fit(
 
 def _groups(optimizers: Optimizers) -> Iterator[dict]:
     return (group for optimizer in optimizers for group in optimizer.param_groups)
-
-
-def _accumulate_gradients(
-    model: TinyLMForCausalLM, objective: Objective, micro_batches: list[Batch], runtime: Runtime, scaler: Scaler
-) -> dict[str, Tensor]:
-    """Backward through every micro-batch, each divided by the global count; returns the global means."""
-    sum_dtype = torch.float32 if runtime.device.type == "mps" else torch.float64  # MPS has no float64
-    sizes = torch.tensor(
-        [sum(b.count for b in micro_batches), sum(b.input_ids.numel() for b in micro_batches)], dtype=sum_dtype
-    )
-    count, num_tokens = runtime.all_reduce_sum(sizes.to(runtime.device)).unbind()
-    divisor = count.clamp(min=1)  # a step without a single target learns nothing, instead of 0 / 0
-    sums: dict[str, Tensor] = {}
-    for batch in micro_batches:
-        batch = batch.to(runtime.device)
-        with runtime.autocast():
-            loss_sum, metrics = objective(model, batch)
-        loss = loss_sum / divisor
-        (scaler.scale(loss) if scaler is not None else loss).backward()
-        for name, value in {"loss": loss_sum.detach(), **metrics}.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value
-    means = torch.stack([value.to(sum_dtype) for value in sums.values()])
-    means = runtime.all_reduce_sum(means) / divisor
-    return {**dict(zip(sums, means.unbind(), strict=True)), "count": count, "num_tokens": num_tokens}
 
 
 def _update_weights(

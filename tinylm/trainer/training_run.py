@@ -22,6 +22,7 @@ from tinylm.checkpoint import load_training_state, read_training_values, save_tr
 from tinylm.dataset.batches import Batch, BatchSampler, Dataset, batches
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime, measured_matmul_flops
+from tinylm.trainer.gradients import parts_of_batch
 from tinylm.trainer.loop import StepReport, fit
 from tinylm.trainer.objectives import Objective
 from tinylm.trainer.resume import check_same_run
@@ -69,6 +70,7 @@ class TrainingRun:
         self.sampler = BatchSampler(
             len(self.train_data), settings.batch_size, settings.seed, runtime.rank, runtime.world_size
         )
+        self.parts = 1 if settings.use_compile else parts_of_batch(settings.batch_size, self.model, runtime.device)
         self.steps_per_epoch = -(-self.sampler.num_batches // settings.accumulation_steps)
         self.num_steps = settings.epochs * self.steps_per_epoch
         if settings.max_steps:
@@ -135,6 +137,7 @@ class TrainingRun:
                 grad_clip=self.settings.grad_clip,
                 on_step=(self._log, self._evaluate, self._save),
                 scaler=self.scaler,
+                num_workers=self.parts,
             )
         finally:
             self.line.close()
@@ -151,13 +154,13 @@ class TrainingRun:
         any number of ranks, with no generator state to keep.
         """
         settings, runtime = self.settings, self.runtime
-        per_step = settings.accumulation_steps
+        per_step = settings.accumulation_steps * self.parts
         step = self.start_step
         for epoch in range(step // self.steps_per_epoch, settings.epochs):
-            position = (step % self.steps_per_epoch) * per_step * self.sampler.rows_per_step
+            position = (step % self.steps_per_epoch) * settings.accumulation_steps * self.sampler.rows_per_step
             stream = batches(
-                self.train_data, settings.batch_size, settings.seed, epoch, position, runtime.rank, runtime.world_size,
-                num_workers=settings.num_workers,
+                self.train_data, settings.batch_size // self.parts, settings.seed, epoch, position,
+                runtime.rank, runtime.world_size, num_workers=settings.num_workers,
             )  # fmt: skip
             while micro_batches := list(itertools.islice(stream, per_step)):
                 torch.manual_seed((settings.seed * 1_000_003 + step) * 1_009 + runtime.rank)

@@ -1,0 +1,76 @@
+"""A step's gradient is the same whether its parts are computed one after the other or side by side."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from trainer_parts import Rows, pairs_batch, random_documents, small_model
+
+from tinylm.model.model_lora import LoRAConfig, apply_lora
+from tinylm.runtime import Runtime
+from tinylm.trainer import gradients
+from tinylm.trainer.gradients import accumulate_gradients, parts_of_batch
+from tinylm.trainer.objectives import make_dpo_objective, next_token_loss
+
+CPU = torch.device("cpu")
+
+
+def gradient_of(model, objective, micro_batches, dtype=torch.float32, num_workers=1):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = None
+    totals = accumulate_gradients(model, objective, micro_batches, trained, Runtime(CPU, dtype), None, num_workers)
+    return [p.grad for p in trained], {name: value.item() for name, value in totals.items()}
+
+
+def parts_of(stage: str) -> tuple:
+    """(objective, four micro-batches with unequal counts)."""
+    if stage == "sft":
+        rows = Rows(4)
+        return next_token_loss, [rows.collate([rows.row(i)]) for i in range(4)]
+    pairs = [pairs_batch(random_documents(2 * (i + 1), seed=i), torch.zeros(i + 1, 2)) for i in range(4)]
+    return make_dpo_objective(0.5), pairs
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("num_workers", [2, 3, 8])
+def test_side_by_side_is_one_after_the_other(stage, num_workers):
+    objective, parts = parts_of(stage)
+    model = small_model(num_hidden_layers=2)
+    expected, means = gradient_of(model, objective, parts)
+    found, found_means = gradient_of(model, objective, parts, num_workers=num_workers)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert found_means == pytest.approx(means, rel=1e-6) and means["count"] == sum(part.count for part in parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_side_by_side_gives_the_same_bits_every_time(dtype):
+    objective, parts = parts_of("sft")
+    model = small_model(num_hidden_layers=2)
+    first, _ = gradient_of(model, objective, parts, dtype, num_workers=3)
+    for _ in range(5):
+        again, _ = gradient_of(model, objective, parts, dtype, num_workers=3)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_side_by_side_trains_only_the_adapter():
+    objective, parts = parts_of("sft")
+    model = apply_lora(small_model(), LoRAConfig(rank=2))
+    gradient_of(model, objective, parts, num_workers=2)
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("cores, batch_size, parts", [(1, 8, 1), (2, 8, 2), (3, 8, 2), (16, 8, 8), (4, 6, 3)])
+def test_a_batch_is_cut_into_equal_parts(cores, batch_size, parts, monkeypatch):
+    monkeypatch.setattr(gradients, "num_cores", lambda device: cores)
+    assert parts_of_batch(batch_size, small_model(), CPU) == parts
+
+
+def test_dropout_keeps_a_batch_whole(monkeypatch):
+    monkeypatch.setattr(gradients, "num_cores", lambda device: 2)
+    assert parts_of_batch(8, small_model(attention_dropout=0.1), CPU) == 1
+    assert parts_of_batch(8, small_model(hidden_dropout=0.1), CPU) == 1
+    assert parts_of_batch(8, apply_lora(small_model(), LoRAConfig(rank=2, dropout=0.1)), CPU) == 1
+    assert parts_of_batch(8, apply_lora(small_model(), LoRAConfig(rank=2)), CPU) == 2
