@@ -43,8 +43,19 @@ def test_our_adamw_is_torchs(weight_decay):
         assert (p.detach() - before).abs().max() > 0.1
 
 
-def test_our_muon_is_torchs():
-    """Square, wide and tall matrices; the two differ only in the order of bfloat16 sums."""
+def ours_for_torch(gradient, coefficients, steps, eps):
+    """Our `orthogonalize` in the form in which torch's Muon calls its own."""
+    tall = gradient.shape[0] > gradient.shape[1]
+    update = orthogonalize((gradient.mT if tall else gradient)[None])[0]
+    return update.mT if tall else update
+
+
+@pytest.mark.parametrize("same_iteration", [True, False])
+def test_our_muon_is_torchs(same_iteration, monkeypatch):
+    """Square, wide and tall matrices. With our iteration in torch's Muon, all the rest is the same but for the order of
+    bfloat16 sums; with torch's own, which starts lower and takes a step more, the weights go nearly the same way."""
+    if same_iteration:
+        monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", ours_for_torch)
     model = small_model()
     mine, _ = split_parameters(model)
     assert len({tuple(p.shape) for p in mine}) >= 4
@@ -56,13 +67,24 @@ def test_our_muon_is_torchs():
     for p, other, before in zip(mine, others, start, strict=True):
         moved = (p.detach() - before).norm()
         assert moved > 0.5
-        assert (p.detach() - other.detach()).norm() < 0.02 * moved
+        assert (p.detach() - other.detach()).norm() < (0.02 if same_iteration else 0.25) * moved
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (16, 40)])
 def test_orthogonalised_singular_values_are_near_one(shape):
     values = torch.linalg.svdvals(orthogonalize(torch.randn(3, *shape)))
     assert values.shape == (3, min(shape)) and 0.6 < values.min() and values.max() < 1.25
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_four_steps_get_as_far_as_torchs_five(decay):
+    """Distance to the nearest semi-orthogonal matrix U V^T, from spectra that fall as 1 / rank^decay."""
+    u, _, v = torch.linalg.svd(torch.randn(64, 96, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    matrix = u @ torch.diag(torch.arange(1, 65) ** -decay) @ v
+    theirs = torch.optim._muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7).float()
+    ours, nearest = orthogonalize(matrix[None])[0], u @ v
+    assert (ours - nearest).norm() < 1.1 * (theirs - nearest).norm()
+    assert orthogonalize(1e-20 * matrix[None]).isfinite().all() and not orthogonalize(torch.zeros(1, 8, 8)).any()
 
 
 @pytest.mark.parametrize("tied", [True, False])

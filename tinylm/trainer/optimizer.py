@@ -75,13 +75,16 @@ class AdamW(torch.optim.Optimizer):
                 p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**t))
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly: a quintic Newton-Schulz iteration on the singular values.
 
         X <- a X + (b A + c A^2) X,  A = X X^T,  (a, b, c) = (3.4445, -4.7750, 2.0315)
 
-    The coefficients (Jordan 2024, "Muon: an optimizer for hidden layers") give up exactness for slope at zero:
-    five steps bring every singular value into about [0.7, 1.2], close enough for an update direction.
+    The coefficients (Jordan 2024, "Muon: an optimizer for hidden layers") give up exactness for slope at zero: the
+    steps bring singular values into about [0.7, 1.2], close enough for an update direction. They must start at 1 or
+    below. Jordan divides by the Frobenius norm, (sum s^2)^(1/2), and takes five steps; the Gram matrix, which the first
+    step needs anyway, also gives ||A||_F^(1/2) = (sum s^4)^(1/4), a bound several times closer to the largest singular
+    value. Started so much higher, four steps get as far: a twentieth of a training step of `tiny` saved.
 
     Args:
         matrices: [N, rows, columns] with rows <= columns, so that A is the smaller of the two Gram matrices.
@@ -89,9 +92,13 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # singular values at most 1, where the iteration converges
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # so that no product over- or underflows
+    gram = torch.bmm(x, x.mT)
+    scale = gram.norm(dim=(1, 2), keepdim=True) + 1e-7
+    x, gram = x / scale.sqrt(), gram / scale
+    for step in range(steps):
+        if step:
+            gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.to(matrices.dtype)
