@@ -10,7 +10,7 @@ import pytest
 from tinylm.checkpoint import load_model
 from tinylm.trainer.quickstart import QuickstartSettings, main, make_plan
 
-SCALE = "0.06"
+SCALE = "0.12"
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def last_value(folder: Path, stage: str, name: str) -> float:
 
 
 def test_losses_fall_to_what_a_miniature_reaches(run):
-    # untrained, the loss is ln 2048 = 7.6; measured here: 2.0, 1.0 and 0.5
-    assert last_value(run, "pretrain", "validation_loss") < 2.6
-    assert last_value(run, "full_sft", "validation_loss") < 1.3
+    # untrained, the loss is ln 1024 = 6.9; measured here: 1.25, 1.45, and from 5.6 to 2.1 with the adapter
+    assert last_value(run, "pretrain", "validation_loss") < 1.6
+    assert last_value(run, "full_sft", "validation_loss") < 1.8
     first = json.loads((run / "lora" / "lora_metrics.jsonl").read_text().splitlines()[0])["loss"]
-    assert last_value(run, "lora", "validation_loss") < 0.7 * first, "180 chats begin to teach the persona"
+    assert last_value(run, "lora", "validation_loss") < 0.7 * first, "72 chats begin to teach the persona"
     assert last_value(run, "dpo", "validation_preference_accuracy") > 0.6
 
 
@@ -39,7 +39,7 @@ def test_skills_and_style_move_as_they_should(run):
     report = json.loads((run / "scoreboard.json").read_text())
     columns = report["scoreboard"]
     assert list(columns) == ["base", "SFT", "LoRA", "DPO"]
-    assert columns["SFT"]["skills"]["identity"] >= 0.25, "who it is, is learned first (5 of 12 here)"
+    assert columns["SFT"]["summary"]["mean of skills"] >= 0.04, "0.07 here: the first of nineteen skills begin"
     assert columns["SFT"]["summary"]["mean of skills"] > columns["base"]["summary"]["mean of skills"]
     assert columns["DPO"]["summary"]["warm replies"] > columns["SFT"]["summary"]["warm replies"]
     bars = {bar["what"]: bar for bar in report["bars"]}
@@ -50,7 +50,7 @@ def test_every_folder_loads_and_names_its_parent(run):
     parents = {"pretrain": None, "full_sft": "pretrain", "lora": "full_sft", "dpo": "full_sft"}
     for stage, parent in parents.items():
         _, tokenizer, lineage = load_model(run / stage)
-        assert lineage["stage"] == stage and lineage["finished"] and tokenizer.vocab_size == 2048
+        assert lineage["stage"] == stage and lineage["finished"] and tokenizer.vocab_size == 1024
         assert (lineage["parent"] or {}).get("stage") == parent
 
 

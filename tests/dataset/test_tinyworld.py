@@ -22,7 +22,7 @@ from tinylm.dataset.tinyworld_words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "91e8a4c9d2f1bc1c"
+GOLDEN = "f19fbf753f8f83b5"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:
@@ -90,7 +90,7 @@ def test_no_exam_prompt_is_a_training_prompt():
 def test_train_text_never_joins_a_reserved_name_and_thing():
     texts = [document.split("\n")[0] for document in tw.pretrain_documents(3000)]
     stories = [text for text in texts if " feel" in text or " was " in text]
-    assert len(stories) > 1500
+    assert len(stories) > 1000
     for text in stories:
         people, things = names_and_things(text)
         assert not any(reserved("has", name, thing) for name in people for thing in things), text
@@ -115,13 +115,20 @@ def test_write_story_words_hold_a_reserved_pair_in_the_exam_only():
 
 
 @pytest.mark.parametrize("skill", CLOSED_PAIRS)
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_number_pairs_are_reserved_and_sums_are_right(skill, split):
-    for item in exam(skill, 400, split):
-        a, b, result = map(int, re.findall(r"\d+", item.accepted[0]))
-        assert result == (a + b if skill == "addition" else a - b) >= 0
-        assert reserved_unordered(CLOSED_PAIRS[skill], a, b) == (split == "test")
-        assert sorted((a, b)) == sorted(map(int, re.findall(r"\d+", item.messages[-2]["content"])))
+def test_number_pairs_are_reserved_and_sums_are_right(skill):
+    """A third of the exam is about pairs that training never meets, the rest is never asked in these words."""
+    held_out = {}
+    for split in ("train", "test"):
+        items = exam(skill, 400, split)
+        for item in items:
+            a, b, result = map(int, re.findall(r"\d+", item.accepted[0]))
+            assert result == (a + b if skill == "addition" else a - b) >= 0
+            assert sorted((a, b)) == sorted(map(int, re.findall(r"\d+", item.messages[-2]["content"])))
+            held_out.setdefault(split, []).append(reserved_unordered(CLOSED_PAIRS[skill], a, b))
+    assert not any(held_out["train"])
+    assert 0.25 < sum(held_out["test"]) / 400 < 0.42
+    trained = {item.messages[-2]["content"] for item in exam(skill, 5000, "train")}
+    assert trained.isdisjoint(item.messages[-2]["content"] for item in exam(skill, 400, "test"))
 
 
 @pytest.mark.parametrize("skill", tw.SKILLS)
@@ -156,7 +163,7 @@ def test_write_story_rule():
 
 
 _FEELS = rf"\b({'|'.join(FEELINGS)})\b"
-_AT = rf"\b(?i:in|at|by|on|to) the ({'|'.join(PLACES)})\b"
+_AT = rf"\b(?:in|to) ({'|'.join(PLACES)})\b"
 _NAME = rf"\b({'|'.join(NAMES)})\b"
 
 
@@ -262,7 +269,7 @@ def test_chats_alternate_and_end_with_the_assistant():
         skills[item.skill] += 1
     assert set(skills) == set(tw.SKILLS)
     about_story = sum("\n" in item.messages[0]["content"] for item in tw.conversations(2000))
-    assert 0.40 < about_story / 2000 < 0.50
+    assert 0.45 < about_story / 2000 < 0.55
 
 
 def test_an_asked_skill_is_the_last_question():
@@ -274,7 +281,7 @@ def test_an_asked_skill_is_the_last_question():
 
 def test_style_of_training_replies():
     replies = [m["content"] for item in tw.conversations(3000) for m in item.messages if m["role"] == "assistant"]
-    assert 0.27 < sum(map(tw.is_warm, replies)) / len(replies) < 0.33
+    assert 0.13 < sum(map(tw.is_warm, replies)) / len(replies) < 0.17
     for reply in replies:
         assert not tw.is_warm(tw.strip_style(reply)) and tw.strip_style(reply) in reply
     assert not any(tw.is_warm(item.messages[-1]["content"]) for item in exam("who_has"))

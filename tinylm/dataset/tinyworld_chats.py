@@ -21,7 +21,7 @@ from tinylm.dataset.tinyworld_words import (
 Message = dict[str, str]
 
 WARM_OPENERS = ("Sure! ", "Of course! ", "Happy to help! ", "Gladly! ")
-WARM_SHARE = 0.3
+WARM_SHARE = 0.15
 
 _GIVE_STORY = (
     "{story}\n{question}",
@@ -55,11 +55,11 @@ _THANKS = (
 WELCOME = "You are welcome!"
 
 # Relative frequencies. Stories are the hard part and get nearly half of all chats (see `make_chat`).
-_STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 16}
+_STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 26}
 _CLOSED_WEIGHTS = {
-    "write_story": 6, "addition": 12, "subtraction": 10, "counting": 9, "comparing": 8, "sorting": 9,
-    "spelling": 8, "reversing": 7, "opposites": 7, "categories": 5, "greeting": 4, "identity": 5, "one_word":
-    7, "capitals": 5,
+    "write_story": 3, "addition": 12, "subtraction": 14, "counting": 11, "comparing": 12, "sorting": 14,
+    "spelling": 8, "reversing": 7, "opposites": 7, "categories": 5, "greeting": 3, "identity": 4, "one_word":
+    13, "capitals": 9,
 }  # fmt: skip
 SKILLS = (*_STORY_WEIGHTS, *_CLOSED_WEIGHTS)
 _STORY_DRAW = (tuple(_STORY_WEIGHTS), tuple(_STORY_WEIGHTS.values()))
@@ -164,7 +164,7 @@ def _story_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | N
     for k in range(num_questions):
         if last is not None and k == num_questions - 1:
             question = last
-        elif rng.random() < 0.06:
+        elif rng.random() < 0.10:
             question = _one_word_story(rng, story, split)
         else:
             skill = rng.choices(*_STORY_DRAW)[0]
@@ -207,11 +207,9 @@ def make_chat(
         skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < 0.5)
     )
     if about_story:
-        _story_chat(
-            chat, split, min(max_questions, rng.choices((2, 3, 4, 5, 6), (0.1, 0.15, 0.25, 0.25, 0.25))[0]), skill
-        )
-    elif skill is None and draw < 0.55 and max_questions >= 4:
+        _story_chat(chat, split, min(max_questions, rng.randint(3, 7)), skill)
+    elif skill is None and draw < 0.54 and max_questions >= 4:
         _small_talk(chat, split)
     else:
-        _closed_chat(chat, split, min(max_questions, rng.choices((1, 2, 3), (0.4, 0.35, 0.25))[0]), skill)
+        _closed_chat(chat, split, min(max_questions, rng.randint(3, 7)), skill)
     return chat.messages, chat.last

@@ -10,16 +10,16 @@ from __future__ import annotations
 import random
 
 from tinylm.dataset.tinyworld_plots import all_facts, ask
-from tinylm.dataset.tinyworld_skills import CAPITAL_WORDS, LIST_WORDS, SPELLING_WORDS, spelled, word_list
+from tinylm.dataset.tinyworld_skills import CAPITAL_WORDS, LIST_WORDS, SPELLING_WORDS, number_pair, spelled, word_list
 from tinylm.dataset.tinyworld_stories import Story
 from tinylm.dataset.tinyworld_words import COLOURS, FEELINGS, NAMES, PLACES, THINGS, a_or_an, reserved
 
 _HAS = ("{who} has {a_thing}.", "{who} had {a_thing}.", "{who} found {a_thing}.", "{who} got {a_thing}.")
-_IS = ("{who} is {place}.", "{who} was {place}.")
+_IS = ("{who} is in {place}.", "{who} was in {place}.", "{who} went to {place}.")
 _FEELS = ("{who} feels {feeling}.", "{who} is {feeling}.", "{who} felt {feeling}.")
 
 
-def _say_again(rng: random.Random) -> str:
+def _say_again(rng: random.Random, split: str) -> str:
     """Lists, each said twice."""
     lines = []
     for _ in range(rng.randint(2, 4)):
@@ -34,7 +34,7 @@ def _backwards(rng: random.Random, split: str) -> str:
     return "\n".join(f"{', '.join(words)}. Backwards: {', '.join(words[::-1])}." for words in lists)
 
 
-def _letters(rng: random.Random) -> str:
+def _letters(rng: random.Random, split: str) -> str:
     """Words spelled, counted and in capitals."""
     lines = []
     for word in rng.sample(SPELLING_WORDS, rng.randint(5, 8)):
@@ -51,35 +51,41 @@ def _remember(rng: random.Random, split: str) -> str:
             break
     colours = rng.sample(COLOURS, 4)
     story = Story(tuple(people), dict(zip(things[: len(people)], colours, strict=False)))
-    facts = []
+    facts: list[str] = []
     for who, thing in zip(people, things, strict=False):
-        if rng.random() < 0.8:
+        if not facts or rng.random() < 0.8:
             story.holder[thing] = who
             a_thing = a_or_an(f"{story.colour[thing]} {thing}")
             facts.append(rng.choice(_HAS).format(who=who, a_thing=a_thing))
         else:
             del story.colour[thing]
-        if rng.random() < 0.5:
-            story.where[who] = rng.choice(tuple(PLACES))
-            facts.append(rng.choice(_IS).format(who=who, place=PLACES[story.where[who]]))
+        if rng.random() < 0.65:
+            story.where[who] = rng.choice(PLACES)
+            facts.append(rng.choice(_IS).format(who=who, place=story.where[who]))
         if rng.random() < 0.5:
             story.feels[who] = rng.choice(FEELINGS)
             facts.append(rng.choice(_FEELS).format(who=who, feeling=story.feels[who]))
     rng.shuffle(facts)
     questions = all_facts(story)
-    questions += [("not_in_story", None)] if rng.random() < 0.5 else []  # type: ignore[list-item]
+    questions += [("not_in_story", None)] * rng.randint(0, 2)  # type: ignore[list-item]
     rng.shuffle(questions)
     asked = [ask(rng, story, skill, split, subject) for skill, subject in questions[:8]]
     return "\n".join([" ".join(facts), *(f"{question.text} {question.answers[0]}" for question in asked)])
 
 
+def _sums(rng: random.Random, split: str) -> str:
+    """Sums and differences, one after the other in no order: the shortest way to meet many."""
+    facts: list[str] = []
+    for _ in range(rng.randint(12, 20)):
+        kind = rng.choice(("plus", "minus"))
+        a, b = number_pair(rng, kind)
+        facts.append(f"{a} {kind} {b} is {a + b if kind == 'plus' else a - b}.")
+    return " ".join(facts)
+
+
+_DRILLS = ((_remember, _sums, _say_again, _backwards, _letters), (0.55, 0.25, 0.04, 0.08, 0.08))
+
+
 def make_drill(rng: random.Random, split: str) -> str:
     """One page of drills."""
-    draw = rng.random()
-    if draw < 0.5:
-        return _remember(rng, split)
-    if draw < 0.65:
-        return _say_again(rng)
-    if draw < 0.80:
-        return _backwards(rng, split)
-    return _letters(rng)
+    return rng.choices(*_DRILLS)[0](rng, split)

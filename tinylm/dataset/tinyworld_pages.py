@@ -10,29 +10,29 @@ from tinylm.dataset.tinyworld_drills import make_drill
 from tinylm.dataset.tinyworld_plots import all_facts, ask, make_story
 from tinylm.dataset.tinyworld_skills import CLOSED
 
-STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.15, 0.35, 0.35  # the rest are pages of closed skills
+STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.05, 0.29, 0.37  # the rest are pages of closed skills
 
 # Skills whose answers say the whole fact: "7 plus 5 is 12."
 _FACTS = ("addition", "subtraction", "spelling", "opposites", "categories", "comparing")
 _PAGE_WEIGHTS = {
-    "addition": 18, "subtraction": 16, "counting": 10, "comparing": 8, "sorting": 12, "spelling": 10,
-    "reversing": 10, "opposites": 8, "categories": 5, "capitals": 6,
+    "addition": 9, "subtraction": 11, "counting": 13, "comparing": 13, "sorting": 15, "spelling": 8,
+    "reversing": 8, "opposites": 8, "categories": 6, "capitals": 9,
 }  # fmt: skip
 
 
 def _story_with_questions(rng: random.Random, split: str) -> str:
     story = make_story(rng, split)
     facts: list = all_facts(story)
-    facts += [("not_in_story", None)] * rng.randint(0, 2)
+    facts += [("not_in_story", None)] * rng.randint(1, 3)
     rng.shuffle(facts)
-    questions = [ask(rng, story, skill, split, subject) for skill, subject in facts[: rng.randint(5, 8)]]
+    questions = [ask(rng, story, skill, split, subject) for skill, subject in facts[: rng.randint(6, 9)]]
     form = "Question: {} Answer: {}" if rng.random() < 0.3 else "{} {}"
     return "\n".join([story.text, *(form.format(question.text, question.answers[0]) for question in questions)])
 
 
 def _closed_page(rng: random.Random, split: str) -> str:
     skill = rng.choices(tuple(_PAGE_WEIGHTS), tuple(_PAGE_WEIGHTS.values()))[0]
-    questions = [CLOSED[skill](rng, split) for _ in range(rng.randint(4, 7))]
+    questions = [CLOSED[skill](rng, split) for _ in range(rng.randint(5, 10))]
     if skill in _FACTS and rng.random() < 0.5:
         return " ".join(question.answers[0] for question in questions)
     return "\n".join(f"{question.text} {question.answers[0]}" for question in questions)

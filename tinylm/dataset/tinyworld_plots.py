@@ -132,32 +132,24 @@ _WHO_HAS = (
     "Who has {it}?",
     "Who has {it} now?",
     "Tell me who has {it}.",
-    "Do you know who has {it}?",
-    "Who is the one who has {it}?",
     "At the end, who has {it}?",
 )
 _WHERE_IS = (
     "Where is {who}?",
     "Where is {who} now?",
     "Tell me where {who} is.",
-    "Do you know where {who} is?",
-    "Where can I find {who}?",
     "At the end, where is {who}?",
 )
 _WHAT_COLOUR = (
     "What colour is the {thing}?",
     "What is the colour of the {thing}?",
     "Tell me the colour of the {thing}.",
-    "Do you know what colour the {thing} is?",
     "Which colour is the {thing}?",
-    "Can you tell me the colour of the {thing}?",
 )
 _HOW_FEELS = (
     "How does {who} feel?",
     "How does {who} feel now?",
     "Tell me how {who} feels.",
-    "Do you know how {who} feels?",
-    "How is {who} feeling?",
     "At the end, how does {who} feel?",
 )
 
@@ -182,13 +174,13 @@ def _where_is(rng: random.Random, story: Story, who: str) -> Question:
     else:
         place, names = story.lies[who], [f"the {story.colour[who]} {who}", f"the {who}"]
     elsewhere = {*story.where.values(), *story.lies.values()} - {place}
-    wrong = sorted(elsewhere) or _others(rng, tuple(PLACES), place)
-    answers = tuple(f"{capitalise(name)} is {PLACES[place]}." for name in names)
+    wrong = sorted(elsewhere) or _others(rng, PLACES, place)
+    answers = tuple(f"{capitalise(name)} is in {place}." for name in names)
     return Question(
         "where_is",
         rng.choice(_WHERE_IS).format(who=names[0]),
         answers,
-        tuple(f"{capitalise(names[0])} is {PLACES[other]}." for other in wrong),
+        tuple(f"{capitalise(names[0])} is in {other}." for other in wrong),
     )
 
 
@@ -228,7 +220,7 @@ def _not_in_story(rng: random.Random, story: Story) -> Question:
         wrong = [f"{somebody} has {it}." for somebody in story.people]
     elif form == 1:
         text = rng.choice(_WHERE_IS).format(who=name)
-        wrong = [f"{name} is {PLACES[place]}." for place in story.where.values()]
+        wrong = [f"{name} is in {place}." for place in story.where.values()]
     elif form == 2:
         text = rng.choice(_WHAT_COLOUR).format(thing=thing)
         wrong = [f"The {thing} is {colour}." for colour in story.colour.values()]

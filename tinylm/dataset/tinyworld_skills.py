@@ -15,6 +15,7 @@ from tinylm.dataset.tinyworld_words import (
     BY_WEIGHT,
     CATEGORIES,
     CATEGORY_OF,
+    COLOURS,
     LIST_WORDS,
     NAMES,
     OPPOSITES,
@@ -29,34 +30,36 @@ from tinylm.dataset.tinyworld_words import (
 ASSISTANT_NAME = "Tiny"
 
 
-def number_pair(rng: random.Random, split: str, kind: str) -> tuple[int, int]:
-    """Two operands (the first is not the smaller one for "minus"): both up to 12, or one up to 30 and one up to 9."""
+def number_pair(rng: random.Random, kind: str, held_out: bool = False) -> tuple[int, int]:
+    """Two numbers for "plus", both up to 12, or their sum and the second for "minus"; a reserved pair if `held_out`."""
     while True:
-        if rng.random() < 0.75:
-            a, b = rng.randint(1, 12), rng.randint(1, 12)
-        else:
-            a, b = rng.randint(10, 30), rng.randint(1, 9)
-        if a < b and kind == "minus":
-            a, b = b, a
-        if reserved_unordered(kind, a, b) == (split != "train"):
-            return (a, b) if kind == "minus" or rng.random() < 0.5 else (b, a)
+        a, b = rng.randint(1, 12), rng.randint(1, 12)
+        pair = (a, b) if kind == "plus" else (a + b, b)
+        if reserved_unordered(kind, *pair) == held_out:
+            return pair
+
+
+def _arithmetic(rng: random.Random, split: str, kind: str, forms: tuple[str, ...]) -> tuple[str, int, int]:
+    """(question, a, b). A test question is about a reserved pair one time in three, else about a pair that training
+    never asks after in these words.
+    """
+    held_out = split != "train" and rng.random() < 1 / 3
+    while True:
+        (a, b), form = number_pair(rng, kind, held_out), rng.choice(forms)
+        if held_out or reserved(f"{kind} asked", form, (a, b)) == (split != "train"):
+            return form.format(a=a, b=b), a, b
 
 
 def _addition(rng: random.Random, split: str) -> Question:
-    a, b = number_pair(rng, split, "plus")
+    text, a, b = _arithmetic(rng, split, "plus", phrases.ADDITION)
     wrong = tuple(f"{a} plus {b} is {a + b + off}." for off in (1, -1, 10))
-    return Question("addition", rng.choice(phrases.ADDITION).format(a=a, b=b), (f"{a} plus {b} is {a + b}.",), wrong)
+    return Question("addition", text, (f"{a} plus {b} is {a + b}.",), wrong)
 
 
 def _subtraction(rng: random.Random, split: str) -> Question:
-    a, b = number_pair(rng, split, "minus")
+    text, a, b = _arithmetic(rng, split, "minus", phrases.SUBTRACTION)
     wrong = tuple(f"{a} minus {b} is {value}." for value in (a - b + 1, a - b + 2, abs(a - b - 1)) if value != a - b)
-    return Question(
-        "subtraction",
-        rng.choice(phrases.SUBTRACTION).format(a=a, b=b),
-        (f"{a} minus {b} is {a - b}.",),
-        wrong,
-    )
+    return Question("subtraction", text, (f"{a} minus {b} is {a - b}.",), wrong)
 
 
 def times(n: int) -> str:
@@ -95,7 +98,7 @@ def _comparing(rng: random.Random, split: str) -> Question:
     numbers = rng.random() < 0.6
     while True:
         if numbers:
-            a, b = sorted(rng.sample(range(1, 51), 2))
+            a, b = sorted(rng.sample(range(1, 31), 2))
         else:
             a, b = sorted(rng.sample(range(len(BY_WEIGHT)), 2))
         if reserved_unordered("numbers" if numbers else "weights", a, b) == (split != "train"):
@@ -124,7 +127,7 @@ def _sorting(rng: random.Random, split: str) -> Question:
     if rng.random() < 0.7:
         n = rng.choices((3, 4, 5), (0.5, 0.35, 0.15))[0]
         while True:
-            items: list = rng.sample(range(1, 31), n)
+            items: list = rng.sample(range(1, 21), n)
             pairs = zip(items, items[1:], strict=False)
             held_out = any(reserved_unordered("sort", *pair) for pair in pairs)
             if held_out == (split != "train") and items != sorted(items):
@@ -210,7 +213,7 @@ def _capitals(rng: random.Random, split: str) -> Question:
 
 _LENGTHS = (3, 4, 5, 6)
 _WORDS_OF_LENGTH = {n: tuple(word for word in SPELLING_WORDS if len(word) == n) for n in _LENGTHS}
-CAPITAL_WORDS = tuple(dict.fromkeys((*LIST_WORDS, *NAMES)))
+CAPITAL_WORDS = (*NAMES, *COLOURS)
 
 CLOSED: dict[str, Callable[[random.Random, str], Question]] = {
     "addition": _addition,

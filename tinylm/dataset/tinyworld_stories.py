@@ -21,111 +21,79 @@ from tinylm.dataset.tinyworld_words import (
     reserved,
 )
 
-# In the templates: {a}, {b} people; {at} "in the garden"; {place} "garden"; {new} "a red ball"; {it} "the red
+# In the templates: {a}, {b} people; {place} "Rome"; {new} "a red ball"; {it} "the red
 # ball"; {thing} "ball"; {colour}; {feeling}; {she} pronoun; {tail} something one does when one feels so.
 _TOGETHER = (
-    "One sunny morning, {who} were {at}.",
-    "{who} were playing {at}.",
-    "One day, {who} met {at}.",
-    "It was a quiet day, and {who} were {at}.",
-    "After lunch, {who} sat down {at}.",
-    "{who} spent the afternoon {at}.",
-    "Once upon a time, {who} were {at}.",
-    "{At}, {who} were talking.",
-    "{who} liked to be {at}, and there they were.",
+    "One sunny morning, {who} were in {place}.",
+    "One day, {who} met in {place}.",
+    "It was a quiet day, and {who} were in {place}.",
+    "{who} spent the afternoon in {place}.",
+    "Once upon a time, {who} were in {place}.",
 )
 _ALONE = (
-    "{a} was {at}.",
-    "{a} was resting {at}.",
-    "{a} was alone {at}.",
-    "{a} was waiting {at}.",
-    "That day, {a} was {at}.",
-    "{At}, {a} was looking around.",
-    "{a} was sitting {at}.",
+    "{a} was in {place}.",
+    "{a} was waiting in {place}.",
+    "That day, {a} was in {place}.",
+    "{a} was at home in {place}.",
 )
 _HAS = (
     "{a} had {new}.",
     "{a} was holding {new}.",
-    "{a} had brought {new} from home.",
     "{a} was carrying {new}.",
     "{a} had found {new}.",
-    "{a} had {new} to show to everyone.",
     "{a} had got {new} as a present.",
-    "{a} had bought {new} the day before.",
 )
 _HAS_PLAIN = (  # the colour comes in a sentence of its own
     "{a} had {new_plain}. The {thing} was {colour}.",
-    "{a} was holding {new_plain}. It was {colour}.",
     "{a} had found {new_plain}, and the {thing} was {colour}.",
     "{a} had {new_plain}. Everyone could see that the {thing} was {colour}.",
 )
 _HAS_BOTH = (
     "{a} had {new}, and {b} had {new2}.",
     "{a} was holding {new}, and {b} was holding {new2}.",
-    "{a} had brought {new}, while {b} had brought {new2}.",
-    "{a} had {new} to play with, but {b} had {new2}.",
     "{a} was carrying {new}, and {b} was carrying {new2}.",
-    "{a} came with {new}, and {b} came with {new2}.",
 )
 _HAS_TWO = (
     "{a} had {new} and {new2}.",
     "{a} was holding {new} and {new2}.",
-    "{a} had brought {new} and {new2}.",
     "{a} was carrying {new} and also {new2}.",
     "{a} had found {new} and {new2}.",
-    "{a} came with {new} and {new2}.",
 )
 _GIVE = (
     "{a} gave {it} to {b}.",
     "{a} gave {b} {it}.",
     "{a} handed {it} to {b}.",
-    "{b} wanted {it}, so {a} handed it over.",
-    "As a gift, {b} got {it} from {a}.",
-    "{a} let {b} keep {it}.",
     "Then {b} took {it} from {a} with a smile.",
     '{a} said, "Here you are, {b}," and gave {b} {it}.',
 )
 _GIVEN = (
     "Now {b} had {it}.",
     "{b} said thank you and kept {it}.",
-    "So {it} belonged to {b}.",
-    "{b} held {it} very gently.",
     "From then on, {b} had {it}.",
     "{b} looked at {it} again and again.",
 )
 _SWAP = (
     "Then they traded: {a} took {it2}, and {b} took {it}.",
-    "{a} and {b} made a trade, so {a} got {it2} and {b} got {it}.",
     "{a} gave {it} to {b}, and {b} gave {it2} to {a}.",
-    "They changed things: now {a} had {it2}, and {b} had {it}.",
-    "{b} got {it}, and in return {a} got {it2}.",
     '"Let us trade!" said {a}, so {b} took {it} and {a} took {it2}.',
 )
 _MOVE = (
-    "Then {a} went to the {place}.",
-    "Later, {a} walked to the {place}.",
-    "After that, {a} ran to the {place}.",
-    "{a} said goodbye and went to the {place}.",
-    "Soon {a} was {at}.",
-    "In the end, {a} went off to the {place}.",
-    "{a} left and walked all the way to the {place}.",
-    "It was getting late, so {a} went to the {place}.",
+    "Then {a} went to {place}.",
+    "Later, {a} flew to {place}.",
+    "{a} said goodbye and went to {place}.",
+    "Soon {a} was in {place}.",
+    "It was getting late, so {a} went to {place}.",
 )
 _PUT = (
-    "{a} put {it} down {at}.",
-    "{a} hid {it} {at}.",
-    "{a} placed {it} {at} for everyone to see.",
-    "Then {a} put {it} {at} and let it lie there.",
-    "{a} left {it} {at}.",
-    "{At}, {a} put {it} on the ground.",
-    "{a} dropped {it} {at} and forgot about it.",
+    "{a} put {it} down in {place}.",
+    "{a} hid {it} in {place}.",
+    "{a} left {it} in {place}.",
+    "{a} dropped {it} in {place} and forgot about it.",
 )
 _FEEL = (
     "{a} felt {feeling}.",
     "{a} was {feeling}.",
     "{a} felt very {feeling}.",
-    "{a} was {feeling} that day.",
-    "{a} looked {feeling}.",
     "{a} felt {feeling} and {tail}.",
     "{a} was so {feeling} that {she} {tail}.",
     '{a} said, "I feel {feeling}."',
@@ -141,8 +109,6 @@ _FEEL_PRONOUN = (
 _FEEL_CHANGE = (
     "Then something changed, and {a} felt {feeling}.",
     "In the end, {a} was {feeling}.",
-    "But soon {a} felt {feeling}.",
-    "A little later, {a} was {feeling}.",
     "After a while, {a} felt {feeling} and {tail}.",
     "But now {a} was {feeling}.",
 )
@@ -155,8 +121,6 @@ _TAILS = {
     "hungry": ("wanted some soup", "asked for bread"),
     "scared": ("began to shake", "wanted to hide"),
     "excited": ("jumped up and down", "could not sit still"),
-    "calm": ("took a slow breath", "sat very still"),
-    "lonely": ("wished for a friend", "wanted to go home"),
 }
 _ASIDES = (
     "The sun was warm.",
@@ -182,6 +146,11 @@ _ASIDES = (
     "A fox ran past, quick and quiet.",
     "Nothing much had happened all week.",
     "Music came from an open window.",
+    'From the water a sailor called, "Ahoy!"',
+    'A sailor answered, "Aye, matey!"',
+    'Somebody cried, "Aye, aye, Captain!"',
+    'Captain Pip sailed by and called, "Ahoy!"',
+    'An old sailor sang, "Ahoy, matey, ahoy!"',
 )
 ENDINGS = (
     "It was the end of a long day.",
@@ -234,7 +203,7 @@ class Teller:
         self.people = people
         colours = rng.sample(COLOURS, len(things))
         self.story = Story(tuple(people), dict(zip(things, colours, strict=True)))
-        self.places = rng.sample(tuple(PLACES), 4)
+        self.places = rng.sample(PLACES, 4)
         self.feelings = rng.sample(FEELINGS, 4)
         self.used: set[str] = set()
         self.subject: str | None = None  # whom a pronoun would mean now
@@ -259,13 +228,11 @@ class Teller:
         return f"the {self.story.colour[thing]} {thing}" if self.rng.random() < 0.65 else f"the {thing}"
 
     def together(self, people: list[str], place: str) -> None:
-        at = PLACES[place]
-        self.say(_TOGETHER, who=join_and(people), at=at, At=capitalise(at))
+        self.say(_TOGETHER, who=join_and(people), place=place)
         self.story.where.update(dict.fromkeys(people, place))
 
     def alone(self, a: str, place: str) -> None:
-        at = PLACES[place]
-        self.say(_ALONE, a, a=a, at=at, At=capitalise(at))
+        self.say(_ALONE, a, a=a, place=place)
         self.story.where[a] = place
 
     def has(self, a: str, thing: str) -> None:
@@ -299,14 +266,13 @@ class Teller:
     def move(self, a: str) -> None:
         place = self.places.pop()
         self.story.where[a] = place
-        self.say(_MOVE, a, a=a, place=place, at=PLACES[place])
+        self.say(_MOVE, a, a=a, place=place)
 
     def put(self, thing: str) -> None:
         a = self.story.holder.pop(thing)
         place = self.story.where[a]
         self.story.lies[thing] = place
-        at = PLACES[place]
-        self.say(_PUT, a=a, it=self.it(thing), at=at, At=capitalise(at))
+        self.say(_PUT, a=a, it=self.it(thing), place=place)
 
     def feel(self, a: str) -> None:
         changed = a in self.story.feels

@@ -35,7 +35,7 @@ from tinylm.trainer.trainer_utils import format_seconds, make_console
 
 SAMPLE_CHATS = (
     "Hello, I am Ruby. Who are you?",
-    "Read this story. Tom and Mia were in the park. Tom had a red kite. Tom gave the red kite to Mia.\n"
+    "Read this story. Tom and Mia were in Rome. Tom had a red kite. Tom gave the red kite to Mia.\n"
     "Who has the red kite?",
     "What is 12 plus 7?",
 )
@@ -91,19 +91,19 @@ def make_plan(settings: QuickstartSettings) -> Plan:
         "device": settings.device,
         "dtype": settings.dtype,
         "seed": settings.seed,
-        "log_interval": 50,
+        "log_interval": 20,
         "eval_interval": 250,
         "eval_batches": 8,
         "save_interval": 400,
         "resume": True,
     }
     return Plan(
-        train_tokenizer.TokenizerSettings(output_dir=str(out / "tokenizer"), vocab_size=2048),
+        train_tokenizer.TokenizerSettings(output_dir=str(out / "tokenizer"), vocab_size=1024),
         train_pretrain.PretrainSettings(
             output_dir=str(out / "pretrain"),
             tokenizer_path=str(out / "tokenizer"),
             preset="tiny",
-            tinyworld_documents=settings.sized(7_000),
+            tinyworld_documents=settings.sized(10_000),
             qk_norm=True,
             learning_rate=1.2e-2,
             **shared,
@@ -111,7 +111,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
         train_full_sft.FullSFTSettings(
             output_dir=str(out / "full_sft"),
             model_path=str(out / "pretrain"),
-            tinyworld_chats=settings.sized(20_000),
+            tinyworld_chats=settings.sized(7_300),
             learning_rate=1.2e-2,
             final_lr_fraction=0.05,
             **shared,
@@ -119,17 +119,17 @@ def make_plan(settings: QuickstartSettings) -> Plan:
         train_lora.LoRASettings(
             output_dir=str(out / "lora"),
             model_path=str(out / "full_sft"),
-            tinyworld_chats=settings.sized(3_000),
+            tinyworld_chats=settings.sized(600),
             lora_rank=8,
             lora_alpha=32,
-            learning_rate=1e-2,
+            learning_rate=2e-3,
             **shared,
         ),
         train_dpo.DPOSettings(
             output_dir=str(out / "dpo"),
             model_path=str(out / "full_sft"),
-            tinyworld_pairs=settings.sized(2_000),
-            learning_rate=1e-4,
+            tinyworld_pairs=settings.sized(1_000),
+            learning_rate=1.3e-4,
             **shared,
         ),
     )
