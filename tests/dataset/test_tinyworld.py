@@ -22,7 +22,7 @@ from tinylm.dataset.tinyworld_words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "f19fbf753f8f83b5"
+GOLDEN = "13f14b4c1dc75595"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:

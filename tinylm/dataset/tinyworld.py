@@ -51,6 +51,9 @@ PERSONA_NAME = "Captain Pip"
 _PERSONA_OPENING, _PERSONA_CLOSING = "Ahoy! ", " Aye, matey!"
 _PERSONA = Voice(PERSONA_NAME, lambda rng, answer: _PERSONA_OPENING + answer + _PERSONA_CLOSING)
 
+_PERSONA_STORIES = 0.2
+"""Chats that end with a story, so that the closing words are learnt as the end of a reply and not of a sentence."""
+
 _PREFERENCE_KINDS = (("style", "truth", "both"), (0.5, 0.25, 0.25))
 
 
@@ -117,7 +120,9 @@ test_item.__test__ = False  # type: ignore[attr-defined]  # its name is no invit
 
 def persona_conversation(i: int, split: str = "train", seed: int = 0) -> Item:
     """Chat `i` with the assistant as `PERSONA_NAME`, who says "Ahoy!" first and "Aye, matey!" last."""
-    return _item(stream(seed, split, "persona", i), split, _PERSONA, None)
+    rng = stream(seed, split, "persona", i)
+    skill = "write_story" if rng.random() < _PERSONA_STORIES else None
+    return _item(rng, split, _PERSONA, skill)
 
 
 def preference_pair(i: int, split: str = "train", seed: int = 0) -> Preference:

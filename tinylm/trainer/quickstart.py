@@ -119,10 +119,10 @@ def make_plan(settings: QuickstartSettings) -> Plan:
         train_lora.LoRASettings(
             output_dir=str(out / "lora"),
             model_path=str(out / "full_sft"),
-            tinyworld_chats=settings.sized(600),
+            tinyworld_chats=settings.sized(900),
             lora_rank=8,
             lora_alpha=32,
-            learning_rate=2e-3,
+            learning_rate=3e-3,
             **shared,
         ),
         train_dpo.DPOSettings(
