@@ -9,6 +9,9 @@ from pathlib import Path
 
 def main() -> int:
     """Run each benchmark in a process of its own, so that neither warms up the other; the worst exit status."""
+    if sys.argv[1:]:
+        print("this runs both benchmarks and takes no flags; for their flags: python -m benchmarks.decode --help")
+        return 2
     root = Path(__file__).resolve().parent.parent
     names = ("train_step", "decode")
     return max(

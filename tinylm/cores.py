@@ -1,7 +1,8 @@
 """The cores of a CPU, working side by side: several micro-batches at a time instead of one spread over all.
 
 torch spreads each operation over the cores and waits for the slowest at the end of each; a tiny model's operations
-last a tenth of a millisecond, and most of a second core is lost. A core that has rows of its own waits once a step.
+last a tenth of a millisecond, so two cores are worth about one and a half. A core that has rows of its own waits once
+a step.
 Python's lock is no hindrance: torch lets go of it while an operation runs.
 """
 
@@ -30,10 +31,11 @@ def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item], num_
     which is left to chance.
     """
     cores = torch.get_num_threads()
+    threads_each = max(1, cores // num_workers)
     # The main thread's number counts for the matrix library of all threads, the workers' own for everything else.
-    torch.set_num_threads(max(1, cores // num_workers))
+    torch.set_num_threads(threads_each)
     try:
-        yield from _workers(num_workers, max(1, cores // num_workers)).map(function, items)
+        yield from _workers(num_workers, threads_each).map(function, items)
     finally:
         torch.set_num_threads(cores)
 

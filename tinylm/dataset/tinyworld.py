@@ -102,7 +102,7 @@ def _item(rng: random.Random, split: str, voice: Voice, skill: str | None, max_q
 
 
 def conversation(i: int, split: str = "train", seed: int = 0, skill: str | None = None) -> Item:
-    """Training chat `i`: three to seven questions; about 15% of the assistant's replies have a warm opener.
+    """Training chat `i`: three to six questions; about 15% of the assistant's replies have a warm opener.
 
     `skill` fixes the skill of the last question. Raises: ValueError for an unknown skill or split.
     """

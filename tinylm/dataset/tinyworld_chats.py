@@ -54,7 +54,7 @@ _THANKS = (
 )
 WELCOME = "You are welcome!"
 
-# Relative frequencies. Stories are the hard part and get nearly half of all chats (see `make_chat`).
+# Relative frequencies. Stories are the hard part: half of all chats are about one (see `make_chat`).
 _STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 26}
 _CLOSED_WEIGHTS = {
     "write_story": 3, "addition": 12, "subtraction": 14, "counting": 11, "comparing": 12, "sorting": 14,
@@ -197,8 +197,8 @@ def make_chat(
 ) -> tuple[list[Message], Question]:
     """A chat that ends with an answer to a question of `skill` (any if None), and that last question.
 
-    Without a skill, half of the chats are about a story, 5% small talk, the rest one to three questions that
-    stand alone. `max_questions` bounds the number of questions.
+    Without a skill, half of the chats are about a story, 4% small talk, the rest are questions that stand alone.
+    A chat has three questions or more, but never more than `max_questions`.
     """
     if skill is not None and skill not in SKILLS:
         raise ValueError(f"skill {skill!r}; expected one of {', '.join(SKILLS)}; choose one of them")
