@@ -1,8 +1,10 @@
-"""A copy of a model for generation only: adapters merged, projections joined, weights in the kernels' layout.
+"""A copy of a model for generation only: adapters merged, projections joined, norms folded, weights in the kernels'
+layout.
 
-At one token a step a CPU does little but read weights. Reading them in two large pieces instead of five small
-ones, already in the order that the bf16 kernel wants (it otherwise reorders them at every call), is most of
-the speed to be had. The numbers are those of the model; the file format never sees this form.
+At one token a step a CPU does little but read weights and start operations. So the weights are read in a few large
+pieces instead of many small ones, already in the order that the bf16 kernel wants (it otherwise reorders them at every
+call), and of each norm only the division is left: its scale is multiplied into the product behind it. The numbers are
+those of the model; the file format never sees this form.
 
 Shapes: B batch, T time, C width, H query heads, K key/value heads, D head dim, F feed-forward width.
 """
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinylm.model.model_lora import merge_lora
-from tinylm.model.model_tinylm import Attention, Block, SwiGLU, TinyLMForCausalLM
+from tinylm.model.model_tinylm import Attention, Block, RMSNorm, SwiGLU, TinyLMForCausalLM
+from tinylm.model.positions import apply_rotary
 from tinylm.model.weights_file import unwrapped
 from tinylm.runtime import device_has_bf16
 
@@ -24,30 +27,61 @@ from tinylm.runtime import device_has_bf16
 def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> TinyLMForCausalLM:
     """A copy of `model` in `dtype` (None: its own), in eval mode and without gradients, to be only run.
 
-    It is called as the model is (`hidden_states`, `lm_head`, with a cache) and gives the same logits, to
-    rounding. Adapters are merged in. It cannot be trained, saved or moved: make another from the model.
+    It is called as the model is (`hidden_states`, then `lm_head`, with a cache) and gives the same logits, to rounding;
+    its hidden states lack the final norm's scale, which is in its `lm_head`. Adapters are merged in. It cannot be
+    trained, saved or moved: make another from the model.
     """
     source = unwrapped(model)
     assert isinstance(source, TinyLMForCausalLM)
-    fast = merge_lora(copy.deepcopy(source))
+    dtype = dtype or source.dtype
+    fast = merge_lora(copy.deepcopy(source)).eval().requires_grad_(False)
     assert isinstance(fast, TinyLMForCausalLM)
-    fast = fast.to(dtype or source.dtype).eval().requires_grad_(False)
     for layer in fast.model.layers:
         assert isinstance(layer, Block)
-        layer.self_attn = _JoinedAttention(layer.self_attn)
-        layer.mlp = _JoinedSwiGLU(layer.mlp)
-    fast.lm_head = _Packed([fast.lm_head])  # type: ignore[assignment]
-    return fast
+        layer.self_attn = _JoinedAttention(layer.self_attn, layer.input_layernorm, dtype)
+        layer.mlp = _JoinedSwiGLU(layer.mlp, layer.post_attention_layernorm, dtype)
+        layer.input_layernorm = _Division(layer.input_layernorm)  # type: ignore[assignment]
+        layer.post_attention_layernorm = _Division(layer.post_attention_layernorm)  # type: ignore[assignment]
+    fast.lm_head = _Packed([fast.lm_head], dtype, fast.model.norm)  # type: ignore[assignment]
+    fast.model.norm = _Division(fast.model.norm)  # type: ignore[assignment]
+    return fast.to(dtype)
+
+
+def _scale(norm: RMSNorm) -> Tensor:
+    """What is left of a norm beside its `_Division`: sqrt(width) times its weight, float32."""
+    return norm.weight.float() * norm.weight.numel() ** 0.5
+
+
+class _Division(nn.Module):
+    """x / sqrt(|x|^2 + width * eps) over the last axis: an RMSNorm without its `_scale`."""
+
+    def __init__(self, norm: RMSNorm):
+        super().__init__()
+        self.root_eps = torch.tensor((norm.weight.numel() * norm.eps) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.float()
+        length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        return (exact / torch.hypot(length, self.root_eps)).to(x.dtype)
 
 
 class _Packed(nn.Module):
-    """Linear layers of one input, side by side as one: y = [W1 x, W2 x, ...]."""
+    """Linear layers of one input, side by side as one: y = [W1 x, W2 x, ...].
 
-    def __init__(self, linears: list[nn.Linear]):
+    Args:
+        linears: the layers.
+        dtype: of the product.
+        norm: the norm before them, whose scale is multiplied into the weights.
+    """
+
+    def __init__(self, linears: list[nn.Linear], dtype: torch.dtype, norm: RMSNorm | None = None):
         super().__init__()
-        self.weight: Tensor = torch.cat(tuple(linear.weight for linear in linears))
+        weight = torch.cat(tuple(linear.weight for linear in linears)).float()
+        if norm is not None:
+            weight = weight * _scale(norm)
+        self.weight: Tensor = weight.to(dtype)
         biases = [linear.bias for linear in linears]
-        self.bias = None if biases[0] is None else torch.cat(tuple(biases))
+        self.bias = None if biases[0] is None else torch.cat(tuple(biases)).to(dtype)
         self.out_features = self.weight.shape[0]
         self.is_packed = _has_packed_kernel(self.weight)
         if self.is_packed:
@@ -67,32 +101,40 @@ def _has_packed_kernel(weight: Tensor) -> bool:
 
 
 class _JoinedAttention(Attention):
-    """Attention with one product for queries, keys and values."""
+    """Attention with one product for queries, keys and values, and one rotation for queries and keys."""
 
-    def __init__(self, base: Attention):
+    def __init__(self, base: Attention, norm: RMSNorm, dtype: torch.dtype):
         nn.Module.__init__(self)
         self.layer_idx, self.head_dim, self.dropout = base.layer_idx, base.head_dim, 0.0
         self.qk_norm = base.qk_norm
-        if base.qk_norm:
-            self.q_norm, self.k_norm = base.q_norm, base.k_norm
         linears = [base.q_proj, base.k_proj, base.v_proj]
-        self.heads = [linear.out_features // self.head_dim for linear in linears]
-        self.qkv_proj = _Packed(linears)
-        self.o_proj = _Packed([base.o_proj])  # type: ignore[assignment]
+        queries, keys, _ = self.heads = [linear.out_features // self.head_dim for linear in linears]
+        if base.qk_norm:
+            scales = [_scale(base.q_norm).expand(queries, -1), _scale(base.k_norm).expand(keys, -1)]
+            self.qk_scale = torch.cat(scales).to(dtype)  # [H+K, D]
+            self.qk_division = _Division(base.q_norm)
+        self.qkv_proj = _Packed(linears, dtype, norm)
+        self.o_proj = _Packed([base.o_proj], dtype)  # type: ignore[assignment]
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         joined = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim)  # [B, T, H+2K, D]
-        q, k, v = joined.split(self.heads, dim=2)
+        queries, keys, values = self.heads
+        qk, v = joined.split([queries + keys, values], dim=2)
+        if self.qk_norm:
+            qk = self.qk_division(qk) * self.qk_scale
+        if rotation is not None:
+            qk = apply_rotary(qk, *rotation)
+        q, k = qk.split([queries, keys], dim=2)
         return q, k, v
 
 
 class _JoinedSwiGLU(SwiGLU):
     """SwiGLU with one product for gate and up."""
 
-    def __init__(self, base: SwiGLU):
+    def __init__(self, base: SwiGLU, norm: RMSNorm, dtype: torch.dtype):
         nn.Module.__init__(self)
-        self.gate_up_proj = _Packed([base.gate_proj, base.up_proj])
-        self.down_proj = _Packed([base.down_proj])  # type: ignore[assignment]
+        self.gate_up_proj = _Packed([base.gate_proj, base.up_proj], dtype, norm)
+        self.down_proj = _Packed([base.down_proj], dtype)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [B, T, F] each

@@ -70,21 +70,21 @@ class Attention(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, plan: AttentionPlan, cache: KVCache | None
     ) -> Tensor:
         batch, time, _ = x.shape
-        q, k, v = self.project(x)  # [B, T, H, D], [B, T, K, D], [B, T, K, D]
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, D]
+        q, k, v = (heads.transpose(1, 2) for heads in self.project(x, rotation))  # [B, heads, T, D]
         if cache is not None:
             k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, D]
         out = attention(q, k, v, plan, self.dropout if self.training else 0.0)  # [B, H, T, D]
         return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, D], keys and values [B, T, K, D] of the hidden states x [B, T, C]."""
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, D], keys and values [B, T, K, D] of the hidden states x [B, T, C], ready to attend."""
         shape = (*x.shape[:2], -1, self.head_dim)
-        return self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
+        q, k, v = self.q_proj(x).view(shape), self.k_proj(x).view(shape), self.v_proj(x).view(shape)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = apply_rotary(q, *rotation), apply_rotary(k, *rotation)
+        return q, k, v
 
 
 class SwiGLU(nn.Module):
