@@ -13,6 +13,7 @@ PACKAGE = ROOT / "tinylm"
 
 # File -> floor. Imports go from a higher floor to a lower one; inside a folder also to a file listed earlier.
 FLOORS = {
+    "memory.py": 0,
     "runtime.py": 0,
     "settings.py": 0,
     "cores.py": 0,

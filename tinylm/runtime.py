@@ -22,14 +22,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-DTYPE_NAMES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
+from tinylm.memory import keep_freed_memory
+
+DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # --------------------------------------------------------------------------------------------------
 # Device, precision, processes
@@ -101,10 +97,8 @@ def setup_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Choose device and precision, and join the other processes when started by torchrun.
 
     Args:
-        device: auto, cpu, cuda, cuda:N or mps. auto takes CUDA, then MPS, then the CPU. Under torchrun,
-            `cuda` means the GPU numbered LOCAL_RANK.
-        dtype: auto, float32 (fp32), bfloat16 (bf16) or float16 (fp16). auto is bfloat16 where the hardware
-            multiplies in it, else float32.
+        device: auto (CUDA, then MPS, then the CPU), cpu, cuda (under torchrun the GPU LOCAL_RANK), cuda:N or mps.
+        dtype: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16 (or short: fp32).
 
     Raises:
         ValueError: the device is unknown or absent, or the precision does not suit it.
@@ -114,6 +108,8 @@ def setup_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
     compute_dtype = _choose_dtype(dtype, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    elif chosen.type == "cpu":
+        keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         _check_one_gpu_each(chosen, device, local_rank)
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
