@@ -164,6 +164,14 @@ def test_residual_projections_start_smaller_with_depth():
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_queries_start_like_their_own_keys():
+    attention = TinyLMForCausalLM(small_config(hidden_size=256)).model.layers[0].self_attn
+    queries, keys = attention.q_proj.weight.view(4, -1), attention.k_proj.weight.view(2, -1)  # [H, D*C], [K, D*C]
+    likeness = torch.corrcoef(torch.cat((queries, keys)))[:4, 4:]
+    expected = torch.tensor([[0.7, 0.0], [0.7, 0.0], [0.0, 0.7], [0.0, 0.7]])
+    torch.testing.assert_close(likeness, expected, atol=0.03, rtol=0)
+
+
 def test_five_gradient_steps_lower_the_loss():
     model = small_model().train()
     ids = random_ids(2, 33)

@@ -28,6 +28,9 @@ __all__ = [
     "TinyLMForCausalLM",
 ]
 
+QUERY_KEY_LIKENESS = 0.7
+"""Correlation of a query head's first weights with its key head's; 0.7 learned more than 0 and 1 (docs/results.md)."""
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, 1910.07467)."""
@@ -65,6 +68,19 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    @torch.no_grad()
+    def start_by_likeness(self) -> None:
+        """Mix into each query head's first weights those of its key head, so that a token looks for others like it.
+
+            W_q = r W_k + sqrt(1 - r^2) W_q'        W_q' the weights that were there, r = QUERY_KEY_LIKENESS
+
+        Trained transformers look like that, W_q^T W_k close to a multiple of the identity, and those that start so need
+        less data (Trockman and Kolter 2023, arXiv:2305.09828). The weights' variance stays what it was.
+        """
+        keys = self.k_proj.weight.view(-1, 1, self.head_dim, self.k_proj.in_features)  # [K, 1, D, C]
+        queries = self.q_proj.weight.view(keys.shape[0], -1, *keys.shape[2:])  # [K, G, D, C]
+        queries.mul_((1 - QUERY_KEY_LIKENESS**2) ** 0.5).add_(QUERY_KEY_LIKENESS * keys)
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, plan: AttentionPlan, cache: KVCache | None
@@ -208,7 +224,7 @@ class TinyLMForCausalLM(nn.Module):
     Args:
         config: its shape. Weights start normal with `initializer_range`; the two projections that write into
             the residual stream (o_proj, down_proj) are scaled by 1/sqrt(2 * layers), so that the stream's
-            variance does not grow with depth (Radford et al. 2019, section 2.3).
+            variance does not grow with depth (Radford et al. 2019, section 2.3). Queries start like their keys.
     """
 
     def __init__(self, config: TinyLMConfig):
@@ -230,6 +246,8 @@ class TinyLMForCausalLM(nn.Module):
             elif parameter.ndim == 2:
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 parameter.normal_(0.0, residual_std if is_residual else std)
+        for layer in self.model.layers:
+            layer.self_attn.start_by_likeness()  # type: ignore[union-attr,operator]
 
     @property
     def device(self) -> torch.device:
