@@ -119,3 +119,16 @@ def test_the_table_the_markdown_and_the_json_say_the_same():
     data = json.loads(json.dumps(board.to_json()))
     assert data["SFT"]["skills"][skill] == 1.0 and data["SFT"]["num_items_per_skill"] == 2
     assert calls[-1] == ("SFT", len(tinyworld.SKILLS), len(tinyworld.SKILLS))
+
+
+def test_columns_side_by_side_are_those_one_after_the_other(model, tokenizer):
+    engines = {
+        "SFT": ScriptedEngine(lambda reference: reference, model, tokenizer),
+        "base": ScriptedEngine(lambda reference: "", type(model)(model.config).eval(), tokenizer),
+    }
+    boards = [
+        scoreboard(engines, tinyworld, None, reference="SFT", num_items=2, num_workers=workers).to_json()
+        for workers in (1, 2)
+    ]
+    assert list(boards[0]) == list(boards[1]) == ["SFT", "base"]
+    assert boards[0] == boards[1]

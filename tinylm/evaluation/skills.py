@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
+from tinylm.cores import map_on_cores
 from tinylm.evaluation.preferences import ReferenceModel, as_reference, preference_accuracy
 from tinylm.evaluation.results import mean_and_error
 from tinylm.tokenizer.chat_template import encode_chat
@@ -215,6 +216,7 @@ def scoreboard(
     num_items: int = 100,
     split: str = "test",
     seed: int = 0,
+    num_workers: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Scoreboard:
     """Score several models, a column each (such as base, SFT, LoRA, DPO).
@@ -223,27 +225,26 @@ def scoreboard(
         models: column name -> engine, in the order of the columns.
         reference: the column that preference training started from (such as `SFT`); every other column then
             gets the row on preferences, relative to it.
+        num_workers: columns in work at a time, each on CPU cores of its own; more than 1 asks for greedy replies.
         progress: called with (column name, skills done, skills).
     """
     if reference is not None and reference not in models:
         raise ValueError(f"reference {reference!r}; expected one of the columns: {', '.join(models)}")
-    columns = {}
-    for name, replier in models.items():
-        base = None
-        if reference is not None and name != reference:
-            base = as_reference(models[reference].model)
-        report_progress = None if progress is None else _for_column(progress, name)
-        columns[name] = score_skills(
-            replier,
+
+    def column(name: str) -> SkillReport:
+        base = as_reference(models[reference].model) if reference is not None and name != reference else None
+        return score_skills(
+            models[name],
             world,
             settings,
             num_items=num_items,
             split=split,
             seed=seed,
             reference=base,
-            progress=report_progress,
+            progress=None if progress is None else _for_column(progress, name),
         )
-    return Scoreboard(columns)
+
+    return Scoreboard(dict(zip(models, map_on_cores(column, models, num_workers), strict=True)))
 
 
 def _for_column(progress: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinylm.checkpoint import load_model, weights_fingerprint
+from tinylm.cores import num_cores
 from tinylm.dataset import tinyworld
 from tinylm.evaluation.results import write_json
 from tinylm.evaluation.skills import MEAN, PERSONA, PERSONA_RIGHT, PREFERENCE, STORY_MEAN, WARM, Scoreboard, scoreboard
@@ -189,6 +190,7 @@ def measure(folders: dict[str, Path], num_items: int, console: Console) -> tuple
             greedy,
             reference="SFT",
             num_items=num_items,
+            num_workers=min(len(engines), num_cores(engines["SFT"].compute_model.device)),
             progress=lambda name, done, total: live.update(f"scoreboard: {name}, skill {done} of {total}"),
         )
     untouched = weights_fingerprint(models["SFT"][0]) == weights_fingerprint(unload_lora(models["LoRA"][0]))
