@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from tinylm.checkpoint import save_model
+from tinylm.cores import map_on_cores, num_cores
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.model.model_lora import merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
@@ -55,7 +57,6 @@ class DPOSettings(TrainSettings):
         require_at_least(1, self, "tinyworld_pairs")
 
 
-@torch.no_grad()
 def attach_reference(
     model: TinyLMForCausalLM, data: DPODataset, settings: DPOSettings, runtime: Runtime, console: Console
 ) -> None:
@@ -67,13 +68,19 @@ def attach_reference(
     model.eval()
     log_probs = torch.zeros(len(data), 2, device=runtime.device)
     size = settings.batch_size
+    starts = range(runtime.rank * size, len(data), runtime.world_size * size)
+
+    @torch.no_grad()
+    def score(start: int) -> Tensor:
+        batch = data.collate([data.row(index) for index in range(start, min(start + size, len(data)))])
+        batch = batch.to(runtime.device)
+        with runtime.autocast():
+            return sequence_log_probs(model, batch, 2 * batch.count).view(batch.count, 2)
+
     with status(console, "reference log-probabilities") as progress:
-        for start in range(runtime.rank * size, len(data), runtime.world_size * size):
-            stop = min(start + size, len(data))
-            batch = data.collate([data.row(index) for index in range(start, stop)]).to(runtime.device)
-            with runtime.autocast():
-                log_probs[start:stop] = sequence_log_probs(model, batch, 2 * batch.count).view(batch.count, 2)
-            progress(f"{stop:,} of {len(data):,} pairs")
+        for start, scores in zip(starts, map_on_cores(score, starts, num_cores(runtime.device)), strict=True):
+            log_probs[start : start + size] = scores
+            progress(f"{start + len(scores):,} of {len(data):,} pairs")
     data.attach_reference_log_probs(runtime.all_reduce_sum(log_probs).cpu().numpy())
 
 
