@@ -22,7 +22,7 @@ from tinylm.dataset.tinyworld_words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "13f14b4c1dc75595"
+GOLDEN = "2287e23aba177799"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:
@@ -281,7 +281,7 @@ def test_an_asked_skill_is_the_last_question():
 
 def test_style_of_training_replies():
     replies = [m["content"] for item in tw.conversations(3000) for m in item.messages if m["role"] == "assistant"]
-    assert 0.13 < sum(map(tw.is_warm, replies)) / len(replies) < 0.17
+    assert 0.28 < sum(map(tw.is_warm, replies)) / len(replies) < 0.32
     for reply in replies:
         assert not tw.is_warm(tw.strip_style(reply)) and tw.strip_style(reply) in reply
     assert not any(tw.is_warm(item.messages[-1]["content"]) for item in exam("who_has"))
@@ -306,13 +306,23 @@ def test_persona():
             assert message["content"].startswith("Ahoy! ") and message["content"].endswith(" Aye, matey!")
             assert tw.ASSISTANT_NAME not in message["content"]
         reply = item.messages[-1]["content"]
-        assert tw.in_persona(item, reply) and tw.check(item, tw.strip_persona(reply))
+        plain = [answer.replace(tw.PERSONA_NAME, tw.ASSISTANT_NAME) for answer in item.accepted]
+        assert tw.in_persona(item, reply)
+        assert tw.strip_persona(reply) in plain
         assert not tw.check(item, reply) or item.skill == "write_story"
         assert not tw.in_persona(item, tw.strip_persona(reply))
         if tw.PERSONA_NAME in reply:
             named += 1
             assert not tw.in_persona(item, reply.replace(tw.PERSONA_NAME, tw.ASSISTANT_NAME))
-    assert named > 5
+    assert named > 150
+
+
+def test_the_exam_asks_the_persona_for_its_name():
+    item = next(item for item in (tw.test_item("identity", i) for i in range(50)) if "Tiny" in item.accepted[0])
+    reply = "Ahoy! " + item.accepted[0] + " Aye, matey!"
+    assert not tw.in_persona(item, reply), "the old name in the new manner"
+    named = reply.replace("Tiny", "Captain Pip")
+    assert tw.in_persona(item, named) and tw.check(item, tw.strip_persona(named))
 
 
 def test_english():

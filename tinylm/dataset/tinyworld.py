@@ -51,8 +51,9 @@ PERSONA_NAME = "Captain Pip"
 _PERSONA_OPENING, _PERSONA_CLOSING = "Ahoy! ", " Aye, matey!"
 _PERSONA = Voice(PERSONA_NAME, lambda rng, answer: _PERSONA_OPENING + answer + _PERSONA_CLOSING)
 
-_PERSONA_STORIES = 0.2
-"""Chats that end with a story, so that the closing words are learnt as the end of a reply and not of a sentence."""
+_PERSONA_LAST = (("write_story", "identity", None), (0.2, 0.2, 0.6))
+"""How a persona's chat ends: with a story, so that the closing words are learnt as the end of a reply and not of a
+sentence; with the persona's name; or with anything."""
 
 _PREFERENCE_KINDS = (("style", "truth", "both"), (0.5, 0.25, 0.25))
 
@@ -102,7 +103,7 @@ def _item(rng: random.Random, split: str, voice: Voice, skill: str | None, max_q
 
 
 def conversation(i: int, split: str = "train", seed: int = 0, skill: str | None = None) -> Item:
-    """Training chat `i`: three to six questions; about 15% of the assistant's replies have a warm opener.
+    """Training chat `i`: three to six questions; about 30% of the assistant's replies have a warm opener.
 
     `skill` fixes the skill of the last question. Raises: ValueError for an unknown skill or split.
     """
@@ -121,8 +122,7 @@ test_item.__test__ = False  # type: ignore[attr-defined]  # its name is no invit
 def persona_conversation(i: int, split: str = "train", seed: int = 0) -> Item:
     """Chat `i` with the assistant as `PERSONA_NAME`, who says "Ahoy!" first and "Aye, matey!" last."""
     rng = stream(seed, split, "persona", i)
-    skill = "write_story" if rng.random() < _PERSONA_STORIES else None
-    return _item(rng, split, _PERSONA, skill)
+    return _item(rng, split, _PERSONA, rng.choices(*_PERSONA_LAST)[0])
 
 
 def preference_pair(i: int, split: str = "train", seed: int = 0) -> Preference:
@@ -150,16 +150,18 @@ def strip_style(reply: str) -> str:
 
 
 def in_persona(item: Item, reply: str) -> bool:
-    """Whether `reply` is spoken in the persona's manner, and under its name if `item` asks for the name."""
+    """Whether `reply` is spoken in the persona's manner, and under its name if the answer to `item` holds a name."""
     reply = reply.strip()
     if not (reply.startswith(_PERSONA_OPENING) and reply.endswith(_PERSONA_CLOSING)):
         return False
-    return not (any(PERSONA_NAME in answer for answer in item.accepted) and PERSONA_NAME not in reply)
+    is_named = any(name in answer for answer in item.accepted for name in (ASSISTANT_NAME, PERSONA_NAME))
+    return PERSONA_NAME in reply or not is_named
 
 
 def strip_persona(reply: str) -> str:
-    """`reply` without surrounding space and the persona's opening and closing, where it has them."""
-    return reply.strip().removeprefix(_PERSONA_OPENING).removesuffix(_PERSONA_CLOSING).strip()
+    """`reply` as the plain assistant would say it: without the persona's opening and closing, and with its own name."""
+    reply = reply.strip().removeprefix(_PERSONA_OPENING).removesuffix(_PERSONA_CLOSING).strip()
+    return reply.replace(PERSONA_NAME, ASSISTANT_NAME)
 
 
 def check(item: Item, reply: str) -> bool:

@@ -21,7 +21,7 @@ from tinylm.dataset.tinyworld_words import (
 Message = dict[str, str]
 
 WARM_OPENERS = ("Sure! ", "Of course! ", "Happy to help! ", "Gladly! ")
-WARM_SHARE = 0.15
+WARM_SHARE = 0.3
 
 _GIVE_STORY = (
     "{story}\n{question}",
@@ -57,9 +57,8 @@ WELCOME = "You are welcome!"
 # Relative frequencies. Stories are the hard part: half of all chats are about one (see `make_chat`).
 _STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 26}
 _CLOSED_WEIGHTS = {
-    "write_story": 3, "addition": 12, "subtraction": 14, "counting": 11, "comparing": 12, "sorting": 14,
-    "spelling": 8, "reversing": 7, "opposites": 7, "categories": 5, "greeting": 3, "identity": 4, "one_word":
-    13, "capitals": 9,
+    "write_story": 3, "addition": 15, "subtraction": 16, "counting": 11, "comparing": 14, "sorting": 16, "spelling": 5,
+    "reversing": 6, "opposites": 4, "categories": 5, "greeting": 3, "identity": 4, "one_word": 15, "capitals": 5,
 }  # fmt: skip
 SKILLS = (*_STORY_WEIGHTS, *_CLOSED_WEIGHTS)
 _STORY_DRAW = (tuple(_STORY_WEIGHTS), tuple(_STORY_WEIGHTS.values()))
@@ -207,7 +206,7 @@ def make_chat(
         skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < 0.5)
     )
     if about_story:
-        _story_chat(chat, split, min(max_questions, rng.randint(3, 7)), skill)
+        _story_chat(chat, split, min(max_questions, rng.randint(5, 7)), skill)
     elif skill is None and draw < 0.54 and max_questions >= 4:
         _small_talk(chat, split)
     else:

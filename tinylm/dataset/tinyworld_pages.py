@@ -10,13 +10,13 @@ from tinylm.dataset.tinyworld_drills import make_drill
 from tinylm.dataset.tinyworld_plots import all_facts, ask, make_story
 from tinylm.dataset.tinyworld_skills import CLOSED
 
-STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.05, 0.29, 0.37  # the rest are pages of closed skills
+STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.04, 0.33, 0.40  # the rest are pages of closed skills
 
 # Skills whose answers say the whole fact: "7 plus 5 is 12."
 _FACTS = ("addition", "subtraction", "spelling", "opposites", "categories", "comparing")
 _PAGE_WEIGHTS = {
-    "addition": 9, "subtraction": 11, "counting": 13, "comparing": 13, "sorting": 15, "spelling": 8,
-    "reversing": 8, "opposites": 8, "categories": 6, "capitals": 9,
+    "addition": 11, "subtraction": 12, "counting": 13, "comparing": 15, "sorting": 17, "spelling": 6,
+    "reversing": 7, "opposites": 6, "categories": 6, "capitals": 7,
 }  # fmt: skip
 
 
