@@ -104,7 +104,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
             output_dir=str(out / "pretrain"),
             tokenizer_path=str(out / "tokenizer"),
             preset="tiny",
-            tinyworld_documents=settings.sized(11_000),
+            tinyworld_documents=settings.sized(12_500),
             qk_norm=True,
             learning_rate=1.2e-2,
             final_lr_fraction=0.5,
@@ -113,7 +113,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
         train_full_sft.FullSFTSettings(
             output_dir=str(out / "full_sft"),
             model_path=str(out / "pretrain"),
-            tinyworld_chats=settings.sized(9_000),
+            tinyworld_chats=settings.sized(7_500),
             learning_rate=1.2e-2,
             final_lr_fraction=0.05,
             **shared,
@@ -121,7 +121,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
         train_lora.LoRASettings(
             output_dir=str(out / "lora"),
             model_path=str(out / "full_sft"),
-            tinyworld_chats=settings.sized(1_500),
+            tinyworld_chats=settings.sized(1_200),
             lora_rank=8,
             lora_alpha=32,
             learning_rate=4e-3,
