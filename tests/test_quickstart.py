@@ -27,21 +27,21 @@ def last_value(folder: Path, stage: str, name: str) -> float:
 
 
 def test_losses_fall_to_what_a_miniature_reaches(run):
-    # untrained, the loss is ln 1024 = 6.9; measured here: 1.25, 1.45, and from 5.6 to 2.1 with the adapter
-    assert last_value(run, "pretrain", "validation_loss") < 1.6
-    assert last_value(run, "full_sft", "validation_loss") < 1.8
-    first = json.loads((run / "lora" / "lora_metrics.jsonl").read_text().splitlines()[0])["loss"]
-    assert last_value(run, "lora", "validation_loss") < 0.7 * first, "72 chats begin to teach the persona"
-    assert last_value(run, "dpo", "validation_preference_accuracy") > 0.6
+    # untrained, the loss is ln 1024 = 6.9; measured here: 1.17, 1.09, from 5.6 to 0.41 with the adapter, and 0.92
+    assert last_value(run, "pretrain", "validation_loss") < 1.4
+    assert last_value(run, "full_sft", "validation_loss") < 1.4
+    assert last_value(run, "lora", "validation_loss") < 0.8
+    assert last_value(run, "dpo", "validation_preference_accuracy") > 0.75
 
 
 def test_skills_and_style_move_as_they_should(run):
     report = json.loads((run / "scoreboard.json").read_text())
     columns = report["scoreboard"]
     assert list(columns) == ["base", "SFT", "LoRA", "DPO"]
-    assert columns["SFT"]["summary"]["mean of skills"] >= 0.04, "0.07 here: the first of nineteen skills begin"
-    assert columns["SFT"]["summary"]["mean of skills"] > columns["base"]["summary"]["mean of skills"]
-    assert columns["DPO"]["summary"]["warm replies"] > columns["SFT"]["summary"]["warm replies"]
+    assert columns["base"]["summary"]["mean of skills"] == 0.0, "a base model continues text, it does not answer"
+    assert columns["SFT"]["skills"]["identity"] >= 0.7, "1.0 here: the first skill to be learnt"
+    assert columns["LoRA"]["summary"]["in persona"] >= 0.6, "0.89 here"
+    assert columns["DPO"]["summary"]["warm replies"] >= columns["SFT"]["summary"]["warm replies"] + 0.2, "0.68, 0.11"
     bars = {bar["what"]: bar for bar in report["bars"]}
     assert bars["LoRA: base weights bit-identical without it"]["met"]
 
