@@ -8,6 +8,7 @@ tenth of its time.
 from __future__ import annotations
 
 import ctypes
+import sys
 
 # glibc's <malloc.h>: the parameters of mallopt.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -18,7 +19,8 @@ def keep_freed_memory() -> bool:
 
     The process then holds on to the most it ever used, up to 2 GB of it in one piece.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # CDLL(None), the C library of this process itself, is an error on Windows.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
     settings = {_M_MMAP_THRESHOLD: 2**30, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 2**26}

@@ -57,7 +57,7 @@ class _Division(nn.Module):
 
     def __init__(self, norm: RMSNorm):
         super().__init__()
-        self.root_eps = torch.tensor((norm.weight.numel() * norm.eps) ** 0.5)
+        self.root_eps = torch.tensor((norm.weight.numel() * norm.eps) ** 0.5, device=norm.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         exact = x.float()
