@@ -5,7 +5,9 @@ A field is a flag and a YAML key; the text below it is its help. Names are the o
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,9 +32,16 @@ def require_share(settings: Any, *names: str) -> None:
 
 
 def require_output_dir(settings: Any) -> None:
-    """Raise ValueError if `output_dir` is empty, which would be the working directory."""
+    """Raise ValueError if `output_dir` is empty, which would be the working directory, or leads through a file.
+
+    Before the text is read and tokenised, which may take an hour.
+    """
     if not settings.output_dir.strip():
         raise ValueError("output_dir is empty; expected the path of a folder, such as --output_dir out")
+    path = Path(settings.output_dir)
+    there = next((place for place in (path, *path.parents) if os.path.exists(place)), None)
+    if there is not None and not os.path.isdir(there):
+        raise ValueError(f"output_dir is {path}, but {there} is a file; expected a folder; choose another --output_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
