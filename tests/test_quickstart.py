@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tinylm.checkpoint import load_model
-from tinylm.trainer.quickstart import QuickstartSettings, main, make_plan
+from tinylm.trainer.quickstart import QuickstartSettings, claim_folder, main, make_plan
 
 SCALE = "0.12"
 
@@ -98,6 +98,15 @@ def test_an_interrupted_stage_goes_on(run, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingRun, "_log", log)
     train_full_sft.train(settings)
     assert steps[0] == 11, "goes on from the state saved at step 10"
+
+
+def test_a_folder_of_another_quickstart_is_refused_in_its_own_words(tmp_path):
+    """A rehearsal, then the whole: the refusal came from pretraining and spoke of a data fingerprint."""
+    folder = str(tmp_path / "out")
+    claim_folder(QuickstartSettings(output_dir=folder, scale=0.1))
+    claim_folder(QuickstartSettings(output_dir=folder, scale=0.1, num_items=3))
+    with pytest.raises(ValueError, match=r"holds a quickstart made with --scale 0.1 --seed 42; pass these"):
+        main(["--output_dir", folder])
 
 
 @pytest.mark.parametrize(

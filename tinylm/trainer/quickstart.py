@@ -28,6 +28,7 @@ from tinylm.evaluation.results import write_json
 from tinylm.evaluation.skills import MEAN, PERSONA, PERSONA_RIGHT, PREFERENCE, STORY_MEAN, WARM, Scoreboard, scoreboard
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_lora import unload_lora
+from tinylm.model.weights_file import read_json
 from tinylm.program import run_main
 from tinylm.settings import parse_settings
 from tinylm.trainer import train_dpo, train_full_sft, train_lora, train_pretrain, train_tokenizer
@@ -135,6 +136,27 @@ def make_plan(settings: QuickstartSettings) -> Plan:
             **shared,
         ),
     )
+
+
+def claim_folder(settings: QuickstartSettings) -> None:
+    """Write into the folder which quickstart it holds; another one could not go on from its stages.
+
+    Raises:
+        ValueError: it holds a quickstart with another scale or seed.
+    """
+    record = Path(settings.output_dir) / "quickstart.json"
+    ours = {"scale": settings.scale, "seed": settings.seed}
+    if record.exists():
+        theirs = read_json(record)
+        if theirs != ours:
+            flags = " ".join(f"--{name} {value}" for name, value in theirs.items())
+            raise ValueError(
+                f"{settings.output_dir} holds a quickstart made with {flags}; pass these to go on with it, or choose "
+                "another --output_dir for a new one"
+            )
+    else:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, ours)
 
 
 def is_finished(settings: TrainSettings, folder: Path) -> bool:
@@ -258,6 +280,7 @@ def main(argv: list[str]) -> int:
     description = "Train a small chat model from nothing: tokenizer, pretraining, SFT, LoRA, DPO, scoreboard, chat."
     settings = parse_settings(QuickstartSettings, argv, "tinylm quickstart", description)
     console = make_console()
+    claim_folder(settings)
     started = time.perf_counter()
     folders = train_all(make_plan(settings), console)
     trained = time.perf_counter() - started
