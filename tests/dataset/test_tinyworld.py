@@ -22,7 +22,7 @@ from tinylm.dataset.tinyworld_words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "2287e23aba177799"
+GOLDEN = "33cdbcf0fb57778a"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:

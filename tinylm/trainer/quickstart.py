@@ -115,7 +115,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
             output_dir=str(out / "full_sft"),
             model_path=str(out / "pretrain"),
             tinyworld_chats=settings.sized(7_500),
-            learning_rate=1.2e-2,
+            learning_rate=6e-3,
             final_lr_fraction=0.05,
             **shared,
         ),
