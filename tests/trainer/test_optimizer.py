@@ -89,7 +89,7 @@ def test_four_steps_get_as_far_as_torchs_five(decay):
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_orthogonalize_emulates_no_bfloat16(has_bf16, monkeypatch):
-    """It always computed in bfloat16: 25 times slower, a whole training step 20 times, on a CPU that has none."""
+    """It always computed in bfloat16, which took 25 times as long as float32 on a CPU that has none."""
     monkeypatch.setattr("tinylm.trainer.optimizer.device_has_bf16", lambda device: has_bf16)
     a, b, c = 3.4445, -4.7750, 2.0315
     matrix = torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(0))
