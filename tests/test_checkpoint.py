@@ -366,6 +366,9 @@ def test_broken_pth_files(tmp_path):
     torch.save({name: tensor for name, tensor in state.items() if name != gone}, path)
     with pytest.raises(ValueError, match="lacks 1 tensors, the first model.layers.1.mlp.up_proj.weight"):
         load_model(path)
+    torch.save({**state, "lm_head.weight": state["lm_head.weight"].to(torch.int8)}, path)
+    with pytest.raises(ValueError, match="lm_head.weight is torch.int8; expected floating-point weights"):
+        load_model(path)
     torch.save({"epoch": 3}, path)
     with pytest.raises(ValueError, match="holds no state_dict"):
         load_model(path)

@@ -44,7 +44,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     Only tensors are unpickled (`weights_only=True`): a file with code in it is refused, unexecuted.
 
     Raises:
-        ValueError: code in the file, a damaged file, or no weights in it.
+        ValueError: code in the file, a damaged file, no weights in it, or weights of whole numbers.
     """
     try:
         with warnings.catch_warnings():
@@ -65,7 +65,11 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()) or not data:
         raise ValueError(f"{path} holds no state_dict of tensors; save the model with torch.save(model.state_dict())")
     named = {name_from_original(plain_name(str(name))): tensor for name, tensor in data.items()}
-    return {name: tensor.clone() for name, tensor in named.items() if not _TABLES.search(name)}
+    named = {name: tensor for name, tensor in named.items() if not _TABLES.search(name)}
+    for name, tensor in named.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; expected floating-point weights; save it unquantised")
+    return {name: tensor.clone() for name, tensor in named.items()}
 
 
 def config_from_tensors(path: Path, tensors: dict[str, Tensor]) -> TinyLMConfig:

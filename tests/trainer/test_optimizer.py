@@ -102,11 +102,13 @@ def test_orthogonalize_emulates_no_bfloat16(has_bf16, monkeypatch):
     assert (1e-4 < error < 2e-2) if has_bf16 else error < 1e-5
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_only_matrices_inside_the_blocks_decay(tied, name):
-    """The original project decayed everything. Norms, biases, embeddings and the head must be left alone."""
-    model = small_model(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True, qk_norm=True)
+def test_only_matrices_inside_the_blocks_decay(tied, name, positions):
+    """The original project decayed everything. Norms, biases, tables and the head must be left alone."""
+    shape = {"attention_bias": True, "mlp_bias": True, "qk_norm": True, "position_embedding_type": positions}
+    model = small_model(tie_word_embeddings=tied, **shape)
     optimizers = make_optimizers(model, name, weight_decay=0.1)
     decay = {id(p): g["weight_decay"] for o in optimizers for g in o.param_groups for p in g["params"]}
     names = {id(p): n for n, p in model.named_parameters()}

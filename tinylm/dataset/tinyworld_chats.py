@@ -29,6 +29,10 @@ _GIVE_STORY = (
     "Here is a story: {story}\n{question}",
     "{story}\n\n{question}",
     "Listen to this. {story}\n{question}",
+    # In a terminal people type both on one line.
+    "{story} {question}",
+    "Read this story. {story} {question}",
+    "Here is a story: {story} {question}",
 )
 _ONE_WORD = (
     "Answer in one word. {question}",

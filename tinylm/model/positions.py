@@ -132,12 +132,11 @@ class SinusoidalPositions(nn.Module):
         return self.table[positions]  # [B, T, C] or [T, C]
 
 
-class LearnedPositions(nn.Module):
+class LearnedPositions(nn.Embedding):
     """One trained vector per position, added to the token embeddings (GPT-2's way)."""
 
     def __init__(self, config: TinyLMConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.max_position_embeddings, config.hidden_size))
+        super().__init__(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, positions: Tensor | slice) -> Tensor:
+    def forward(self, positions: Tensor | slice) -> Tensor:  # type: ignore[override]
         return self.weight[positions]  # [B, T, C] or [T, C]
