@@ -53,6 +53,8 @@ def test_every_folder_loads_and_names_its_parent(run):
         _, tokenizer, lineage = load_model(run / stage)
         assert lineage["stage"] == stage and lineage["finished"] and tokenizer.vocab_size == 1024
         assert (lineage["parent"] or {}).get("stage") == parent
+        for role in ("user", "assistant"):  # they stand in every turn
+            assert len(tokenizer.encode(role)) == 1
 
 
 def test_a_second_call_trains_nothing(run, capsys):
