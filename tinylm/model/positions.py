@@ -138,5 +138,5 @@ class LearnedPositions(nn.Embedding):
     def __init__(self, config: TinyLMConfig):
         super().__init__(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, positions: Tensor | slice) -> Tensor:  # type: ignore[override]
+    def forward(self, positions: Tensor | slice) -> Tensor:
         return self.weight[positions]  # [B, T, C] or [T, C]
