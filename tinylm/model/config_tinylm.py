@@ -247,7 +247,7 @@ _HF_DEFAULTS = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 3,214,592 parameters: trains on a laptop CPU in minutes, with a vocabulary of its own. Deep and narrow: as many
-    # parameters in 4 layers of 704 learned less from the same tokens (docs/results.md).
+    # parameters in 4 layers of 704 learned less from the same tokens (docs/trials.md).
     "tiny": {
         "vocab_size": 1024,
         "hidden_size": 256,

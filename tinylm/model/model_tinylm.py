@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 QUERY_KEY_LIKENESS = 0.7
-"""Correlation of a query head's first weights with its key head's; chosen by single runs (docs/results.md)."""
+"""Correlation of a query head's first weights with its key head's; chosen by single runs (docs/trials.md)."""
 
 
 class RMSNorm(nn.Module):

@@ -85,7 +85,7 @@ class Plan:
 
 
 def make_plan(settings: QuickstartSettings) -> Plan:
-    """What the stages are run with; the numbers were found by trying, see docs/results.md."""
+    """What the stages are run with; the numbers were found by trying, see docs/trials.md."""
     out = Path(settings.output_dir)
     shared: dict[str, Any] = {
         "max_seq_len": 256,
@@ -114,7 +114,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
         train_full_sft.FullSFTSettings(
             output_dir=str(out / "full_sft"),
             model_path=str(out / "pretrain"),
-            tinyworld_chats=settings.sized(7_500),
+            tinyworld_chats=settings.sized(8_000),
             learning_rate=6e-3,
             final_lr_fraction=0.05,
             **shared,
