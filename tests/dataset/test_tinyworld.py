@@ -22,7 +22,7 @@ from tinylm.dataset.tinyworld_words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "33cdbcf0fb57778a"
+GOLDEN = "843e1c2d9e62956b"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:
