@@ -210,7 +210,7 @@ def skill_table() -> str:
         item = tinyworld.test_item(skill, 0)
         question, answer = item.messages[-2]["content"].split("\n")[-1], item.accepted[0]
         if skill in tinyworld.STORY_QUESTION_SKILLS:
-            question = f"(story) {question}"
+            question = "(story) " + re.split(r"(?<=[.?!\"])\s+", question)[-1]
         rows.append(f"| `{skill}` | {question} | {answer} |")
     return "\n".join(rows) + "\n"
 
