@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -21,10 +21,13 @@ Result = TypeVar("Result")
 
 
 def available_cores() -> int:
-    """Processor cores this process may use; a container or `taskset` may allow fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Processor cores for this process; a container or `taskset` may allow fewer than the machine has.
+
+    Processes that torchrun starts side by side on one machine (LOCAL_WORLD_SIZE of them) share its cores out.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sharers = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, cores // int(sharers)) if sharers.isdigit() and int(sharers) else cores
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -36,7 +39,7 @@ def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def map_in_order(
     function: Callable[..., Result], shared: Sequence[Any], chunks: Iterable[Item], num_workers: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`function(*shared, chunk)` for each chunk, in order; at most two chunks a worker are in memory.
 
     Args:
