@@ -20,7 +20,7 @@ def main(corpus: str, folder: str, how: str = "") -> None:
     import torch.distributed as dist
 
     from tinylm.dataset import shard_cache
-    from tinylm.runtime import setup_runtime
+    from tinylm.runtime import setup_runtime, shutdown_runtime
     from tinylm.tokenizer.tokenizer import Tokenizer
     from tinylm.trainer.stage_data import load_texts
     from tinylm.trainer.train_settings import TrainSettings
@@ -56,6 +56,8 @@ def main(corpus: str, folder: str, how: str = "") -> None:
     except ValueError as error:
         result = {"error": str(error)}
     Path(folder, f"result.{rank}.json").write_text(json.dumps(result))
+    runtime.barrier()
+    shutdown_runtime()
 
 
 if __name__ == "__main__":

@@ -154,6 +154,7 @@ def _tokenize_missing(
                 progress(*totals)
 
     with contextlib.ExitStack() as held:
+        held.callback(_remove_empty, [path for path in next(iter(missing)).parents if not path.exists()])
         results = held.enter_context(
             contextlib.closing(map_in_order(encode_chunk_of, (tokenizer,), chunks(), num_workers))
         )
@@ -162,6 +163,13 @@ def _tokenize_missing(
             write_shard(counted(chain([first], results)), tokenizer, folder, counters[folder])
             claims[folder].release()
     return len(claims)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Where no shard was made, nothing stays."""
+    with contextlib.suppress(OSError):  # the first that is not empty ends it
+        for folder in folders:
+            folder.rmdir()
 
 
 class _Claim:
