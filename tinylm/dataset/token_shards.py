@@ -3,7 +3,7 @@
 A shard is a folder with `tokens.bin` (uint16, or uint32 for vocabularies above 65,536; each document ends with the
 tokenizer's <|endoftext|>), `offsets.bin` (int64 [D + 1], where each document starts) and `meta.json`. It appears when
 it is complete and not before. Opening it trusts nothing: types, sizes, order and range are checked, and a hash of all
-of it, at 2 GB/s. A corpus is a list of shards.
+of it, which takes about a second per GB. A corpus is a list of shards.
 """
 
 from __future__ import annotations
