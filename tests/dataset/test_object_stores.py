@@ -6,6 +6,7 @@ import gzip
 import importlib
 import io
 import json
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -152,8 +153,8 @@ def test_only_a_new_or_changed_object_is_tokenised(store, tokenizer, tmp_path: P
 
     assert len(tokenised()) == 4
     assert tokenised() == []
-    store("books/deep/c.txt", b"new")
-    store("books/z.txt", b"new too")
+    store("books/deep/c.txt", corpus_files()["deep/c.txt"].replace(b"quiet", b"qu1et"))
+    store("books/z.txt", b"new")
     assert tokenised() == ["s3://corpus/books/deep/c.txt", "s3://corpus/books/z.txt"]
 
 
@@ -207,13 +208,26 @@ def test_wrong_kinds_of_objects(store, tmp_path: Path) -> None:
         load_texts("s3://corpus/broken/a.parquet")
 
 
-def test_an_object_that_goes_while_it_is_read(store, monkeypatch) -> None:
-    monkeypatch.setattr(object_stores, "BUFFER_BYTES", 10)
-    handle = object_stores.open_binary("s3://corpus/books/a.jsonl")
-    handle.read(5)
-    monkeypatch.setattr(handle.raw.handle, "read", lambda size: (_ for _ in ()).throw(ConnectionError("reset")))
-    with pytest.raises(ValueError, match="s3://corpus/books/a.jsonl: cannot be read .*reset.*; check the network"):
-        handle.read()
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (ConnectionError("reset"), "cannot be read (ConnectionError: reset); check the network"),
+        (RuntimeError("its own\nin two lines"), "cannot be read (RuntimeError: its own); check the network"),
+        (PermissionError("Forbidden"), "cannot be read (PermissionError: Forbidden); check the address, and whether"),
+        (FileNotFoundError("gone"), "no such object, folder or bucket; expected data files; check the address"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "deep/b.jsonl.gz", "deep/c.txt", "deep/d.parquet"])
+def test_a_failure_while_an_object_is_read(store, monkeypatch, failure: Exception, line: str, name: str) -> None:
+    """It is the store's, and not that the file is damaged."""
+
+    def fail(handle: object, size: int = -1) -> bytes:
+        raise failure
+
+    address = f"s3://corpus/books/{name}"
+    monkeypatch.setattr("s3fs.core.S3File.read", fail)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{address}: {line}")):
+        load_texts(address)
 
 
 def test_no_credentials(store, monkeypatch) -> None:
@@ -257,7 +271,7 @@ def test_unknown_addresses_and_empty_lists(tmp_path: Path) -> None:
     (tmp_path / "files.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="files.txt: not UTF-8"):
         find_files(f"@{tmp_path}/files.txt")
-    with pytest.raises(ValueError, match="nowhere.txt: cannot be opened .No such file"):
+    with pytest.raises(FileNotFoundError, match="nowhere.txt: no such file; expected a list of paths"):
         find_files(f"@{tmp_path}/nowhere.txt")
     with pytest.raises(ValueError, match="data path ''"):
         find_files(f"{tmp_path}/files.txt,")

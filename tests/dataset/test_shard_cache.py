@@ -95,6 +95,41 @@ def test_only_what_is_new_or_changed_is_tokenised(tokenizer, corpus: Path, tmp_p
     assert shard_name(source, other) != shard_name(source, tokenizer)
 
 
+def test_a_change_in_the_middle_of_a_large_file_is_seen(tokenizer, corpus: Path, monkeypatch) -> None:
+    """By its time; and one at the end where the time was set back."""
+    monkeypatch.setattr(shard_cache, "SAMPLE_BYTES", 9)
+    file = corpus / "a.txt"
+
+    def name() -> str:
+        (source,) = find_sources(str(file))
+        return shard_name(source, tokenizer)
+
+    text, state, first = file.read_text(), file.stat(), name()
+    file.write_text(text.replace("a 1", "a x"))
+    assert name() != first
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert name() == first
+    file.write_text(text[:-2] + "?\n")
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert name() != first
+
+
+def test_what_another_process_has_just_made_is_left(tokenizer, corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """Between the look at what is missing and the claim, another process may have finished it."""
+    cache = tmp_path / "cache"
+    path, sweep = str(corpus / "a.txt"), shard_cache._sweep
+    others: list[dict[str, int]] = []
+
+    def meanwhile(folder: Path) -> None:
+        monkeypatch.setattr(shard_cache, "_sweep", sweep)
+        cached_token_shards(path, tokenizer, cache)
+        others.append(inodes(cache))
+
+    monkeypatch.setattr(shard_cache, "_sweep", meanwhile)
+    cached_token_shards(path, tokenizer, cache)
+    assert [inodes(cache)] == others
+
+
 def test_a_damaged_shard_is_made_anew_and_that_is_said(tokenizer, corpus: Path, tmp_path: Path) -> None:
     cache, lines = tmp_path / "cache", []
     good = cached_token_shards(str(corpus), tokenizer, cache)

@@ -77,8 +77,11 @@ class _Object(io.RawIOBase):
         return int(self.handle.seek(offset, whence))
 
     def readinto(self, buffer: Any) -> int:
-        with _explained(self.address):
-            data = self.handle.read(len(buffer))
+        try:
+            with _explained(self.address):
+                data = self.handle.read(len(buffer))
+        except FileNotFoundError as error:  # it went away; an OSError would be taken for damage of the file
+            raise ValueError(str(error)) from None
         buffer[: len(data)] = data
         return len(data)
 
@@ -120,17 +123,14 @@ def _explained(address: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise FileNotFoundError(_nothing_at(address)) from None
-    except PermissionError as error:
-        raise PermissionError(
-            f"{address}: access denied ({_first_line(error)}); expected an object that these credentials may read; "
-            "check them and the address"
-        ) from None
     except Exception as error:
-        credentials = "redential" in f"{type(error).__name__} {error}"
-        raise ValueError(
-            f"{address}: cannot be read ({_first_line(error)}); "
-            + ("set the credentials as the store's own tools expect them" if credentials else "check the network")
-        ) from None
+        if isinstance(error, PermissionError):
+            advice = "check the address, and whether these credentials may read it"
+        elif "redential" in _first_line(error):
+            advice = "set the credentials as the store's own tools expect them"
+        else:
+            advice = "check the network"
+        raise ValueError(f"{address}: cannot be read ({_first_line(error)}); {advice}") from None
 
 
 def _nothing_at(address: str) -> str:

@@ -210,8 +210,11 @@ def _split(path: str) -> Iterator[str]:
         if not part.startswith(LIST_PREFIX):
             yield part
             continue
+        file = part.removeprefix(LIST_PREFIX)
+        if not is_address(file) and not os.path.isfile(file):
+            raise FileNotFoundError(f"{part}: no such file; expected a list of paths, one a line; check the path")
         try:
-            with opened(part[len(LIST_PREFIX) :]) as handle:
+            with opened(file) as handle:
                 lines = [line.strip() for line in handle.read().decode("utf-8-sig").splitlines()]
         except UnicodeDecodeError:
             raise ValueError(f"{part}: not UTF-8; expected a list of paths, one a line; convert the file") from None
