@@ -105,6 +105,7 @@ FILES = ["a.jsonl", "deep/b.jsonl.gz", "deep/c.txt", "deep/d.parquet"]
         ("{}/", FILES),
         ("{}/deep", FILES[1:]),
         ("{}/deep/c.txt", FILES[2:3]),
+        ("{}/.hidden", [".hidden/e.txt"]),  # asked for by name
         ("{}/*.jsonl", FILES[:1]),
         ("{}/*/*.jsonl*", FILES[1:2]),
         ("{}/**/*.parquet", FILES[3:]),

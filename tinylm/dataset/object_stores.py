@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "mtime", "updated", "created")
+VERSION_KEYS = ("ETag", "md5Hash", "etag", "blob_id", "LastModified", "mtime", "updated", "created")
 """What stores call a hash of an object's content or the time of its last change, the best first."""
 
 BUFFER_BYTES = 1 << 20
@@ -143,4 +143,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _version(info: dict[str, Any]) -> str:
-    return next((f"{key} {info[key]}".replace('"', "") for key in VERSION_KEYS if info.get(key)), "")
+    return next((f"{key} {info[key]}" for key in VERSION_KEYS if info.get(key)), "")

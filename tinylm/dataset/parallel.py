@@ -20,14 +20,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def available_cores() -> int:
+def available_cores(num_tasks: int | None = None) -> int:
     """Processor cores for this process; a container or `taskset` may allow fewer than the machine has.
 
-    Processes that torchrun starts side by side on one machine (LOCAL_WORLD_SIZE of them) share its cores out.
+    Processes that torchrun starts side by side on one machine (LOCAL_WORLD_SIZE of them) share its cores out, or as
+    many of them as there are tasks, where that is known and each task is for one of them.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    sharers = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, cores // int(sharers)) if sharers.isdigit() and int(sharers) else cores
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    sharers = int(text) if text.isdigit() else 1
+    return max(1, cores // max(1, sharers if num_tasks is None else min(sharers, num_tasks)))
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -128,7 +128,8 @@ def _tokenize_missing(
     """Tokenise those of the sources that no other process works at; returns how many. It never waits for others:
     they may wait for what is unfinished here."""
     if num_workers is None:
-        num_workers = available_cores() if sum(source.size for source in missing.values()) >= PARALLEL_FROM else 0
+        size = sum(source.size for source in missing.values())
+        num_workers = available_cores(len(missing)) if size >= PARALLEL_FROM else 0
     claims: dict[Path, _Claim] = {}
     counters: dict[Path, BadRows] = {}
     totals = [0, 0]
