@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-VERSION_KEYS = ("ETag", "md5Hash", "etag", "blob_id", "LastModified", "mtime", "updated", "created")
+VERSION_KEYS = ("ETag", "md5Hash", "etag", "blob_id", "xet_hash", "LastModified", "mtime", "updated", "created")
 """What stores call a hash of an object's content or the time of its last change, the best first."""
 
 BUFFER_BYTES = 1 << 20
