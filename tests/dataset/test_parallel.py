@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tinylm.dataset import parallel
-from tinylm.dataset.parallel import available_cores
+from tinylm.dataset.parallel import available_cores, map_in_order
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,15 @@ def test_processes_on_a_machine_share_its_cores(
     if local_world_size is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
     assert available_cores(num_tasks) == cores
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("before", ["true", None])
+def test_one_worker_keeps_to_one_core(monkeypatch: pytest.MonkeyPatch, num_workers: int, before: str | None) -> None:
+    """Two processes with a core each once ran four threads, and were slower than one."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    if before is None:
+        monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    found = list(map_in_order(lambda chunk: os.environ.get("TOKENIZERS_PARALLELISM"), (), [1], num_workers))
+    assert found == ["false" if num_workers else before]
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before

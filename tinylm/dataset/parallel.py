@@ -7,6 +7,7 @@ second.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -47,11 +48,12 @@ def map_in_order(
     Args:
         function: at the top level of a module that does not import torch.
         shared: sent once to each worker, for example the tokenizer.
-        num_workers: processes; 0 or 1 works in this process.
+        num_workers: processes; 1 works in this process, on one core, and 0 in this process on as many as it likes.
     """
     if num_workers <= 1 or not _can_spawn():
-        for chunk in chunks:
-            yield function(*shared, chunk)
+        with _one_core() if num_workers == 1 else contextlib.nullcontext():
+            for chunk in chunks:
+                yield function(*shared, chunk)
         return
     pending: deque[Future[Result]] = deque()
     executor = ProcessPoolExecutor(
@@ -80,6 +82,19 @@ def _can_spawn() -> bool:
         return True
     path = getattr(main, "__file__", None)
     return path is not None and os.path.exists(path)
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """Keep `tokenizers` from starting a thread a core, where each core has a process of its own."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 _shared: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
