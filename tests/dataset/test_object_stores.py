@@ -190,7 +190,10 @@ def test_a_large_object_is_read_in_order(store, monkeypatch) -> None:
 def test_nothing_there(store, address: str) -> None:
     with pytest.raises(FileNotFoundError) as error:
         find_files(address)
-    assert str(error.value) == f"{address}: no such object, folder or bucket; expected data files; check the address"
+    line = (
+        "no such object, folder or bucket; expected data files; check the address, and the credentials if it is private"
+    )
+    assert str(error.value) == f"{address}: {line}"
 
 
 def test_wrong_kinds_of_objects(store, tmp_path: Path) -> None:

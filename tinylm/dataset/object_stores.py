@@ -134,7 +134,11 @@ def _explained(address: str) -> Iterator[None]:
 
 
 def _nothing_at(address: str) -> str:
-    return f"{address}: no such object, folder or bucket; expected data files; check the address"
+    """Stores say so too of what is there but private."""
+    return (
+        f"{address}: no such object, folder or bucket; expected data files; check the address, and the credentials if "
+        "it is private"
+    )
 
 
 def _first_line(error: Exception) -> str:
