@@ -49,9 +49,10 @@ def main(corpus: str, folder: str, how: str = "") -> None:
     settings = TrainSettings(
         data_path=corpus, output_dir=f"{folder}/out", max_seq_len=32, validation_fraction=0.2, seed=42
     )
+    tokenizer = Tokenizer.load(f"{folder}/tokenizer")
     runtime.barrier()
     try:
-        data = load_texts(settings, 1, runtime, Tokenizer.load(f"{folder}/tokenizer"), make_console(False))
+        data = load_texts(settings, 1, runtime, tokenizer, make_console(False))
         result = {"written": written, "fingerprints": [part.fingerprint for part in data if part is not None]}
     except ValueError as error:
         result = {"error": str(error)}
