@@ -143,7 +143,8 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     model = unwrapped(model)
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    # Not `state_dict`, which gives the shards of a sharded model that `parallel.whole` has put together.
+    for name, tensor in model.named_parameters(remove_duplicate=False):
         name = plain_name(name).replace(".base.", ".")
         if ".lora_A." in name or ".lora_B." in name or (tied and name == "lm_head.weight"):
             continue

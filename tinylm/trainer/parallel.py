@@ -62,14 +62,22 @@ def is_sharded(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """Inside, every process has all weights of `model` as plain tensors, to save or look at; not to compute with."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
+    for part in _sharded_parts(model):
         part.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Leave each process its share again; a forward pass without a backward pass keeps some weights together."""
+    for part in _sharded_parts(model):
+        part.reshard()
+
+
+def _sharded_parts(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def full(tensor: Tensor) -> Tensor:

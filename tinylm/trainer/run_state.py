@@ -18,7 +18,7 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime
 from tinylm.trainer.gradients import parts_of_batch
 from tinylm.trainer.objectives import Objective
-from tinylm.trainer.parallel import is_sharded
+from tinylm.trainer.parallel import is_sharded, reshard
 from tinylm.trainer.resume import check_same_run, load_optimizer_states, optimizer_states, place_like
 from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.trainer_utils import make_console, snapshot
@@ -113,6 +113,7 @@ class Run:
 
     def state(self, step: int) -> dict[str, Any]:
         """Everything it takes to go on after `step`. Random generators need nothing: each step seeds them anew."""
+        reshard(self.model)
         # Only what trains: a frozen base under an adapter is in its own folder.
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         return {
