@@ -169,7 +169,16 @@ def test_a_manifest_knows_every_byte(listed: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {"a": {"bytes": 3}}}', "[" * 10**5],
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": 2, "files": {}}',
+        '{"format": 1, "files": 3}',
+        '{"format": 1, "files": {"a": 1}}',
+        '{"format": 1, "files": {"a": {"bytes": 3}}}',
+        "[" * 10**5,
+    ],
 )
 def test_a_damaged_manifest_is_said_to_be_one(listed: Path, text: str) -> None:
     (listed / "manifest.json").write_text(text)
@@ -184,6 +193,6 @@ def test_a_manifest_looks_only_at_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     (tmp_path / "secret").write_text("x")
     facts = {"bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
-    (tmp_path / "inside" / "manifest.json").write_text(json.dumps({"files": {"../secret": facts}}))
+    (tmp_path / "inside" / "manifest.json").write_text(json.dumps({"format": 1, "files": {"../secret": facts}}))
     with pytest.raises(ValueError, match="is missing"):
         check_manifest(tmp_path / "inside")

@@ -173,7 +173,10 @@ def check_manifest(folder: Path, *names: str) -> None:
     """
     path = folder / MANIFEST
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != 1:
+            raise ValueError
+        files = manifest["files"]
         facts = {name: {key: files[name][key] for key in ("bytes", "sha256")} for name in names or files}
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {MANIFEST}; without it nobody can tell whether it is whole") from None

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ def load_training_state(
         FileNotFoundError: no state there. ValueError: there are states, and every one is damaged.
     """
     damaged: list[str] = []
-    for place in _newest_first(Path(folder)):
+    for place in state_folders(Path(folder)):
         try:
             check_manifest(place)
             record = _read_record(place)
@@ -202,7 +203,9 @@ def _read_all(place: Path, place_for: Callable[[str, tuple[int, ...]], Tensor | 
         assert isinstance(facts, TensorStorageMetadata)
         target = place_for(name, tuple(facts.size)) if place_for is not None else None
         targets[name] = torch.empty(facts.size, dtype=facts.properties.dtype) if target is None else target
-    checkpoint.load(targets, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=place_for is None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is no mistake
+        checkpoint.load(targets, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=place_for is None)
     return targets
 
 
@@ -212,15 +215,15 @@ def read_training_values(folder: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no state there that can be read.
     """
-    for place in _newest_first(Path(folder)):
+    for place in state_folders(Path(folder)):
         with contextlib.suppress(ValueError, OSError):
             values: dict[str, Any] = _unflatten(_read_record(place)["state"], None)
             return values
     raise FileNotFoundError(f"{folder} holds no training state")
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    """The steps' folders: the one that `latest` names, then the others from the newest.
+def state_folders(folder: Path) -> list[Path]:
+    """The folders of the states in `folder`: the one that `latest` names, then the others from the newest.
 
     Raises:
         ValueError: the folder holds a state of an older version of this project.

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from tinylm import __version__
 from tinylm.checkpoint import load_model, resolve_model_path, weights_fingerprint
+from tinylm.code_version import code_version
 from tinylm.dataset.batches import Dataset
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
@@ -123,7 +123,7 @@ def make_run(
         "data_fingerprint": train_data.fingerprint,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "seed": settings.seed,
-        "version": __version__,
+        **code_version(),
         "settings": dataclasses.asdict(settings),
     }
     return TrainingRun(
