@@ -171,28 +171,42 @@ def test_a_state_of_an_older_version_is_named(tmp_path):
 
 
 def test_what_is_saved_beside_training_is_what_it_was_when_save_was_called(tmp_path, monkeypatch):
-    """Training goes on while the thread writes: the copy must not see the next step, nor be cut by the next save."""
-    gate, written = threading.Event(), []
-    write = training_state.write_tensors
+    """Training goes on while the thread copies and writes: the next update waits for the copy, and no longer."""
+    copying, writing, order = threading.Event(), threading.Event(), []
+    copy, write = training_state._copy, training_state.write_tensors
 
-    def slowly(path, tensors):
-        assert gate.wait(10)
+    def slow_copy(tensor, memory):
+        assert copying.wait(10)
+        order.append("copied")
+        return copy(tensor, memory)
+
+    def slow_write(path, tensors):
+        assert writing.wait(10)
+        order.append("written")
         write(path, tensors)
-        written.append(path)
 
-    monkeypatch.setattr(training_state, "write_tensors", slowly)
-    weight = torch.zeros(3)
-    writer = StateWriter(tmp_path, before=lambda: written.append("flushed"))
-    assert writer.save({"step": 1, "weight": weight}) is None
-    weight += 1
-    gate.set()
-    assert writer.save({"step": 2, "weight": weight}) is None
-    weight += 1
+    monkeypatch.setattr(training_state, "_copy", slow_copy)
+    monkeypatch.setattr(training_state, "write_tensors", slow_write)
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    writer = StateWriter(tmp_path, [optimizer], before=lambda: order.append("flushed"))
+    for step in (1, 2):
+        assert writer.save({"step": step, "weight": weight.detach()}) is None
+        weight.grad = torch.ones(3)
+        threading.Timer(0.2, copying.set).start()
+        optimizer.step()
+        order.append("updated")
+        copying.clear()
+        writing.set()
     assert writer.wait() is None
-    assert load_training_state(tmp_path).values["weight"].tolist() == [1.0] * 3
+    assert weight.tolist() == [-2.0] * 3
+    assert load_training_state(tmp_path).values["weight"].tolist() == [-1.0] * 3
     (tmp_path / "latest").write_text("step_00000001")
     assert load_training_state(tmp_path).values["weight"].tolist() == [0.0] * 3
-    assert written[::2] == ["flushed", "flushed"]
+    assert order.index("copied") < order.index("updated") < order.index("written")
+    assert order.index("flushed") < order.index("written")
+    writer.close()
+    optimizer.step()  # no hook is left that would wait
 
 
 def test_a_save_that_fails_is_told_once_and_the_next_one_counts(tmp_path, monkeypatch):

@@ -16,8 +16,9 @@ import json
 import os
 import shutil
 import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,33 +95,56 @@ def _write_shards(fresh: Path | None, tensors: Mapping[str, Tensor], group: Proc
 
 
 class StateWriter:
-    """Saves states beside training: what `save` is given is copied at once, and written by a thread.
+    """Saves states beside training, in a thread: first it copies the tensors, then it writes the copy.
 
-    One save at a time: the next waits for the one before. The memory of the copy is kept for the next.
+    Weights and moments change in an optimizer's step and nowhere else. So the copy is taken while the next gradient is
+    computed, and an update that comes too early waits for it. One save at a time: the next waits for the one before.
 
     Args:
         folder: where the states go.
+        optimizers: what changes the tensors to save.
         sharded: every process has its share of the tensors and makes its own StateWriter; else only one process does.
         before: called in the thread before anything is written.
     """
 
-    def __init__(self, folder: Path, sharded: bool = False, before: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        sharded: bool = False,
+        before: Callable[[], None] | None = None,
+    ) -> None:
         self.folder, self.before = folder, before
         # A group of its own: its messages must not come between those of the training thread.
         self.group = dist.new_group(backend="gloo") if sharded else None
-        self._copies: dict[str, Tensor] = {}
+        self._hooks = [optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy()) for optimizer in optimizers]
+        self._copies: dict[str, Tensor] = {}  # its memory is kept for the next: fresh memory costs twice the copying
+        self._copied = threading.Event()
+        self._copied.set()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self.seconds = 0.0
+        """How long the last save took."""
 
     def save(self, state: dict[str, Any]) -> Exception | None:
-        """Copy a state and begin to write it; returns what went wrong with the save before, if anything did."""
+        """Begin to save a state; returns what went wrong with the save before, if anything did."""
         error = self.wait()
         tensors: dict[str, Tensor] = {}
         values = _flatten(state, tensors, "")
-        self._copies = {name: _copy(tensor, self._copies.get(name)) for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(int(state["step"]), values), name="training state")
+        self._copied.clear()
+        arguments = (int(state["step"]), values, tensors)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="training state")
         self._thread.start()
         return error
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a state is still being copied or written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the tensors may change again."""
+        self._copied.wait()
 
     def wait(self) -> Exception | None:
         """Wait until all is written; returns what went wrong with the last save, once."""
@@ -130,10 +154,21 @@ class StateWriter:
         error, self._error = self._error, None
         return error
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # Linux: the nice value of this thread alone
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    def close(self) -> None:
+        """Wait, and leave the optimizers alone."""
+        self.wait()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _run(self, step: int, values: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        started = time.perf_counter()
         try:
+            try:
+                self._copies = {name: _copy(tensor, self._copies.get(name)) for name, tensor in tensors.items()}
+            finally:
+                self._copied.set()
+            with contextlib.suppress(OSError, AttributeError):  # Linux: the nice value of this thread alone
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             if self.before is not None:
                 self.before()
             if self.group is not None and dist.get_rank(self.group) != 0:
@@ -142,10 +177,11 @@ class StateWriter:
                 _publish(self.folder, step, values, self._copies, self.group)
         except Exception as error:
             self._error = error
+        self.seconds = time.perf_counter() - started
 
 
 def _copy(tensor: Tensor, memory: Tensor | None) -> Tensor:
-    """A copy on the CPU, in the memory of the last one if it fits: fresh memory costs as much as the copying."""
+    """A copy on the CPU, in the memory of the last one if it fits."""
     tensor = tensor.detach()
     if memory is not None and memory.shape == tensor.shape and memory.dtype == tensor.dtype:
         return memory.copy_(tensor)

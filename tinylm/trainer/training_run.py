@@ -81,9 +81,8 @@ class TrainingRun(Run):
     def _train(self) -> None:
         if self.settings.use_compile:
             self.model.model.compile(dynamic=False)  # in place, so parameter names stay what they are
-        self.states = StateWriter(
-            self.state_folder, is_sharded(self.model), self.metrics.flush if self.metrics is not None else None
-        )
+        flush = self.metrics.flush if self.metrics is not None else None
+        self.states = StateWriter(self.state_folder, self.optimizers, is_sharded(self.model), flush)
         try:
             if self.is_pending:
                 self._evaluate(self.start_step)
@@ -103,7 +102,7 @@ class TrainingRun(Run):
                 num_workers=self.parts,
             )
         finally:
-            self.states.wait()
+            self.states.close()
             self.line.close()
             if self.metrics is not None:
                 self.metrics.close()
