@@ -14,13 +14,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from tinylm.atomic_files import remove_leftovers
 from tinylm.dataset.object_stores import is_address, open_binary
 from tinylm.dataset.parallel import available_cores, map_in_order
 from tinylm.dataset.sources import HUB_PREFIX, NO_ROWS, BadRows, Source, find_sources, texts_of_file
@@ -215,7 +215,8 @@ class _Claim:
 
 def _sweep(cache_dir: Path) -> None:
     """Take away what killed processes left half done."""
-    for leftover in [*cache_dir.glob(".*.tmp"), *cache_dir.glob(".*.old")]:
-        with _Claim(cache_dir / leftover.name.split(".")[1]) as claim:
+    names = {leftover.name.split(".")[1] for end in ("tmp", "old") for leftover in cache_dir.glob(f".*.*.{end}")}
+    for name in names:
+        with _Claim(cache_dir / name) as claim:
             if claim.is_locked:
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove_leftovers(cache_dir / name)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.atomic_files import atomic_folder
 from tinylm.dataset.sources import BadRow, BadRows
 from tinylm.dataset.text_chunks import Part, chunks_of, encode_chunk, token_dtype
 
@@ -132,10 +133,6 @@ def write_shard(parts: Iterable[Part], tokenizer: Any, folder: str | Path, bad_r
     Args:
         bad_rows: of the source; complete when the parts are.
     """
-    from tinylm.runtime import (
-        atomic_folder,
-    )  # here, because it imports torch, which workers must not wait for
-
     bad_rows = BadRows() if bad_rows is None else bad_rows
     digest = hashlib.sha256()
     ends: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
