@@ -28,7 +28,8 @@ def print_plan(run: Run, flops: float, matmul_flops: float) -> None:
         20 * config.hidden_size * config.num_hidden_layers * 2 + 3 * config.vocab_size * 4
     )  # fmt: skip
     holders = runtime.world_size if settings.sharding == "fsdp" else 1
-    memory = (4 * total + 12 * trained) / holders + activations
+    kept = 12 * trained if runtime.device.type == "cpu" else 0  # the copy of weights and moments that is saved
+    memory = (4 * total + 12 * trained + kept) / holders + activations
     unit = "pairs" if run.stage == "dpo" else "rows"
     device = f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}"
     if runtime.world_size > 1:
