@@ -143,6 +143,19 @@ def test_a_damaged_shard_is_made_anew_and_that_is_said(tokenizer, corpus: Path, 
     assert str(damaged) in line and "tokens.bin has 4 bytes" in line and line.endswith("its source is tokenised anew")
 
 
+def test_a_disk_that_damages_what_it_is_given_is_an_error(tokenizer, corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """It would otherwise be tokenised for ever."""
+    write_shard = shard_cache.write_shard
+
+    def write(parts, tokenizer, folder, bad_rows) -> None:
+        write_shard(parts, tokenizer, folder, bad_rows)
+        os.truncate(folder / "tokens.bin", 4)
+
+    monkeypatch.setattr(shard_cache, "write_shard", write)
+    with pytest.raises(ValueError, match="damaged token shard .tokens.bin has 4 bytes"):
+        cached_token_shards(str(corpus), tokenizer, tmp_path / "cache")
+
+
 def test_bad_rows_are_counted_over_the_whole_corpus(tokenizer, tmp_path: Path) -> None:
     """Also when the shards were made earlier: a stricter limit must not be passed because the work is done."""
     rows = [json.dumps({"text": f"row {number}"}) for number in range(50)]

@@ -84,7 +84,11 @@ def cached_token_shards(
         if not missing:
             break
         _sweep(Path(cache_dir))
-        if not _tokenize_missing(missing, tokenizer, num_workers, progress):
+        written = _tokenize_missing(missing, tokenizer, num_workers, progress)
+        for folder in written:
+            shards[folder] = open_shard(folder, tokenizer)  # what is damaged now would be so the next time too
+            del missing[folder]
+        if not written:
             time.sleep(WAIT_SECONDS)
     for folder, source in zip(folders, sources, strict=True):
         count_bad_rows(shards[folder], source.path, bad_rows)
@@ -124,9 +128,11 @@ def _open_if_good(folder: Path, tokenizer: Any, notice: Callable[[str], None] | 
 
 def _tokenize_missing(
     missing: dict[Path, Source], tokenizer: Any, num_workers: int | None, progress: Progress | None
-) -> int:
-    """Tokenise those of the sources that no other process works at; returns how many. It never waits for others:
-    they may wait for what is unfinished here."""
+) -> list[Path]:
+    """Tokenise those of the sources that no other process works at; returns their folders.
+
+    It never waits for others: they may wait for what is unfinished here.
+    """
     if num_workers is None:
         size = sum(source.size for source in missing.values())
         num_workers = available_cores(len(missing)) if size >= PARALLEL_FROM else 0
@@ -163,7 +169,7 @@ def _tokenize_missing(
             folder = first[0]
             write_shard(counted(chain([first], results)), tokenizer, folder, counters[folder])
             claims[folder].release()
-    return len(claims)
+    return list(claims)
 
 
 def _remove_empty(folders: list[Path]) -> None:
