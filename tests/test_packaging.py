@@ -23,6 +23,7 @@ EXTRAS = {
     "eval": {"lm-eval"},
     "export": {"gguf"},
     "hub": {"datasets"},
+    "cloud": {"fsspec", "s3fs", "gcsfs", "huggingface_hub"},
     "report": {"plotly"},
 }
 

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tinylm.dataset import token_shards
 from tinylm.dataset.pretrain_dataset import PretrainDataset, load_pretrain_data
 from tinylm.dataset.splits import hold_out_documents, hold_out_items
-from tinylm.dataset.token_shards import (
-    cached_token_shards,
-    open_token_shards,
-    tokenize_texts,
-    write_token_shards,
-)
-from tinylm.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ["The boat.", "", "A longer text about the sea.\n\nAnd boats\n", "ü", "x" * 50]
 
@@ -58,94 +48,6 @@ def test_num_bytes_is_that_of_the_scored_text(tokenizer) -> None:
     dataset = PretrainDataset.from_texts(TEXTS, tokenizer, 11)
     first = sum(len(tokenizer.token_bytes(ids[0])) for ids in reference(TEXTS, tokenizer) if len(ids) > 1)
     assert dataset.num_bytes == sum(len(text.encode()) for text in TEXTS) - first
-
-
-def test_long_documents_cut_in_pieces_give_the_same_tokens(monkeypatch) -> None:
-    tokenizer = Tokenizer.train(["a\n\nb\n\n\nc.\n\nd!\n\n" * 9], vocab_size=290)
-    assert len(tokenizer.encode("\n\n")) == 1  # a cut between the two would show
-    monkeypatch.setattr(token_shards, "PIECE_CHARACTERS", 3)
-    monkeypatch.setattr(token_shards, "CHUNK_CHARACTERS", 7)
-    text = "One.\nTwo  \n  three\n\n\nfour!\n\n \n five\r\nsix\n\tseven\n...\neight\u2028\nnine\x1c\nten" * 5
-    assert len(list(token_shards._pieces(text))) > 10
-    shards = tokenize_texts([text, "b"], tokenizer)
-    assert shards.tokens.tolist() == sum(reference([text, "b"], tokenizer), [])
-
-
-def test_shards_on_disk_equal_those_in_memory(tokenizer, tmp_path: Path) -> None:
-    write_token_shards(TEXTS, tokenizer, tmp_path / "shards")
-    disk, memory = open_token_shards(tmp_path / "shards"), tokenize_texts(TEXTS, tokenizer)
-    assert isinstance(disk.tokens, np.memmap) and disk.tokens.dtype == np.uint16
-    assert disk.tokens.tolist() == memory.tokens.tolist() == sum(reference(TEXTS, tokenizer), [])
-    assert disk.offsets.tolist() == memory.offsets.tolist()
-    assert disk.fingerprint == memory.fingerprint
-    assert token_shards.token_dtype(70_000) == np.uint32
-
-
-def test_worker_processes_write_the_same_shards(tokenizer, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(token_shards, "CHUNK_CHARACTERS", 20)
-    done: list[tuple[int, int]] = []
-    write_token_shards(TEXTS * 3, tokenizer, tmp_path / "shards", 2, lambda *numbers: done.append(numbers))
-    assert open_token_shards(tmp_path / "shards").fingerprint == tokenize_texts(TEXTS * 3, tokenizer).fingerprint
-    assert done[-1][0] == 15 and len(done) > 3
-
-
-def test_cached_and_made_anew_when_something_changes(tokenizer, tmp_path: Path, monkeypatch) -> None:
-    source, cache = tmp_path / "a.txt", tmp_path / "cache"
-    source.write_text("one two three")
-    first = cached_token_shards(str(source), tokenizer, cache)
-    with monkeypatch.context() as patch:
-        patch.setattr(token_shards, "write_token_shards", None)  # would fail if it were called
-        assert cached_token_shards(str(source), tokenizer, cache).fingerprint == first.fingerprint
-    source.write_text("one two threx")
-    os.utime(source, ns=(1, 1))
-    assert cached_token_shards(str(source), tokenizer, cache).fingerprint != first.fingerprint
-    other = type(tokenizer).train(["aa bb aa bb"], vocab_size=274)
-    assert token_shards.source_fingerprint(str(source), other) != token_shards.source_fingerprint(
-        str(source), tokenizer
-    )
-
-
-def test_nothing_half_written_is_left(tokenizer, tmp_path: Path) -> None:
-    def texts():
-        yield "x" * 3_000_000
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_token_shards(texts(), tokenizer, tmp_path / "cache" / "shards")
-    assert list(tmp_path.iterdir()) == []
-    write_token_shards(TEXTS, tokenizer, tmp_path / "cache" / "shards")
-    with pytest.raises(OSError, match="disk full"):
-        write_token_shards(texts(), tokenizer, tmp_path / "cache" / "shards")
-    assert open_token_shards(tmp_path / "cache" / "shards").tokens.size > 0  # the old ones stay
-
-
-def _truncate(folder: Path) -> None:
-    os.truncate(folder / "tokens.bin", 4)
-
-
-def _forget(folder: Path) -> None:
-    (folder / "offsets.npy").unlink()
-
-
-def _scramble(folder: Path) -> None:
-    (folder / "meta.json").write_text("{")
-
-
-def _age(folder: Path) -> None:
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps({**meta, "version": 0}))
-
-
-@pytest.mark.parametrize("damage", [_truncate, _forget, _scramble, _age])
-def test_damaged_shards_are_noticed_and_made_anew(damage, tokenizer, tmp_path: Path) -> None:
-    source = tmp_path / "a.txt"
-    source.write_text("one two three")
-    good = cached_token_shards(str(source), tokenizer, tmp_path / "cache")
-    folder = next((tmp_path / "cache").iterdir())
-    damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match="delete the folder"):
-        open_token_shards(folder)
-    assert cached_token_shards(str(source), tokenizer, tmp_path / "cache").fingerprint == good.fingerprint
 
 
 def test_whole_documents_are_held_out(tokenizer) -> None:

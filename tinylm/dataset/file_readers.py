@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
+from tinylm.dataset.object_stores import open_binary
 from tinylm.dataset.record_shapes import BadRow, Record
 
 DOCUMENT_END = "<|endoftext|>"
@@ -18,7 +19,7 @@ def _read_text(file: str) -> Iterator[Record | BadRow]:
     lines: list[str] = []
     start = 1
     line = 0
-    with _opened(file) as handle:
+    with opened(file) as handle:
         for line, raw in enumerate(handle, start=1):
             text = _decode(raw, file, line)
             if isinstance(text, BadRow):  # half a text is no text, so this is no matter of a limit
@@ -39,7 +40,7 @@ def _read_text(file: str) -> Iterator[Record | BadRow]:
 
 def _read_jsonl(file: str) -> Iterator[Record | BadRow]:
     empty = True
-    with _opened(file) as handle:
+    with opened(file) as handle:
         for line, raw in enumerate(handle, start=1):
             text = _decode(raw, file, line)
             if isinstance(text, BadRow):
@@ -53,7 +54,7 @@ def _read_jsonl(file: str) -> Iterator[Record | BadRow]:
 
 
 def _read_json(file: str) -> Iterator[Record | BadRow]:
-    with _opened(file) as handle:
+    with opened(file) as handle:
         raw = handle.read()
     try:
         rows = json.loads(raw.decode("utf-8-sig"))
@@ -71,32 +72,35 @@ def _read_parquet(file: str) -> Iterator[Record | BadRow]:
     import pyarrow
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(file) as handle:
-            number = 0
-            for batch in handle.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield make_record(row, file, number)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as parquet ({error}); download it again") from None
+    number = 0
+    with opened(file) as handle:
+        try:
+            with parquet.ParquetFile(handle) as table:
+                for batch in table.iter_batches(batch_size=256):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield make_record(row, file, number)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: cannot be read as parquet ({error}); download it again") from None
 
 
-class _opened:
-    """Open a plain or gzipped file in binary; what goes wrong while reading names the file."""
+class opened:
+    """Open a plain or gzipped file or object in binary; what goes wrong while reading names the file."""
 
     def __init__(self, file: str) -> None:
         self.file = file
 
     def __enter__(self) -> IO[bytes]:
         try:
-            self.handle = gzip.open(self.file) if self.file.lower().endswith(".gz") else open(self.file, "rb")
+            self.raw = open_binary(self.file)
         except OSError as error:
+            if error.strerror is None:  # an object's, in words already
+                raise
             raise ValueError(f"{self.file}: cannot be opened ({error.strerror}); check its permissions") from None
-        return cast("IO[bytes]", self.handle)
+        return cast("IO[bytes]", gzip.GzipFile(fileobj=self.raw) if self.file.lower().endswith(".gz") else self.raw)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.handle.close()
+        self.raw.close()
         if isinstance(error, (OSError, EOFError, zlib.error)):
             raise ValueError(f"{self.file}: cannot be read ({error}); the file is damaged, fetch it again") from None
 

@@ -7,11 +7,12 @@ second.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
@@ -20,11 +21,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def available_cores() -> int:
-    """Processor cores this process may use; a container or `taskset` may allow fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def available_cores(num_tasks: int | None = None) -> int:
+    """Processor cores for this process; a container or `taskset` may allow fewer than the machine has.
+
+    Processes that torchrun starts side by side on one machine (LOCAL_WORLD_SIZE of them) share its cores out, or as
+    many of them as there are tasks, where that is known and each task is for one of them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    sharers = int(text) if text.isdigit() else 1
+    return max(1, cores // max(1, sharers if num_tasks is None else min(sharers, num_tasks)))
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -36,17 +42,18 @@ def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def map_in_order(
     function: Callable[..., Result], shared: Sequence[Any], chunks: Iterable[Item], num_workers: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`function(*shared, chunk)` for each chunk, in order; at most two chunks a worker are in memory.
 
     Args:
         function: at the top level of a module that does not import torch.
         shared: sent once to each worker, for example the tokenizer.
-        num_workers: processes; 0 or 1 works in this process.
+        num_workers: processes; 1 works in this process, on one core, and 0 in this process on as many as it likes.
     """
     if num_workers <= 1 or not _can_spawn():
-        for chunk in chunks:
-            yield function(*shared, chunk)
+        with _one_core() if num_workers == 1 else contextlib.nullcontext():
+            for chunk in chunks:
+                yield function(*shared, chunk)
         return
     pending: deque[Future[Result]] = deque()
     executor = ProcessPoolExecutor(
@@ -75,6 +82,19 @@ def _can_spawn() -> bool:
         return True
     path = getattr(main, "__file__", None)
     return path is not None and os.path.exists(path)
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """Keep `tokenizers` from starting a thread a core, where each core has a process of its own."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 _shared: tuple[Callable[..., Any], tuple[Any, ...]] | None = None

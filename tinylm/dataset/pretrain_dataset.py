@@ -12,9 +12,10 @@ import numpy as np
 
 from tinylm.dataset.packing import RunningTextPacking
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
-from tinylm.dataset.sources import HUB_PREFIX, BadRows, find_files
+from tinylm.dataset.shard_cache import cached_token_shards
+from tinylm.dataset.sources import BadRows, find_sources
 from tinylm.dataset.splits import Spans, hold_out_documents
-from tinylm.dataset.token_shards import TokenShards, cached_token_shards, tokenize_texts
+from tinylm.dataset.token_shards import TokenShards, tokenize_texts
 
 
 class PretrainDataset:
@@ -118,22 +119,25 @@ def load_pretrain_data(
     bad_rows: BadRows | None = None,
     num_workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> tuple[PretrainDataset, PretrainDataset | None]:
     """Training and validation data from files, tokenised once and cached.
 
+    Several processes may call it at the same time, and share the work of those that share `cache_dir`.
+
     Args:
-        data_path: file, folder, glob or `hub:` path of {"text"} records.
+        data_path: files of {"text"} records, as for `find_files`.
         cache_dir: where the token shards are kept.
         validation_path: held-out files; without it `validation_fraction` of the data is held out, 0 for none.
         seed: chooses which documents are held out.
         progress: called with (documents, tokens) while tokenising.
+        notice: called with a line about each damaged shard that is made anew.
     """
-    for path in filter(None, (data_path, validation_path)):
-        if not path.startswith(HUB_PREFIX):
-            find_files(path)  # a mistyped validation_path is told before the training data is tokenised
-    shards = cached_token_shards(data_path, tokenizer, cache_dir, bad_rows, num_workers, progress)
+    if validation_path is not None:
+        find_sources(validation_path)  # a mistyped one is told before the training data is tokenised
+    shards = cached_token_shards(data_path, tokenizer, cache_dir, bad_rows, num_workers, progress, notice)
     whole = PretrainDataset(shards, tokenizer, max_seq_len)
     if validation_path is None:
         return whole.split(validation_fraction, seed)
-    held = cached_token_shards(validation_path, tokenizer, cache_dir, bad_rows, num_workers, progress)
+    held = cached_token_shards(validation_path, tokenizer, cache_dir, bad_rows, num_workers, progress, notice)
     return whole, PretrainDataset(held, tokenizer, max_seq_len)

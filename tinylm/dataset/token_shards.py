@@ -1,55 +1,69 @@
-"""Token shards: a tokenised corpus on disk, memory-mapped, so that a corpus may be larger than memory.
+"""Token shards: tokenised files on disk, memory-mapped, so that a corpus may be larger than memory.
 
-A folder with `tokens.bin` (uint16, or uint32 for vocabularies above 65,536; each document ends with the
-tokenizer's <|endoftext|>), `offsets.npy` (int64 [D + 1], where each document starts) and `meta.json`. The
-folder appears when it is complete and not before. Its name is a fingerprint of the sources and the tokenizer:
-change one of them, and the corpus is tokenised anew; otherwise the next run opens it at once.
+A shard is a folder with `tokens.bin` (uint16, or uint32 for vocabularies above 65,536; each document ends with the
+tokenizer's <|endoftext|>), `offsets.bin` (int64 [D + 1], where each document starts) and `meta.json`. It appears when
+it is complete and not before. Opening it trusts nothing: types, sizes, order and range are checked, and a hash of all
+of it, which takes about a second per GB. A corpus is a list of shards.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinylm.atomic_files import atomic_folder
-from tinylm.dataset.parallel import available_cores, map_in_order
-from tinylm.dataset.sources import HUB_PREFIX, BadRows, find_files, iterate_texts
+from tinylm.dataset.sources import BadRow, BadRows
+from tinylm.dataset.text_chunks import Part, chunks_of, encode_chunk, token_dtype
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-CHUNK_CHARACTERS = 1 << 20
-"""Text sent to a worker at a time: about half a second of work."""
+FILES = ("meta.json", "tokens.bin", "offsets.bin")
 
-PIECE_CHARACTERS = 1 << 13
-"""Long documents are tokenised in pieces of this size: a fifth faster than whole, and on all cores."""
+MAX_META_BYTES = 1 << 20
+"""A shard's meta.json has under 10 kB; a larger one is none of ours."""
 
-PARALLEL_FROM = 4 << 20
-"""Bytes of sources from which starting worker processes pays."""
+MAX_REASON_CHARACTERS = 500
+"""How much of what is wrong with a bad row is kept."""
 
-SAMPLE_BYTES = 1 << 20
-"""How much of a file's start and of its end goes into the fingerprint, beside its size and time of change."""
+BLOCK_BYTES = 1 << 22
+"""Read at a time when a shard is checked."""
 
-# Here the split pattern always cuts: no piece of it runs from a newline into a character that is not blank.
-# So a long document is tokenised in parts, with the same result.
-_SAFE_CUT = re.compile(r"\n(?=\S)")
+MAX_MAPPED = 128
+"""Shards of a corpus that are mapped at a time: each takes a file handle, and a process may have but 256 (macOS)."""
 
-Piece = tuple[str, bool]
-"""Part of a document, and whether the document ends with it."""
+
+class JoinedTokens:
+    """The tokens of several shards as if end to end: `tokens[a:b]`, where a to b lies within one shard.
+
+    Documents do. So the shards need not be open all at once.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
+        self.map = lru_cache(MAX_MAPPED)(lambda index: shards[index].tokens())
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        index = int(np.searchsorted(self.starts[1:-1], span.start, side="right"))
+        start = int(self.starts[index])
+        assert span.stop <= self.starts[index + 1], f"tokens {span.start} to {span.stop} lie in two shards"
+        return self.map(index)[span.start - start : span.stop - start]
 
 
 @dataclass(frozen=True)
 class TokenShards:
     """An opened corpus: document i is `tokens[offsets[i] : offsets[i + 1]]`."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | JoinedTokens
     """[N] uint16 or uint32"""
     offsets: np.ndarray
     """[D + 1] int64"""
@@ -61,182 +75,148 @@ class TokenShards:
         """Tokens of each document with its <|endoftext|>, [D]."""
         return np.diff(self.offsets)
 
+    @classmethod
+    def join(cls, shards: Sequence[Shard]) -> TokenShards:
+        """A corpus of several shards, in order; of a single one, its fingerprint too. Shards may be empty."""
+        shards = [shard for shard in shards if shard.num_tokens]
+        if len(shards) == 1:
+            return cls(shards[0].tokens(), shards[0].offsets, shards[0].sha256[:16])
+        lengths = np.concatenate([np.zeros(1, dtype=np.int64), *(np.diff(shard.offsets) for shard in shards)])
+        digest = hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode())
+        return cls(JoinedTokens(shards), np.cumsum(lengths), digest.hexdigest()[:16])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard on disk that was found whole."""
+
+    folder: Path
+    dtype: np.dtype[Any]
+    offsets: np.ndarray
+    """[D + 1] int64"""
+    sha256: str
+    """of tokens and offsets"""
+    num_rows: int
+    num_bad: int
+    bad_lines: list[tuple[int, str]]
+    """(line, reason) of the first bad rows of its source"""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    def tokens(self) -> np.ndarray:
+        """Map the tokens; an empty file cannot be mapped."""
+        if self.num_tokens == 0:
+            return np.zeros(0, dtype=self.dtype)
+        return np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+
 
 def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> TokenShards:
-    """The same in memory, for small corpora."""
-    parts, ends = [], [np.zeros(1, dtype=np.int64)]
+    """A corpus in memory, for small ones."""
+    parts, ends = [np.zeros(0, dtype=token_dtype(tokenizer.vocab_size))], [np.zeros(1, dtype=np.int64)]
     num_tokens = 0
-    digest = hashlib.sha256()
-    for chunk in _chunks(texts):
-        part, part_ends = _encode_chunk(tokenizer, chunk)
+    for chunk in chunks_of(texts):
+        part, part_ends = encode_chunk(tokenizer, chunk)
         parts.append(part)
         ends.append(part_ends + num_tokens)
         num_tokens += len(part)
-        digest.update(part.data)
-    tokens = np.concatenate(parts) if parts else np.zeros(0, dtype=token_dtype(tokenizer.vocab_size))
-    offsets = np.concatenate(ends)
+    tokens, offsets = np.concatenate(parts), np.concatenate(ends)
+    digest = hashlib.sha256(tokens.data)
     digest.update(offsets.data)
     return TokenShards(tokens, offsets, digest.hexdigest()[:16])
 
 
-def cached_token_shards(
-    path: str,
-    tokenizer: Any,
-    cache_dir: str | Path,
-    bad_rows: BadRows | None = None,
-    num_workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> TokenShards:
-    """Open the shards of `path` in `cache_dir`, and make them first where they are missing or damaged.
+def write_shard(parts: Iterable[Part], tokenizer: Any, folder: str | Path, bad_rows: BadRows | None = None) -> None:
+    """Write tokenised documents to a folder; it appears when complete, and stays as it was when anything fails.
 
     Args:
-        path: as for `read_records`.
-        num_workers: processes that tokenise; None is one a core for more than 4 MB.
-        progress: called with (documents, tokens) done so far.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_records` and BadRows do; nothing is written then.
+        bad_rows: of the source; complete when the parts are.
     """
-    folder = Path(cache_dir) / source_fingerprint(path, tokenizer)
-    try:
-        return open_token_shards(folder)
-    except (FileNotFoundError, ValueError):
-        texts = iterate_texts(path, bad_rows)
-        if num_workers is None:
-            size = 0 if path.startswith(HUB_PREFIX) else sum(os.path.getsize(file) for file in find_files(path))
-            num_workers = available_cores() if size >= PARALLEL_FROM else 0
-        write_token_shards(texts, tokenizer, folder, num_workers, progress)
-    return open_token_shards(folder)
-
-
-def write_token_shards(
-    texts: Iterable[str],
-    tokenizer: Any,
-    folder: str | Path,
-    num_workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Tokenise documents into a folder; it appears when complete, and stays as it was when anything fails."""
+    bad_rows = BadRows() if bad_rows is None else bad_rows
     digest = hashlib.sha256()
     ends: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
-    num_tokens = num_documents = 0
+    num_tokens = 0
     with atomic_folder(folder) as fresh:
         with open(fresh / "tokens.bin", "wb") as file:
-            for part, part_ends in map_in_order(_encode_chunk, (tokenizer,), _chunks(texts), num_workers):
+            for part, part_ends in parts:
                 file.write(part.data)
                 digest.update(part.data)
                 ends.append(part_ends + num_tokens)
                 num_tokens += len(part)
-                num_documents += len(part_ends)
-                if progress is not None:
-                    progress(num_documents, num_tokens)
         offsets = np.concatenate(ends)
         digest.update(offsets.data)
-        np.save(fresh / "offsets.npy", offsets)
+        offsets.tofile(fresh / "offsets.bin")
         meta = {
             "version": FORMAT_VERSION,
-            "dtype": token_dtype(tokenizer.vocab_size).name,
-            "num_tokens": num_tokens,
-            "num_documents": num_documents,
             "tokenizer": tokenizer.fingerprint,
-            "fingerprint": digest.hexdigest()[:16],
+            "num_tokens": num_tokens,
+            "num_documents": len(offsets) - 1,
+            "num_rows": bad_rows.num_rows,
+            "num_bad": bad_rows.num_bad,
+            "bad_lines": [[row.line, row.reason[:MAX_REASON_CHARACTERS]] for row in bad_rows.listed],
+            "sha256": digest.hexdigest(),
         }
         (fresh / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def open_token_shards(folder: str | Path) -> TokenShards:
-    """Memory-map a folder that `write_token_shards` made.
+def open_shard(folder: str | Path, tokenizer: Any) -> Shard:
+    """Open a folder that `write_shard` made with this tokenizer, and check all of it.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a file of it is missing.
-        ValueError: a file has not the size or content that `meta.json` tells.
+        FileNotFoundError: there is no such folder.
+        ValueError: it is damaged, or not a shard of this tokenizer.
     """
     folder = Path(folder)
-    for name in ("meta.json", "tokens.bin", "offsets.npy"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: no such file; expected token shards; delete the folder")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected a token shard; tokenise the data")
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        version, dtype = meta["version"], np.dtype(meta["dtype"])
-        num_tokens, num_documents = int(meta["num_tokens"]), int(meta["num_documents"])
-        fingerprint = str(meta["fingerprint"])
-        offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{folder}: damaged token shards ({error}); delete the folder, it is made anew") from None
-    size, wanted = (folder / "tokens.bin").stat().st_size, num_tokens * dtype.itemsize
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{folder}: format {version}; expected {FORMAT_VERSION}; delete the folder, it is made anew")
-    if size != wanted or offsets.shape != (num_documents + 1,) or int(offsets[-1]) != num_tokens:
-        raise ValueError(
-            f"{folder}: tokens.bin has {size} bytes and offsets.npy {offsets.size} entries; expected "
-            f"{wanted} and {num_documents + 1}; delete the folder, it is made anew"
-        )
-    if num_tokens == 0:  # an empty file cannot be mapped
-        return TokenShards(np.zeros(0, dtype=dtype), offsets, fingerprint)
-    return TokenShards(np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"), offsets, fingerprint)
+        return _checked_shard(folder, tokenizer)
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        reason = f"no {error} in meta.json" if isinstance(error, KeyError) else error
+        raise ValueError(f"{folder}: damaged token shard ({reason}); delete the folder, it is made anew") from None
 
 
-def source_fingerprint(path: str, tokenizer: Any) -> str:
-    """Names the shards of `path`: changes with the tokenizer and with any file's size, time of change, start
-    or end."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer.fingerprint}".encode())
-    if path.startswith(HUB_PREFIX):
-        digest.update(path.encode())
-        return digest.hexdigest()[:16]
-    for name in find_files(path):
-        status = os.stat(name)
-        digest.update(f"{os.path.basename(name)} {status.st_size} {status.st_mtime_ns}\n".encode())
-        with open(name, "rb") as file:
-            digest.update(file.read(SAMPLE_BYTES))
-            file.seek(max(0, status.st_size - SAMPLE_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type that holds every token id."""
-    return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.uint32)
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[Piece]]:
-    """Pieces of documents, about CHUNK_CHARACTERS together."""
-    chunk: list[Piece] = []
-    size = 0
-    for text in texts:
-        for piece in _pieces(text):
-            chunk.append(piece)
-            size += len(piece[0])
-            if size >= CHUNK_CHARACTERS:
-                yield chunk
-                chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _pieces(text: str) -> Iterator[Piece]:
-    """A document in pieces of about PIECE_CHARACTERS, cut where that changes no token."""
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        cut = _SAFE_CUT.search(text, start + PIECE_CHARACTERS)
-        if cut is None:
-            break
-        yield text[start : cut.end()], False
-        start = cut.end()
-    yield text[start:], True
-
-
-def _encode_chunk(tokenizer: Any, chunk: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a chunk, with <|endoftext|> after each document that ends in it, and where those end."""
-    parts: list[list[int]] = []
-    ends = []
-    size = 0
-    for ids, (_, is_end) in zip(tokenizer.encode_batch([text for text, _ in chunk]), chunk, strict=True):
-        if is_end:
-            ids.append(tokenizer.endoftext_id)
-        parts.append(ids)
-        size += len(ids)
-        if is_end:
-            ends.append(size)
+def _checked_shard(folder: Path, tokenizer: Any) -> Shard:
+    for name in FILES:  # a pipe would be waited for
+        _require((folder / name).is_file(), f"no file {name}")
+    _require((folder / "meta.json").stat().st_size <= MAX_META_BYTES, "meta.json is too large")
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    _require(isinstance(meta, dict), "meta.json holds no object")
+    _require(meta["version"] == FORMAT_VERSION, f"format {meta['version']!r}; expected {FORMAT_VERSION}")
+    _require(meta["tokenizer"] == tokenizer.fingerprint, "made with another tokenizer")
+    numbers = [meta[name] for name in ("num_tokens", "num_documents", "num_rows", "num_bad")]
+    _require(all(type(number) is int and 0 <= number < 2**62 for number in numbers), f"impossible numbers {numbers}")
+    num_tokens, num_documents, num_rows, num_bad = numbers
+    bad_lines = [(line, reason) for line, reason in meta["bad_lines"]]
+    _require(all(type(line) is int and isinstance(reason, str) for line, reason in bad_lines), "bad_lines are others")
+    _require(len(bad_lines) <= num_bad <= num_rows, f"{len(bad_lines)} of {num_bad} bad rows of {num_rows} are listed")
     dtype = token_dtype(tokenizer.vocab_size)
-    tokens = np.concatenate([np.array(ids, dtype=dtype) for ids in parts])
-    return tokens, np.array(ends, dtype=np.int64)
+    for name, size in (("tokens.bin", num_tokens * dtype.itemsize), ("offsets.bin", (num_documents + 1) * 8)):
+        found = (folder / name).stat().st_size
+        _require(found == size, f"{name} has {found} bytes; expected {size}")
+    offsets = np.fromfile(folder / "offsets.bin", dtype=np.int64)
+    rising = bool((offsets[1:] > offsets[:-1]).all())  # a difference could overflow
+    _require(offsets[0] == 0 and offsets[-1] == num_tokens and rising, "offsets.bin does not rise from 0 to the end")
+    digest = hashlib.sha256()
+    with open(folder / "tokens.bin", "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            largest = int(np.frombuffer(block, dtype=dtype).max())
+            _require(largest < tokenizer.vocab_size, f"token id {largest} of {tokenizer.vocab_size} in tokens.bin")
+    digest.update(offsets.data)
+    _require(digest.hexdigest() == meta["sha256"], "the content does not match its hash")
+    return Shard(folder, dtype, offsets, digest.hexdigest(), num_rows, num_bad, bad_lines)
+
+
+def _require(holds: bool | np.bool_, reason: str) -> None:
+    if not holds:
+        raise ValueError(reason)
+
+
+def count_bad_rows(shard: Shard, source: str, bad_rows: BadRows) -> None:
+    """Add the bad rows of a shard's source to those of a corpus."""
+    for line, reason in shard.bad_lines:
+        bad_rows.add(BadRow(source, line, reason))
+    bad_rows.num_bad += shard.num_bad - len(shard.bad_lines)
+    bad_rows.num_rows += shard.num_rows

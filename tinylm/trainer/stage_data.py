@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from tinylm.dataset import tinyworld
@@ -38,7 +39,7 @@ def load_texts(
         )
         return train, held
     bad_rows = BadRows(settings.max_bad_rows)
-    with status(console, "tokenising") as progress, runtime.main_first():
+    with status(console, "tokenising") as progress:
         data = load_pretrain_data(
             settings.data_path,
             tokenizer,
@@ -49,9 +50,25 @@ def load_texts(
             seed=settings.seed,
             bad_rows=bad_rows,
             progress=lambda documents, tokens: progress(f"{documents:,} documents, {tokens:,} tokens"),
+            notice=lambda line: console.print(line, markup=False),
         )
+    _check_same_everywhere(runtime, [part.fingerprint for part in data if part is not None])
     _report_bad_rows(console, bad_rows)
     return data
+
+
+def _check_same_everywhere(runtime: Runtime, fingerprints: list[str]) -> None:
+    """Processes that see different data would train on some rows twice and on others never, and nobody would know.
+
+    Raises:
+        ValueError: the processes have not all the same data.
+    """
+    ours = torch.tensor([int(text[:8], 16) for text in fingerprints], dtype=torch.int64, device=runtime.device)
+    if not torch.equal(runtime.all_reduce_sum(ours.clone()), ours * runtime.world_size):
+        raise ValueError(
+            f"process {runtime.rank} sees other data than the rest; expected the same files on every "
+            "machine; copy them, or give an address that all of them read"
+        )
 
 
 def load_chats(

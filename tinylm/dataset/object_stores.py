@@ -1,0 +1,150 @@
+"""Object stores: addresses such as s3://bucket/folder/*.jsonl -> the objects there, and the bytes of one.
+
+fsspec does the work, through a library for each kind of store. Credentials and endpoints are those libraries' matter:
+they find them where the store's own tools do (AWS_PROFILE, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import io
+from collections.abc import Iterator
+from typing import Any
+
+VERSION_KEYS = ("ETag", "md5Hash", "etag", "blob_id", "xet_hash", "LastModified", "mtime", "updated", "created")
+"""What stores call a hash of an object's content or the time of its last change, the best first."""
+
+BUFFER_BYTES = 1 << 20
+"""Read from a store's own buffer at a time, so that a line costs no call of it."""
+
+
+def is_address(path: str) -> bool:
+    """True for s3://..., gs://..., hf://... and what else fsspec knows."""
+    return "://" in path
+
+
+def list_objects(address: str) -> list[tuple[str, int, str]]:
+    """(address, bytes, version) of the object, or of all objects under the folder, or that match the glob; sorted.
+
+    The version changes when the content does; it is "" where a store tells neither a hash nor a time.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the library for this kind of store is missing, or the store cannot be reached.
+    """
+    with _explained(address):
+        system, path = _file_system(address)
+        system.invalidate_cache()  # a listing of earlier in this process may be out of date
+        if glob.has_magic(path):
+            found = system.glob(path, detail=True)
+        else:
+            info = system.info(path)
+            if info["type"] == "file":
+                return [(address, int(info["size"] or 0), _version(info))]
+            found = system.find(path, detail=True)
+        files = [info for info in found.values() if info["type"] == "file"]
+        objects = [(system.unstrip_protocol(info["name"]), int(info["size"] or 0), _version(info)) for info in files]
+    if not objects:
+        raise FileNotFoundError(_nothing_at(address))
+    return sorted(objects)
+
+
+def open_binary(path: str) -> io.BufferedIOBase:
+    """Open a file of this machine, or an object by its address. Whatever fails later names the address."""
+    return io.BufferedReader(_Object(path), BUFFER_BYTES) if is_address(path) else open(path, "rb")
+
+
+class _Object(io.RawIOBase):
+    """The bytes of an object."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        with _explained(address):
+            system, path = _file_system(address)
+            self.handle = system.open(path, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self.handle.seekable())
+
+    def tell(self) -> int:
+        return int(self.handle.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self.handle.seek(offset, whence))
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            with _explained(self.address):
+                data = self.handle.read(len(buffer))
+        except FileNotFoundError as error:  # it went away; an OSError would be taken for damage of the file
+            raise ValueError(str(error)) from None
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "handle"):
+            self.handle.close()
+        super().close()
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path in it."""
+    kind = address.partition("://")[0]
+    try:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(address)
+    except ImportError:
+        raise _Refused(
+            f"{address}: the library for {kind}:// is not installed; expected fsspec and the store's own; "
+            "pip install 'tinylm[cloud]'"
+        ) from None
+    except ValueError as error:
+        if "Protocol not known" not in str(error):
+            raise
+        raise _Refused(f"{address}: unknown kind of address; expected s3://, gs:// or hf://; correct it") from None
+    return system, path
+
+
+class _Refused(ValueError):
+    """An error that is in our words already."""
+
+
+@contextlib.contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """Every library has exceptions of its own, from OSError to none of Python's: all become one line."""
+    try:
+        yield
+    except _Refused:
+        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(_nothing_at(address)) from None
+    except Exception as error:
+        if isinstance(error, PermissionError):
+            advice = "check the address, and whether these credentials may read it"
+        elif "redential" in _first_line(error):
+            advice = "set the credentials as the store's own tools expect them"
+        else:
+            advice = "check the network"
+        raise ValueError(f"{address}: cannot be read ({_first_line(error)}); {advice}") from None
+
+
+def _nothing_at(address: str) -> str:
+    """Stores say so too of what is there but private."""
+    return (
+        f"{address}: no such object, folder or bucket; expected data files; check the address, and the credentials if "
+        "it is private"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _version(info: dict[str, Any]) -> str:
+    return next((f"{key} {info[key]}" for key in VERSION_KEYS if info.get(key)), "")
