@@ -23,7 +23,7 @@ def run_lock(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
-        if not _try_to_lock(file.fileno()):
+        if not try_to_lock(file.fileno()):
             file.seek(0)
             owner = file.read(200).strip() or "another process"
             raise ValueError(
@@ -37,7 +37,8 @@ def run_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _try_to_lock(descriptor: int) -> bool:
+def try_to_lock(descriptor: int) -> bool:
+    """Lock an open file for this process, unless another has it; an OSError where the file system knows no locks."""
     if sys.platform == "win32":
         import msvcrt
 

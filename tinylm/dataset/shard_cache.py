@@ -33,11 +33,7 @@ from tinylm.dataset.token_shards import (
     open_shard,
     write_shard,
 )
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from tinylm.run_lock import try_to_lock
 
 PARALLEL_FROM = 4 << 20
 """Bytes of sources from which starting worker processes pays."""
@@ -197,14 +193,12 @@ class _Claim:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "wb")
         try:
-            if fcntl is not None:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.is_locked = True
-        except BlockingIOError:
+            self.is_locked = try_to_lock(self.file.fileno())
+        except OSError:
+            return self
+        if not self.is_locked:
             self.file.close()
             self.file = None
-        except OSError:
-            pass
         return self
 
     def __exit__(self, *_: object) -> None:

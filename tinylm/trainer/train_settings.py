@@ -53,7 +53,7 @@ class TrainSettings:
     output_dir: str = "out"
     """folder for the model folders, the training state and the metrics (JSON lines)"""
     data_path: str | None = None
-    """training data: a file, a folder or a glob; without it the stage runs on TinyWorld"""
+    """training data: files, folders, globs or addresses (s3://...), comma-separated; without it TinyWorld"""
     validation_path: str | None = None
     """held-out data; without it a part of the training data is held out"""
     validation_fraction: float = 0.01
