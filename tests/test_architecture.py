@@ -13,6 +13,7 @@ PACKAGE = ROOT / "tinylm"
 
 # File -> floor. Imports go from a higher floor to a lower one; inside a folder also to a file listed earlier.
 FLOORS = {
+    "untrusted_files.py": 0,
     "memory.py": 0,
     "runtime.py": 0,
     "settings.py": 0,
@@ -24,12 +25,14 @@ FLOORS = {
     "tokenizer/tokenizer.py": 1,
     "tokenizer/chat_template.py": 1,
     "tokenizer/train_default.py": 5,
+    "model/rope_settings.py": 1,
     "model/config_tinylm.py": 1,
     "model/positions.py": 1,
     "model/kv_cache.py": 1,
     "model/attention.py": 1,
     "model/model_tinylm.py": 1,
     "model/weights_file.py": 1,
+    "model/weight_shards.py": 1,
     "model/model_lora.py": 1,
     "model/inference_copy.py": 1,
     "dataset/tinyworld_words.py": 1,
@@ -54,6 +57,7 @@ FLOORS = {
     "dataset/sft_dataset.py": 2,
     "dataset/dpo_dataset.py": 2,
     "dataset/batches.py": 2,
+    "pth_file.py": 3,
     "original_pth.py": 3,
     "training_state.py": 3,
     "checkpoint.py": 3,
