@@ -38,10 +38,12 @@ NUMBERS = [
 ]
 NASTY: list[Any] = [
     *NUMBERS, *(-number for number in NUMBERS), 0.0, -0.5, 1e-300, 1e300, True, False, None, "", "x", "1", "../x", "/",
-    "/dev/zero", "\0", "\x1b[31m", "é" * 50, "a" * 5000, [], {}, [[]], [[[[1]]]], [0, 0], [1, -1], {"": {}}, {"a": None},
+    "/dev/zero", "\0", "\x1b[31m", "é" * 50, "a" * 5000, [], {}, [[]], [[[[1]]]], [0, 0], [1, -1],
+    {"": {}}, {"a": None},
 ]  # fmt: skip
 RAW = [
-    b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b'"\\ud800"', b"[" * 2000, b'{"a":' * 500, b"", b"]", b"}", b'"', b"\xff",
+    b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b'"\\ud800"', b"[" * 2000, b'{"a":' * 500, b"", b"]", b"}", b'"',
+    b"\xff",
     b'{"a":1,"a":2}', b"1,", b"[[],[],[],[],[],[]]",
 ]  # fmt: skip
 """Texts that Python's `json` takes or trips over, put where a value stood."""
@@ -174,7 +176,8 @@ def mutate_pth(rng: Random, data: bytes) -> bytes:
 
 INSTRUCTIONS = [
     b"cbuiltins\nbytearray\n", b"ctorch._utils\n_rebuild_qtensor\n", b"ccollections\nOrderedDict\n", b"cos\nsystem\n",
-    b"(", b")", b"]", b"}", b"t", b"\x85", b"\x86", b"R", b"b", b"s", b"u", b"e", b"a", b"2", b"0", b"Q", b".", b"h\x00",
+    b"(", b")", b"]", b"}", b"t", b"\x85", b"\x86", b"R", b"b", b"s", b"u", b"e", b"a", b"2", b"0", b"Q", b".",
+    b"h\x00",
     b"q\x00", b"N", b"K\x00", b"M\xff\xff", b"J\xff\xff\xff\x7f", b"\x8a\x09" + b"\xff" * 8 + b"\x00", b"I10\n",
     b"X\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\x7f", b"F1e999\n", b"\x94", b"\x93", b"(lp0\n", b"\x8f", b"\x81",
 ]  # fmt: skip
