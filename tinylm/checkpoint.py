@@ -264,7 +264,11 @@ def adapter_base(folder: Path) -> Path:
             f"{folder / _ADAPTER} names the base model {stated}, which does not exist; correct "
             "base_model_name_or_path (absolute, or relative to the adapter's folder)"
         )
-    if (base := resolve_model_path(base)).is_dir() and not (base / _CONFIG).is_file():
+    try:
+        base = resolve_model_path(base)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder / _ADAPTER} names the base model {stated}, which cannot be one: {error}") from None
+    if base.is_dir() and not (base / _CONFIG).is_file():
         raise ValueError(f"{folder / _ADAPTER} names {stated}, an adapter itself; the base must be a full model")
     return base
 

@@ -205,7 +205,8 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
         if isinstance(value, str) and _is_text(hints[key]):
             values[key] = value  # jsonargparse would read it as YAML once more, aliases of aliases and all
             continue
-        if isinstance(value, str) and len(value) > _MAX_QUOTED:
+        too_large = isinstance(value, int) and abs(value) >= 2**63  # which a float may not hold either
+        if too_large or (isinstance(value, str) and len(value) > _MAX_QUOTED):
             _fail(prog, f"{where}: {key} is {shown(value)}; expected {_type_name(hints[key])}; see {prog} --help")
         if value is None and type(None) not in typing.get_args(hints[key]):
             _fail(prog, f"{where}: {key} is null; expected {_type_name(hints[key])}; see {prog} --help")
@@ -243,7 +244,7 @@ def load_yaml(path: str | Path, prog: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(loaded, dict):
         _fail(prog, f"{path} holds a {type(loaded).__name__}; expected `key: value` lines; see {prog} --help")
     command = loaded.get("command")
-    if not isinstance(command, str | None):
+    if command is not None and (not isinstance(command, str) or not command.isidentifier() or len(command) > 40):
         _fail(prog, f"{path} has the command {shown(command)}; expected its name; see tinylm --help")
     return text, loaded
 
@@ -313,7 +314,8 @@ def _is_bool(hint: Any) -> bool:
 
 
 def _is_text(hint: Any) -> bool:
-    return hint is str or str in typing.get_args(hint)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return hint is str or (union and str in typing.get_args(hint))
 
 
 def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:

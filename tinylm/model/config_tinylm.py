@@ -109,6 +109,7 @@ class TinyLMConfig:
         for name in ("rms_norm_eps", "rope_theta", "initializer_range", "hidden_dropout", "attention_dropout"):
             if not is_number(getattr(self, name)):
                 raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be a number")
+            object.__setattr__(self, name, float(getattr(self, name)))  # 10**30 is a number to JSON, and none to torch
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not a probability; choose 0 <= {name} < 1")
