@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -22,10 +23,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.fuzz.targets import make_seeds
-from tinylm.checkpoint import load_model
+from tests.fuzz.cases import judge
+from tests.fuzz.targets import Target, make_seeds
+from tinylm.checkpoint import load_model, save_model
 from tinylm.dataset.record_shapes import BadRow, Record, messages_of, text_of
-from tinylm.model.config_tinylm import TinyLMConfig
+from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.model.weights_file import read_header
 from tinylm.original_pth import read_pth
 from tinylm.settings import load_yaml
@@ -56,6 +58,15 @@ def _soon() -> Iterator[None]:
     begin = time.process_time()
     yield
     assert time.process_time() - begin < 2, "a hostile file took its time"
+
+
+def test_the_largest_tables_a_config_may_ask_for(folders: Path) -> None:
+    """They are in no file. 147 MB were taken for a config of 706 bytes; now it is the tables' 64 MB and a half."""
+    path = folders / "model" / "config.json"
+    wide = {"max_position_embeddings": 2**20}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wide}))
+    outcome = judge(Target("", "config.json", lambda rng, data: data, lambda path: load_model(path.parent)), path)
+    assert outcome.loaded and outcome.fault is None and 60 << 20 < outcome.memory < 110 << 20
 
 
 def refused(load: Callable[..., Any], *arguments: Any, match: str) -> str:
@@ -707,3 +718,30 @@ def test_nul_and_long_lines_are_text() -> None:
     assert text_of(Record({"text": "a\0b" * 100_000}, "x", 1)).count("\0") == 100_000
     buffer = io.StringIO(json.dumps({"text": "x" * (5 << 20)}))
     assert len(parse_json(buffer.read())["text"]) == 5 << 20
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured through /proc")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float32.pth", "bfloat16.pth"])
+def test_an_honest_model_takes_twice_its_file_at_most(tmp_path: Path, good: Path, kind: str) -> None:
+    """Half precision is loaded as float32, which is twice; the whole file lay beside that, and its map too."""
+    tokenizer = Tokenizer.train(["the cat"], 280)
+    config = TinyLMConfig(280, 1024, None, 8, 8, 2, max_position_embeddings=32)
+    model = TinyLMForCausalLM(config).to(getattr(torch, kind.removesuffix(".pth")))
+    path = tmp_path / "m" / "model.safetensors"
+    save_model(path.parent, model, tokenizer, {})
+    if kind.endswith(".pth"):
+        path = tmp_path / "m.pth"
+        torch.save(model.state_dict(), path)
+    del model
+
+    def load(path: Path) -> None:
+        load_model(path if path.suffix == ".pth" else path.parent, tokenizer_path=tmp_path / "m")
+
+    outcome = judge(Target("", path.name, lambda rng, data: data, load), path)
+    assert path.stat().st_size > 160 << 20 and outcome.loaded and outcome.fault is None

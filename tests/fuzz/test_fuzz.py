@@ -72,7 +72,7 @@ FAULTY: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "escape": (raising(ValueError("good.json: \x1b[31m")), "not one short printable line"),
     "status 1": (raising(SystemExit(1)), "status 1"),
     "slow": (slow, "1.2 seconds"),
-    "memory": (lambda path: bytearray(100 << 20), "MB of memory"),
+    "memory": (lambda path: b"x" * (200 << 20), "MB of memory"),
     "refused": (raising(ValueError("good.json is wrong")), None),
     "loaded": (lambda path: None, None),
 }
