@@ -225,7 +225,7 @@ def test_targets_are_never_called_labels(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_is_unpickled(name: str) -> None:
-    """A pickle runs code when it is read. A .pth is read with weights_only=True; only export writes one."""
+    """A pickle runs code when it is read. A .pth is read without unpickling; only export writes one."""
     for node in ast.walk(parse(name)):
         where = f"tinylm/{name}:{getattr(node, 'lineno', '?')}"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
