@@ -1,4 +1,4 @@
-"""Model folders and training state: round trips, transformers on the other side, and every way to be broken."""
+"""Model folders: round trips, transformers on the other side, and every way to be broken."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.model.small_models import YARN, random_ids, reference_of, small_model
 from tinylm.checkpoint import (
     load_model,
-    load_training_state,
-    read_training_values,
     resolve_model_path,
     save_model,
-    save_training_state,
     weights_fingerprint,
 )
 from tinylm.export.pth import export_pth
@@ -28,7 +25,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 
 FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja", "lineage.json",
+    "chat_template.jinja", "lineage.json", "manifest.json",
 }  # fmt: skip
 
 
@@ -380,134 +377,3 @@ def test_broken_pth_files(tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match="500 entries; give --tokenizer_path"):
         load_model(path)
-
-
-# Training state.
-
-
-def nested_state() -> dict:
-    generator = torch.Generator().manual_seed(1)
-    shared = torch.randn(4, 4)
-    groups = [{"lr": 0.1, "betas": (0.9, 0.95), "params": [0, 11], "foreach": None}]
-    moments = {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 5)}, 11: {}}
-    return {
-        "optimizer": {"state": moments, "param_groups": groups},
-        "rng": generator.get_state(),
-        "python_rng": (3, (1, 2**40, 3), None),
-        "half": torch.randn(3).to(torch.bfloat16),
-        "mask": torch.tensor([True, False]),
-        "int": torch.tensor(2**40),
-        "view": shared[:, 1],
-        "transposed": shared.T,
-        "again": shared,
-        "empty": torch.zeros(0, 3),
-        "step": 12,
-        "loss": 0.1 + 0.2,
-        "best": float("inf"),
-        "done": False,
-        "name": "naïve — 模型",
-        "__odd__": {"__tensor__": "not a tensor"},
-        "list": [1, [2.5, "x"], {}],
-    }
-
-
-def assert_same(a, b) -> None:
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
-def test_training_state_comes_back_exactly(tmp_path):
-    state = nested_state()
-    save_training_state(tmp_path / "state", state)
-    assert {path.name for path in (tmp_path / "state").iterdir()} == {"state.safetensors", "state.json"}
-    assert_same(load_training_state(tmp_path / "state"), state)
-    (tmp_path / "state" / "state.safetensors").unlink()
-    assert_same(read_training_values(tmp_path / "state"), without_tensors(state))
-
-
-def without_tensors(value):
-    if isinstance(value, dict):
-        return {key: without_tensors(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(without_tensors(item) for item in value)
-    return None if isinstance(value, torch.Tensor) else value
-
-
-def test_an_optimizer_resumes_bit_for_bit(tmp_path):
-    def make():
-        torch.manual_seed(0)
-        model = small_model()
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
-
-    def step(model, optimizer, seed):
-        torch.manual_seed(seed)
-        model(random_ids(1, 8)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    model, optimizer = make()
-    step(model, optimizer, 1)
-    save_training_state(tmp_path / "s", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    step(model, optimizer, 2)
-    expected = weights_fingerprint(model)
-    model, optimizer = make()
-    state = load_training_state(tmp_path / "s")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    step(model, optimizer, 2)
-    assert weights_fingerprint(model) == expected
-
-
-def test_damaged_training_state_is_detected(tmp_path):
-    folder = tmp_path / "state"
-    save_training_state(folder, nested_state())
-    tensors, values = folder / "state.safetensors", folder / "state.json"
-    good_tensors, good_values = tensors.read_bytes(), values.read_text()
-    flipped = bytearray(good_tensors)
-    flipped[-3] ^= 1
-    for data, message in (
-        (flipped, "does not match its checksum"),
-        (good_tensors[:-9], "its header promises"),
-    ):
-        tensors.write_bytes(data)
-        with pytest.raises(ValueError, match=message):
-            load_training_state(folder)
-    tensors.write_bytes(good_tensors)
-    values.write_text(good_values[: len(good_values) // 2])
-    with pytest.raises(ValueError, match="state.json is not valid JSON"):
-        load_training_state(folder)
-    values.write_text('{"format": 2}')
-    with pytest.raises(ValueError, match="expected 1"):
-        load_training_state(folder)
-    with pytest.raises(FileNotFoundError, match="no training state to resume from"):
-        load_training_state(tmp_path / "none")
-
-
-def test_the_previous_state_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
-    folder = tmp_path / "state"
-    save_training_state(folder, {"step": 1})
-    monkeypatch.setattr("tinylm.training_state._sha256", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_training_state(folder, {"step": 2})
-    monkeypatch.undo()
-    assert load_training_state(folder) == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]
-    os.rename(folder, tmp_path / ".state.x1.old")  # killed between the two renames of a replacement
-    assert load_training_state(folder) == {"step": 1}
-
-
-def test_values_that_could_not_come_back_are_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"state.data\[1\] is a set"):
-        save_training_state(tmp_path / "s", {"data": [1, {2}]})
-    assert not (tmp_path / "s").exists()

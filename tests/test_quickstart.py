@@ -58,11 +58,11 @@ def test_every_folder_loads_and_names_its_parent(run):
 
 
 def test_a_second_call_trains_nothing(run, capsys):
-    before = {path: path.stat().st_mtime_ns for path in run.glob("*/*/*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     assert len(before) >= 8  # a model and a training state for each stage
     words = ["--scale", SCALE, "--num_items", "1", "--output_dir", str(run), "--chat", "false"]
     assert main(words) == 0
-    assert {path: path.stat().st_mtime_ns for path in run.glob("*/*/*.safetensors")} == before
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
     assert capsys.readouterr().out.count("done before") == 5
 
 

@@ -33,18 +33,14 @@ from tinylm.model.weights_file import (
 )
 from tinylm.original_pth import config_from_tensors, read_pth
 from tinylm.tokenizer.tokenizer import Tokenizer
-from tinylm.training_state import load_training_state, read_training_values, save_training_state
 from tinylm.untrusted_files import read_json, shown
 
 __all__ = [
     "adapter_base",
     "load_model",
-    "load_training_state",
-    "read_training_values",
     "resolve_model_path",
     "save_adapter",
     "save_model",
-    "save_training_state",
     "weights_fingerprint",
 ]
 

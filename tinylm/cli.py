@@ -30,6 +30,7 @@ COMMANDS = {
     "eval": Command("tinylm.evaluation.evaluate:main", "measure a model"),
     "merge": Command("tinylm.trainer.merge_adapter:main", "fold an adapter into its model"),
     "export": Command("tinylm.export.export_model:main", "write a model for other programs"),
+    "verify": Command("tinylm.verify:main", "check a model's files and where it comes from"),
     "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes"),
 }
 

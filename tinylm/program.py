@@ -1,4 +1,8 @@
-"""How a command ends: the only place where an exception becomes a line on the terminal and an exit status."""
+"""How a command ends: signals, and the only place where an exception becomes a line and an exit status.
+
+0 done · 1 failed while running · 2 the user's mistake · 128 + n stopped by signal n: 130 Ctrl-C, 143 SIGTERM,
+138 SIGUSR1 (how batch systems announce that a machine is taken away)
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,42 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, raised like Ctrl-C so that the same clean-up runs."""
+
+class Stopped(KeyboardInterrupt):
+    """A stop that a signal asked for, raised like Ctrl-C so that the same clean-up runs."""
+
+    def __init__(self, signum: int, where: str = "") -> None:
+        super().__init__(where)
+        self.signum, self.where = signum, where
+
+
+class StopRequest:
+    """Inside the block a signal of `STOP_SIGNALS` asks to stop at the next good moment; a second one stops at once.
+
+    Read `signum`: 0 until a signal has come. Only the main thread may say what a signal does; in another one the block
+    changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def __enter__(self) -> StopRequest:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            if handler is not None:  # None: set by other than Python, which cannot put it back
+                signal.signal(number, handler)
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum:
+            os._exit(128 + signum)  # nothing is half written: what is being saved has not got its name yet
+        self.signum = signum
 
 
 _USER_MISTAKES = (
@@ -32,8 +69,8 @@ _ADVICE = {
 def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None, resumable: bool = True) -> int:
     """Call a command's `main` and turn whatever it raises into one line on stderr and an exit status.
 
-    Status 2 for the user's mistakes (ValueError, a path that cannot be used), 130 for Ctrl-C, 143 for
-    SIGTERM, 1 for the rest. With --debug among the arguments the traceback is printed first.
+    Status 2 for the user's mistakes (ValueError, a path that cannot be used), 128 + n for
+    signal n, 1 for the rest. With --debug among the arguments the traceback is printed first.
 
     Args:
         function: `main(argv) -> status`.
@@ -48,8 +85,9 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
             sys.stdout.flush()
             return status
     except KeyboardInterrupt as stop:
-        message = "stopped; run the same command with --resume" if resumable else "stopped"
-        return _report(message, 143 if isinstance(stop, _Terminated) else 130, debug)
+        number = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+        message = f"stopped{getattr(stop, 'where', '')}" + "; run the same command with --resume" * resumable
+        return _report(message, 128 + number, debug)
     except BrokenPipeError:
         # the reader has left (`tinylm eval | head`); a closed stdout must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,7 +101,7 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM is an exception inside the block, and afterwards what it was to the caller before.
+    """SIGTERM is an exception inside the block, like Ctrl-C, and afterwards what it was to the caller before.
 
     Only the main thread may say what a signal does; in another one nothing changes.
     """
@@ -79,7 +117,7 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+    raise Stopped(signum)
 
 
 def _report(message: str, status: int, debug: bool) -> int:

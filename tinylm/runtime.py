@@ -1,4 +1,4 @@
-"""Where a run happens: device, number formats, processes, seed, and writes that cannot be half done.
+"""Where a run happens: device, number formats, processes, seed.
 
 Nothing else in the project asks torch what machine this is.
 """
@@ -10,13 +10,12 @@ import contextlib
 import os
 import random
 import re
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,20 +62,17 @@ class Runtime:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
-    def all_reduce_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Sum the gradients of `parameters` over all processes, as one flat tensor: one message.
-
-        A parameter without a gradient counts as zero, so every process sends the same number of elements.
-        """
+    def max_over_ranks(self, value: float) -> float:
+        """The largest `value` of all processes; they must ask together."""
         if self.world_size == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = self.all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+            return value
+        largest = torch.tensor(value, dtype=torch.float32, device=self.device)  # MPS has no float64
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return float(largest)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process; all of them get the same answer, and must ask together."""
+        return bool(self.max_over_ranks(flag))
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -87,18 +83,30 @@ class Runtime:
         if self.is_main:
             self.barrier()
 
+    @property
+    def is_restart(self) -> bool:
+        """Whether torchrun has started this process anew, after another one was lost."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0
+
+    @property
+    def launch_id(self) -> str:
+        """The id that torchrun was started with (--rdzv-id), the same for all processes and restarts; else ""."""
+        found = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return "" if found == "none" else found
+
     def barrier(self) -> None:
         """Wait until every process has come this far."""
         if self.world_size > 1:
             dist.barrier()
 
 
-def setup_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
+def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 600.0) -> Runtime:
     """Choose device and precision, and join the other processes when started by torchrun.
 
     Args:
         device: auto (CUDA, then MPS, then the CPU), cpu, cuda (under torchrun the GPU LOCAL_RANK), cuda:N or mps.
         dtype: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16 (or short: fp32).
+        timeout: seconds after which another process that does not answer counts as lost.
 
     Raises:
         ValueError: the device is unknown or absent, or the precision does not suit it.
@@ -112,7 +120,12 @@ def setup_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         _check_one_gpu_each(chosen, device, local_rank)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # states are saved from the CPU
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
         atexit.register(shutdown_runtime)
     return Runtime(chosen, compute_dtype, rank, world_size, local_rank)
 
@@ -238,109 +251,3 @@ def device_has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, the first with bf16 tensor cores
     return device.type == "cpu" and cpu_has_bf16()
-
-
-# --------------------------------------------------------------------------------------------------
-# Writes that happen whole or not at all
-# --------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a temporary sibling of `path` for binary writing; it becomes `path` when the block ends well.
-
-    When the block fails (a full disk, an interruption) the temporary file goes, with the parent folders made
-    for it, and the old `path` stays. Symbolic links are followed, so the file they point to is replaced.
-    """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; expected a file name; choose another path")
-    with _parent_folder(target) as parent:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, target.stat().st_mode & 0o777 if target.exists() else _default_mode(0o666))
-            os.replace(name, target)
-            _sync_folder(parent)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder; it becomes `path` when the block ends well.
-
-    An existing folder at `path` is swapped out, then deleted. When the block fails the temporary folder goes,
-    with the parent folders made for it, and the old one stays.
-
-    Raises:
-        NotADirectoryError: `path` is a file.
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{path} is a file; expected a folder name; choose another path")
-    with _parent_folder(target) as parent:
-        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent))
-        try:
-            yield fresh
-            for file in sorted(fresh.rglob("*")):
-                _sync_folder(file)
-            fresh.chmod(_default_mode(0o777))
-            _swap_in(fresh, target)
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-
-
-@contextlib.contextmanager
-def _parent_folder(target: Path) -> Iterator[Path]:
-    """Make the folder that `target` lies in; when the block fails, what was made goes, unless others use it."""
-    made = [folder for folder in target.parents if not folder.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield target.parent
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
-            for folder in made:
-                folder.rmdir()
-        raise
-
-
-def _swap_in(fresh: Path, target: Path) -> None:
-    """Rename `fresh` to `target`; put the old folder back if that fails."""
-    if not target.exists():
-        os.rename(fresh, target)
-        _sync_folder(target.parent)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    os.rename(target, old)  # a rename onto an empty folder replaces it
-    try:
-        os.rename(fresh, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    _sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk; not on Windows, which cannot open folders."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _default_mode(full: int) -> int:
-    """The permissions the user's umask gives a new file; temporary files are private, results not."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return full & ~mask

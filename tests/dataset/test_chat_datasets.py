@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinylm.dataset.batches import IGNORE_INDEX, BatchSampler, batches
+from tinylm.dataset.batches import IGNORE_INDEX, BatchSampler, step_batches
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.dataset.sft_dataset import SFTDataset
 from tinylm.tokenizer.chat_template import encode_chat
@@ -26,6 +26,11 @@ def scored(batch) -> dict[int, list[int]]:
         if target != IGNORE_INDEX:
             found.setdefault(document, []).append(target)
     return found
+
+
+def batches(dataset, batch_size: int, seed: int = 0):
+    sampler = BatchSampler(len(dataset), batch_size, batch_size, seed)
+    return (batch for (batch,) in step_batches(dataset, sampler))
 
 
 def expected_targets(tokenizer, messages) -> list[int]:
@@ -141,7 +146,7 @@ def test_pairs_share_a_batch_and_only_answers_are_scored(tokenizer) -> None:
 
 
 def dataset_order(dataset: DPODataset):
-    return BatchSampler(len(dataset), 4, 5).epoch(0)
+    return (rows for (rows,) in BatchSampler(len(dataset), 4, 4, 5).steps(0))
 
 
 def test_a_batch_of_pairs_is_only_as_wide_as_its_longest_document(tokenizer) -> None:

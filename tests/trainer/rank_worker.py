@@ -10,7 +10,7 @@ import sys
 import torch
 from trainer_parts import Rows, small_model, weights_of
 
-from tinylm.dataset.batches import batches
+from tinylm.dataset.batches import BatchSampler, step_batches
 from tinylm.runtime import setup_runtime
 from tinylm.trainer.loop import fit
 from tinylm.trainer.objectives import next_token_loss
@@ -19,14 +19,14 @@ from tinylm.trainer.objectives import next_token_loss
 def main(output: str) -> None:
     runtime = setup_runtime("cpu", "float32")
     model = small_model()
-    stream = batches(Rows(9), 8 // runtime.world_size, 5, rank=runtime.rank, world_size=runtime.world_size)
+    sampler = BatchSampler(9, 8 // runtime.world_size, 8, 5, runtime.rank, runtime.world_size)
     reports: list = []
     fit(
         model,
         next_token_loss,
         [torch.optim.SGD(model.parameters())],
         lambda step: 0.5,
-        ([batch] for batch in stream),
+        step_batches(Rows(9), sampler),
         runtime,
         num_steps=2,
         on_step=(reports.append,),

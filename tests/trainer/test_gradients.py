@@ -11,15 +11,18 @@ from tinylm.runtime import Runtime
 from tinylm.trainer import gradients
 from tinylm.trainer.gradients import accumulate_gradients, parts_of_batch
 from tinylm.trainer.objectives import make_dpo_objective, next_token_loss
+from tinylm.trainer.parallel import GradientExchange
 
-CPU = torch.device("cpu")
+CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
 def gradient_of(model, objective, micro_batches, dtype=torch.float32, num_workers=1):
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = None
-    totals = accumulate_gradients(model, objective, micro_batches, trained, Runtime(CPU, dtype), None, num_workers)
+    runtime = Runtime(CPU.device, dtype)
+    exchange = GradientExchange(model, objective, runtime)
+    totals = accumulate_gradients(exchange, micro_batches, trained, runtime, None, num_workers)
     return [p.grad for p in trained], {name: value.item() for name, value in totals.items()}
 
 
@@ -74,3 +77,4 @@ def test_dropout_keeps_a_batch_whole(monkeypatch):
     assert parts_of_batch(8, small_model(hidden_dropout=0.1), CPU) == 1
     assert parts_of_batch(8, apply_lora(small_model(), LoRAConfig(rank=2, dropout=0.1)), CPU) == 1
     assert parts_of_batch(8, apply_lora(small_model(), LoRAConfig(rank=2)), CPU) == 2
+    assert parts_of_batch(8, small_model(), Runtime(CPU.device, torch.float32, 0, 2)) == 1

@@ -22,7 +22,8 @@ from tinylm.dataset import tinyworld
 from tinylm.model.model_lora import adapters_disabled, unload_lora
 
 FOLDER_FILES = {
-    "chat_template.jinja", "config.json", "generation_config.json", "lineage.json", "model.safetensors",
+    "chat_template.jinja", "config.json", "generation_config.json", "lineage.json", "manifest.json",
+    "model.safetensors",
     "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 SHARED = [

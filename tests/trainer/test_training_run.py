@@ -3,87 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from safetensors.torch import save_file
-from trainer_parts import Rows, assert_same_bits, read_bytes, small_model, weights_of
+from run_parts import interrupt_at, make_run, records, said
+from trainer_parts import Rows, assert_same_bits, read_bytes, weights_of
 
-from tinylm.checkpoint import load_training_state, save_training_state
-from tinylm.model.model_lora import LoRAConfig, apply_lora
-from tinylm.runtime import Runtime
 from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.optimizer import make_optimizers
 from tinylm.trainer.resume import ADJUSTABLE, FREE
 from tinylm.trainer.train_dpo import DPOSettings
 from tinylm.trainer.train_full_sft import FullSFTSettings
 from tinylm.trainer.train_lora import LoRASettings
 from tinylm.trainer.train_pretrain import PretrainSettings
-from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.training_run import TrainingRun
-
-DEFAULTS = {"batch_size": 2, "accumulation_steps": 2, "epochs": 4, "max_steps": 10, "learning_rate": 1e-2}
-INTERVALS = {"save_interval": 3, "log_interval": 1, "eval_interval": 2, "warmup_fraction": 0.2}
-
-
-def make_run(
-    folder: Path, data=None, seed=0, dropout=0.2, dtype=torch.float32, lora=0, shape=None, ranks=(0, 1), parent=None,
-    **changes,
-):  # fmt: skip
-    """13 rows, 2 to a batch, 2 batches to a step: 4 steps an epoch, the last of a single batch with a single row."""
-    if "seed_setting" in changes:  # `seed` is the model's
-        changes["seed"] = changes.pop("seed_setting")
-    settings = TrainSettings(**{**DEFAULTS, **INTERVALS, "output_dir": str(folder), **changes})
-    model = small_model(seed, hidden_dropout=dropout, attention_dropout=dropout, **(shape or {}))
-    if lora:
-        apply_lora(model, LoRAConfig(rank=lora))
-
-    def save(place: Path, lineage: dict) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        save_file(weights_of(model), place / "model.safetensors")
-        (place / "lineage.json").write_text(json.dumps(lineage))
-
-    return TrainingRun(
-        stage="pretrain",
-        settings=settings,
-        runtime=Runtime(torch.device("cpu"), dtype, *ranks),
-        model=model,
-        optimizers=make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay),
-        objective=next_token_loss,
-        train_data=data or Rows(13),
-        validation_data=Rows(3, seed=9),
-        save=save,
-        lineage={"parent": parent or {"path": "out/sft", "weights": "abc"}},
-        sample=lambda: [f"drawn: {torch.rand(1).item() < 2}"],  # it also moves the random generator
-        console=Console(file=io.StringIO(), width=400),
-    )
-
-
-def said(run: TrainingRun) -> str:
-    return run.console.file.getvalue()
-
-
-def interrupt_at(run: TrainingRun, step: int) -> None:
-    evaluate = run._evaluate
-
-    def stop(report):
-        evaluate(report)
-        if report.step == step:
-            raise KeyboardInterrupt
-
-    run._evaluate = stop
-    with pytest.raises(KeyboardInterrupt):
-        run.fit()
-
-
-def records(folder: Path) -> list[dict]:
-    lines = (folder / "pretrain_metrics.jsonl").read_text().splitlines()
-    timing = ("tokens_per_second", "matmul_share")
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+from tinylm.training_state import load_training_state, save_training_state
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -95,12 +30,12 @@ def test_resume_is_exact_to_the_bit(tmp_path, optimizer):
     whole.fit()
     stopped = make_run(tmp_path / "parts", optimizer=optimizer)
     interrupt_at(stopped, 7)
-    assert load_training_state(stopped.state_folder)["step"] == 6
+    assert load_training_state(stopped.state_folder).values["step"] == 6
     resumed = make_run(tmp_path / "parts", seed=1, optimizer=optimizer, resume=True)  # its own weights must not matter
     resumed.fit()
 
     assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
-    for name in ("pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state"):
+    for name in ("pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state/step_00000010"):
         assert read_bytes(tmp_path / "parts" / name) == read_bytes(tmp_path / "whole" / name), name
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     steps = [record["step"] for record in records(tmp_path / "parts") if "loss" in record]
@@ -170,7 +105,7 @@ def test_folders_names_and_the_finished_flag(tmp_path):
     assert run.fit() == tmp_path / "pretrain_16_epoch2" == run.last_folder
     assert str(tmp_path / "pretrain_16_epoch2") in said(run).partition("pretrain: done")[0]  # the plan says so too
     names = ["pretrain_16_epoch0", "pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "pretrain_metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [*names, "pretrain_metrics.jsonl"]
     lineages = [json.loads((tmp_path / name / "lineage.json").read_text()) for name in names[:3]]
     assert [(x["epoch"], x["step"], x["finished"]) for x in lineages] == [(0, 4, False), (1, 8, False), (2, 10, True)]
     assert all(x["stage"] == "pretrain" and x["parent"]["weights"] == "abc" for x in lineages)
@@ -181,15 +116,15 @@ def test_a_state_holds_all_a_run_needs_in_full_precision(tmp_path):
     """Resuming from half-precision weights loses every small update since. Computing in bf16 must not show here."""
     run = make_run(tmp_path, dtype=torch.bfloat16, max_steps=3, optimizer="adamw")
     run.fit()
-    state = load_training_state(run.state_folder)
+    state = load_training_state(run.state_folder).values
     assert state["step"] == 3 and state["settings"]["seed"] == 42
     assert {name: w.dtype for name, w in state["weights"].items()} == {
         name: torch.float32 for name, _ in run.model.named_parameters()
     }
     assert_same_bits(state["weights"], weights_of(run.model))
     assert any((w != w.bfloat16().float()).any() for w in state["weights"].values())
-    moments = state["optimizers"][0]["state"]
-    assert len(moments) == len(state["weights"])
+    (moments,) = state["optimizers"]
+    assert moments.keys() == state["weights"].keys()
     for moment in moments.values():
         assert moment["step"] == 3 and moment["exp_avg"].dtype == moment["exp_avg_sq"].dtype == torch.float32
 
@@ -197,7 +132,7 @@ def test_a_state_holds_all_a_run_needs_in_full_precision(tmp_path):
 def test_under_lora_only_the_adapter_is_in_the_state(tmp_path):
     run = make_run(tmp_path, lora=2, max_steps=2)
     run.fit()
-    names = set(load_training_state(run.state_folder)["weights"])
+    names = set(load_training_state(run.state_folder).values["weights"])
     assert names == {name for name, p in run.model.named_parameters() if "lora_" in name} and len(names) == 14
 
 
@@ -213,7 +148,7 @@ def test_under_lora_only_the_adapter_is_in_the_state(tmp_path):
             {"parent": {"path": "out/other", "weights": "def"}},
             r"made with parent out/sft \(fingerprint abc\), this run has out/other \(fingerprint def\); ",
         ),
-        ({"batch_size": 4}, "made with rows_per_optimizer_step 4, this run has 8"),
+        ({"batch_size": 4}, "made with num_steps 2|rows_per_optimizer_step 4, this run has 8"),
         ({"max_steps": 9}, "made with num_steps 2, this run has 9"),
         ({"optimizer": "muon"}, "made with optimizer adamw, this run has muon; pass --optimizer adamw to go on with"),
         ({"seed_setting": 7}, "made with seed 42, this run has 7; pass --seed 42 to go on with"),
@@ -291,7 +226,7 @@ def test_what_does_not_touch_the_mathematics_may_change(tmp_path):
 def test_a_state_without_settings_is_held_to_what_it_has(tmp_path):
     """Written before states named their settings; such a run can still be resumed."""
     interrupt_at(stopped := make_run(tmp_path, max_steps=5), 4)
-    state = load_training_state(stopped.state_folder)
+    state = load_training_state(stopped.state_folder).values
     for name in ("settings", "sources", "changed_on_resume", "first_weights"):
         del state[name]
     save_training_state(stopped.state_folder, state)
@@ -323,20 +258,34 @@ def test_a_finished_run_resumed_does_nothing_and_a_new_one_starts_over(tmp_path)
     assert "nothing to resume" in said(nothing) and nothing.start_step == 0
 
 
-def test_a_crash_between_two_renames_loses_no_state(tmp_path):
-    """A state is swapped in by two renames; after a crash between them the previous one is under a hidden name."""
-    run = make_run(tmp_path, max_steps=6)
-    interrupt_at(run, 5)
-    run.state_folder.rename(tmp_path / ".pretrain_16_state.abc.old")
-    resumed = make_run(tmp_path, max_steps=6, resume=True)
+def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(tmp_path):
+    whole = make_run(tmp_path / "whole", max_steps=8)
+    whole.fit()
+    run = make_run(tmp_path / "parts", max_steps=8)
+    interrupt_at(run, 7)
+    flip_a_bit(run.state_folder / "step_00000006" / "state.safetensors")
+    resumed = make_run(tmp_path / "parts", max_steps=8, resume=True)
     resumed.fit()
-    assert resumed.start_step == 4 and "from step 4" in said(resumed)
+    assert "step_00000006/state.safetensors is not what was written" in said(resumed)
+    assert "going on from step_00000004 instead" in said(resumed) and resumed.start_step == 4
+    assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    for state in resumed.state_folder.glob("step_*"):
+        flip_a_bit(state / "state.json")
+    with pytest.raises(ValueError, match="no state in .* is whole: .*step_00000008.*; .*step_00000006"):
+        make_run(tmp_path / "parts", max_steps=8, resume=True).fit()
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_starting_over_an_unfinished_run_is_said(tmp_path, monkeypatch):
     """To learn a step number, it once read weights and optimizer state too: gigabytes, and an error if damaged."""
     interrupt_at(stopped := make_run(tmp_path), 7)
-    (stopped.state_folder / "state.safetensors").write_bytes(b"damaged")
+    (stopped.state_folder / "step_00000006" / "state.safetensors").write_bytes(b"damaged")
     monkeypatch.setattr("tinylm.training_state.read_tensors", lambda path: pytest.fail("read the tensors"))
     run = make_run(tmp_path, max_steps=1)
     run.fit()

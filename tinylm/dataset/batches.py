@@ -1,14 +1,13 @@
 """Batches: which rows come when. The order is a function of (seed, epoch, position) and of nothing else.
 
-An epoch is one permutation of the rows. A *position* counts the rows of the epoch that all processes together
-have used. From position p on, a micro-step takes the next `batch_size * world_size` rows of the permutation
-and gives each rank its consecutive share. So the rows of a global batch are the same whether they come as 8
-rows at once, as 8 accumulated micro-batches of 1, or as 4 rows on each of 2 ranks; and a run resumes at any
-position, on any number of processes, without replaying what came before.
+An epoch is one permutation of the rows. An optimizer step takes the next `rows_per_step` of them, however many
+processes there are: in micro-batches of at most `batch_size` rows, of which each rank computes its consecutive share.
+So a step's rows are the same whether they come as 8 at once, as 8 accumulated micro-batches of 1, or as 4 on each of 2
+ranks; and a run goes on at any step, on any number of processes, without replaying what came before.
 
-The last micro-step of an epoch may have fewer rows; none is left out and none is seen twice. Where it has
-fewer rows than there are ranks, a rank without one gets a batch with `count` 0: it adds exactly zero to the
-loss, and all ranks make the same number of steps.
+The last step of an epoch may have fewer rows; none is left out and none is seen twice. Where a micro-batch has fewer
+rows than there are ranks, a rank without one gets a batch with `count` 0: it adds exactly zero to the loss, and all
+ranks compute the same number of micro-batches.
 """
 
 from __future__ import annotations
@@ -23,7 +22,9 @@ import numpy as np
 
 from tinylm.dataset.rows import FILLER_DOCUMENT, IGNORE_INDEX, Batch, Row
 
-__all__ = ["FILLER_DOCUMENT", "IGNORE_INDEX", "Batch", "BatchSampler", "Dataset", "Row", "batches"]
+__all__ = [
+    "FILLER_DOCUMENT", "IGNORE_INDEX", "Batch", "BatchSampler", "Dataset", "Row", "load_batch", "step_batches"
+]  # fmt: skip
 
 
 class Dataset(Protocol):
@@ -44,7 +45,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Deals the rows of a data set to the ranks.
+    """Deals the rows of a data set to steps, micro-batches and ranks.
 
     Raises:
         ValueError: if a number is out of range, or there are more processes than rows.
@@ -52,16 +53,17 @@ class BatchSampler:
 
     num_rows: int
     batch_size: int
-    """Rows of a micro-batch on one rank."""
+    """Rows of a micro-batch on one rank, at most."""
+    rows_per_step: int
+    """Rows of an optimizer step, all micro-batches and ranks together."""
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    shuffle: bool = True
-    """False keeps the order of the data set, as for validation."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; expected at least 1; pass --batch_size 8")
+        for name in ("batch_size", "rows_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1; pass --batch_size 8")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank is {self.rank} of {self.world_size} processes; expected 0 to world_size - 1")
         if self.num_rows < self.world_size:
@@ -71,13 +73,8 @@ class BatchSampler:
             )
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows that all ranks together use in one micro-step: how far the position moves."""
-        return self.batch_size * self.world_size
-
-    @property
-    def num_batches(self) -> int:
-        """Micro-batches of a whole epoch, the same on every rank."""
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch, the same on every rank and for any number of ranks."""
         return -(-self.num_rows // self.rows_per_step)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
@@ -86,62 +83,57 @@ class BatchSampler:
         Philox is a counter-based generator (Salmon et al. 2011, doi:10.1145/2063384.2063405): its key is
         (seed, epoch), so epochs are independent streams and none has to be drawn to reach the next.
         """
-        if not self.shuffle:
-            return np.arange(self.num_rows)
         key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key)).permutation(self.num_rows)
 
-    def epoch(self, epoch: int, start_position: int = 0) -> Iterator[np.ndarray]:
-        """This rank's row numbers, one array for each micro-batch, from `start_position` to the epoch's end.
+    def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[np.ndarray]]:
+        """This rank's row numbers, step by step from `start_step` of the epoch on: an array for each micro-batch.
 
-        An array is empty where the epoch's last rows are fewer than the ranks.
+        An array is empty where a micro-batch has fewer rows than there are ranks.
         """
-        if not 0 <= start_position <= self.num_rows:
+        if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(
-                f"start_position is {start_position}; expected 0 to {self.num_rows}, the rows of the data; "
+                f"start_step is {start_step}; expected 0 to {self.steps_per_epoch}, the steps of an epoch; "
                 "was the run started on other data?"
             )
         order = self.epoch_order(epoch)
-        for begin in range(start_position, self.num_rows, self.rows_per_step):
-            step = order[begin : begin + self.rows_per_step]
-            yield np.array_split(step, self.world_size)[self.rank]
+        together = self.batch_size * self.world_size
+        for step in range(start_step, self.steps_per_epoch):
+            rows = order[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+            micro_batches = (rows[begin : begin + together] for begin in range(0, len(rows), together))
+            yield [np.array_split(micro_batch, self.world_size)[self.rank] for micro_batch in micro_batches]
 
 
-def batches(
-    dataset: Dataset,
-    batch_size: int,
-    seed: int = 0,
-    epoch: int = 0,
-    start_position: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    shuffle: bool = True,
-    num_workers: int = 0,
-) -> Iterator[Batch]:
-    """This rank's micro-batches of one epoch, from `start_position` (in rows, over all ranks) on.
+def load_batch(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> Batch:
+    """The batch of these rows; without any, one that has no target and therefore adds nothing to a sum."""
+    if len(indices) == 0:
+        return dataset.collate([dataset.row(0)]).without_targets()
+    return dataset.collate([dataset.row(int(index)) for index in indices])
+
+
+def step_batches(
+    dataset: Dataset, sampler: BatchSampler, epoch: int = 0, start_step: int = 0, num_workers: int = 0
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each optimizer step of one epoch, from `start_step` on.
 
     Args:
         dataset: a PretrainDataset, SFTDataset or DPODataset.
-        batch_size: rows (or pairs) of a micro-batch on one rank.
-        num_workers: threads that prepare batches ahead; the order is the same with any number of them.
+        num_workers: threads that prepare steps ahead; the order is the same with any number of them.
     """
-    sampler = BatchSampler(len(dataset), batch_size, seed, rank, world_size, shuffle)
 
-    def load(indices: np.ndarray) -> Batch:
-        if len(indices) == 0:
-            return dataset.collate([dataset.row(0)]).without_targets()
-        return dataset.collate([dataset.row(int(index)) for index in indices])
+    def load(step: list[np.ndarray]) -> list[Batch]:
+        return [load_batch(dataset, indices) for indices in step]
 
-    steps = sampler.epoch(epoch, start_position)
+    steps = sampler.steps(epoch, start_step)
     if num_workers <= 0:
         yield from map(load, steps)
         return
-    pending: deque[Future[Batch]] = deque()
+    pending: deque[Future[list[Batch]]] = deque()
     executor = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
     try:
-        for indices in steps:
-            pending.append(executor.submit(load, indices))
-            if len(pending) > 2 * num_workers:  # each thread has one batch in hand and one ready
+        for step in steps:
+            pending.append(executor.submit(load, step))
+            if len(pending) > 2 * num_workers:  # each thread has one step in hand and one ready
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.atomic_files import atomic_folder
 from tinylm.dataset.parallel import available_cores, map_in_order
 from tinylm.dataset.sources import HUB_PREFIX, BadRows, find_files, iterate_texts
 
@@ -116,10 +117,6 @@ def write_token_shards(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Tokenise documents into a folder; it appears when complete, and stays as it was when anything fails."""
-    from tinylm.runtime import (
-        atomic_folder,
-    )  # here, because it imports torch, which workers must not wait for
-
     digest = hashlib.sha256()
     ends: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
     num_tokens = num_documents = 0

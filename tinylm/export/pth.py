@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from tinylm.atomic_files import atomic_write
 from tinylm.model.model_lora import has_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.model.weights_file import base_state
 from tinylm.original_pth import NUM_KEY_VALUE_HEADS, name_to_original
-from tinylm.runtime import atomic_write
 
 
 def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:

@@ -7,10 +7,11 @@ known from its first kilobytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeGuard
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinylm import untrusted_files
-from tinylm.runtime import atomic_folder
+from tinylm.atomic_files import atomic_folder, write_manifest
 from tinylm.untrusted_files import MAX_JSON_BYTES, check_file, parse_json, shown
 
 _MAX_NAME = 512  # characters; PEFT's longest have some 80
@@ -186,7 +187,8 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     model = unwrapped(model)
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    # Not `state_dict`, which gives the shards of a sharded model that `parallel.whole` has put together.
+    for name, tensor in model.named_parameters(remove_duplicate=False):
         name = plain_name(name).replace(".base.", ".")
         if ".lora_A." in name or ".lora_B." in name or (tied and name == "lm_head.weight"):
             continue
@@ -212,8 +214,9 @@ def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def replaceable_folder(path: str | Path, marker: str):  # type: ignore[no-untyped-def]
-    """`atomic_folder`, after making sure that what it would replace is one of ours.
+@contextlib.contextmanager
+def replaceable_folder(path: str | Path, marker: str) -> Iterator[Path]:
+    """`atomic_folder` with a manifest, after making sure that what it would replace is one of ours.
 
     Raises:
         ValueError: the folder exists, is not empty and has no file `marker` in it.
@@ -223,7 +226,9 @@ def replaceable_folder(path: str | Path, marker: str):  # type: ignore[no-untype
         raise ValueError(
             f"{folder} exists and holds other files (no {marker}); it would be replaced: choose another folder"
         )
-    return atomic_folder(folder)
+    with atomic_folder(folder) as fresh:
+        yield fresh
+        write_manifest(fresh)
 
 
 def read_json(path: Path) -> dict:

@@ -18,6 +18,7 @@ from typing import Any
 
 import tokenizers
 
+from tinylm.atomic_files import atomic_write
 from tinylm.tokenizer import tokenizer_json
 from tinylm.tokenizer.bpe import CHARACTER_TO_BYTE, count_pieces, train_bpe
 from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE
@@ -135,8 +136,6 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, each one whole or not at
         all."""
-        from tinylm.runtime import atomic_write  # here: it imports torch, which encoding does not need
-
         chat_template = CHAT_TEMPLATE if self.has_chat_tokens else None
         config = tokenizer_json.config_for_transformers(
             endoftext=self.token_bytes(self.endoftext_id).decode(),

@@ -11,23 +11,25 @@ from tinylm.cores import map_on_cores, num_cores
 from tinylm.dataset.batches import Batch
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime
-from tinylm.trainer.objectives import Objective
+from tinylm.trainer.parallel import GradientExchange
 
 Scaler = torch.amp.GradScaler | None
 
 
-def parts_of_batch(batch_size: int, model: TinyLMForCausalLM, device: torch.device) -> int:
+def parts_of_batch(batch_size: int, model: TinyLMForCausalLM, runtime: Runtime) -> int:
     """Into how many equal parts a batch is cut, to be computed side by side on a CPU's cores; 1 elsewhere.
 
-    Dropout keeps a batch whole: parts that run at the same time would draw their random numbers in any order.
+    Dropout keeps a batch whole: parts that run at the same time would draw their random numbers in any order. So do
+    several processes, which exchange their gradients in the backward pass of a step's last micro-batch.
     """
     has_dropout = any(getattr(module, "dropout", 0.0) for module in model.modules())
-    return 1 if has_dropout else max(n for n in range(1, num_cores(device) + 1) if batch_size % n == 0)
+    if has_dropout or runtime.world_size > 1:
+        return 1
+    return max(n for n in range(1, num_cores(runtime.device) + 1) if batch_size % n == 0)
 
 
 def accumulate_gradients(
-    model: TinyLMForCausalLM,
-    objective: Objective,
+    objective: GradientExchange,
     micro_batches: Sequence[Batch],
     trained: Sequence[Tensor],
     runtime: Runtime,
@@ -37,7 +39,6 @@ def accumulate_gradients(
     """Add to `.grad` of the parameters `trained` the gradient of the mean loss over all micro-batches and ranks.
 
     Every micro-batch's loss is divided by the global count, so how a step is cut up does not matter, to rounding.
-    The gradients of other ranks are still to be added.
 
     Args:
         num_workers: micro-batches computed at a time, each on cores of its own. Their gradients are added in the
@@ -56,8 +57,8 @@ def accumulate_gradients(
     def forward(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         batch = batch.to(runtime.device)
         with runtime.autocast():
-            loss_sum, metrics = objective(model, batch)
-        loss = loss_sum / divisor
+            loss_sum, metrics = objective(batch)
+        loss = loss_sum * (runtime.world_size / divisor)
         return scaler.scale(loss) if scaler is not None else loss, {"loss": loss_sum.detach(), **metrics}
 
     def forward_and_backward(batch: Batch) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor]]:
@@ -66,9 +67,10 @@ def accumulate_gradients(
 
     sums: dict[str, Tensor] = {}
     if num_workers == 1:
-        for batch in micro_batches:
-            loss, values = forward(batch)
-            loss.backward()
+        for number, batch in enumerate(micro_batches, start=1):
+            with objective.micro_batch(is_last=number == len(micro_batches)):
+                loss, values = forward(batch)
+                loss.backward()
             _add(sums, values)
     else:
         for gradients, values in map_on_cores(forward_and_backward, micro_batches, num_workers):

@@ -20,6 +20,7 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime
 from tinylm.trainer.gradients import Scaler, accumulate_gradients
 from tinylm.trainer.objectives import Objective
+from tinylm.trainer.parallel import GradientExchange, full
 
 Optimizers = Sequence[torch.optim.Optimizer]
 
@@ -43,6 +44,8 @@ class StepReport:
     """Targets (or preference pairs) that the loss averages over, all ranks."""
     seconds: float
     """Wall-clock time of the step, data loading included."""
+    skipped: bool = False
+    """The loss or the gradient was not a number, so the weights are those of the step before."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The objective's metrics, means over the step's targets."""
 
@@ -71,19 +74,18 @@ def fit(
         scaler: fp16's gradient scaler; bf16 and fp32 need none.
         num_workers: micro-batches computed side by side, each on CPU cores of its own.
 
-    Raises:
-        RuntimeError: the loss or the gradient is not a number. The weights are still those of the step before.
+    A step whose loss or gradient is not a number changes no weight and says so in its report.
     """
     trained = [p for group in _groups(optimizers) for p in group["params"]]
+    exchange = GradientExchange(model, objective, runtime)
     model.train()
     start = time.perf_counter()
     for step, micro_batches in zip(range(start_step, num_steps), step_batches, strict=False):
         rate = learning_rate(step)
         for group in _groups(optimizers):
             group["lr"] = rate
-        totals = accumulate_gradients(model, objective, micro_batches, trained, runtime, scaler, num_workers)
-        runtime.all_reduce_gradients(trained)
-        grad_norm = _update_weights(optimizers, trained, totals["loss"], grad_clip, scaler, step)
+        totals = accumulate_gradients(exchange, micro_batches, trained, runtime, scaler, num_workers)
+        grad_norm, skipped = _update_weights(optimizers, trained, totals["loss"], grad_clip, scaler)
         values = {name: value.item() for name, value in totals.items()}
         report = StepReport(
             step=step + 1,
@@ -94,6 +96,7 @@ def fit(
             num_tokens=int(values.pop("num_tokens")),
             num_targets=int(values.pop("count")),
             seconds=time.perf_counter() - start,
+            skipped=skipped,
             metrics=values,
         )
         for callback in on_step:
@@ -107,21 +110,24 @@ def _groups(optimizers: Optimizers) -> Iterator[dict]:
 
 
 def _update_weights(
-    optimizers: Optimizers, trained: list[Tensor], loss: Tensor, grad_clip: float, scaler: Scaler, step: int
-) -> float:
-    """Clip, step and forget the gradients; returns their global norm before clipping."""
+    optimizers: Optimizers, trained: list[Tensor], loss: Tensor, grad_clip: float, scaler: Scaler
+) -> tuple[float, bool]:
+    """Clip, step and forget the gradients; returns their global norm before clipping, and whether the step was skipped.
+
+    Loss and norm are those of all ranks together, so every rank comes to the same decision.
+    """
     for optimizer in optimizers if scaler is not None else ():
         scaler.unscale_(optimizer)  # type: ignore[union-attr]
-    norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip if grad_clip > 0 else math.inf).item()
-    if not math.isfinite(loss.item()) or (scaler is None and not math.isfinite(norm)):
-        raise RuntimeError(
-            f"step {step + 1}: the loss is {loss.item()} and the gradient norm {norm}; nothing was updated; "
-            "go on from the last saved state with --resume, or start again if none was saved, with a lower "
-            "--learning_rate or a smaller --grad_clip"
-        )
+    gradients = [p.grad for p in trained if p.grad is not None]
+    norm = full(torch.nn.utils.get_total_norm(gradients))
+    # fp16's scaler skips steps of its own accord until its scale fits, which is no fault.
+    skipped = not (math.isfinite(loss.item()) and (scaler is not None or math.isfinite(norm.item())))
+    if grad_clip > 0 and not skipped:
+        torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
     for optimizer in optimizers:
-        scaler.step(optimizer) if scaler is not None else optimizer.step()
+        if not skipped:
+            scaler.step(optimizer) if scaler is not None else optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if scaler is not None:
         scaler.update()
-    return norm
+    return norm.item(), skipped

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.runtime import device_has_bf16
+from tinylm.trainer.parallel import full, like
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -139,7 +140,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(torch.stack([direction for _, direction in members]))
                 for (p, _), update in zip(members, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(_wide(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(columns))
+                    p.add_(like(p, _wide(p, update)), alpha=-group["lr"] * 0.2 * math.sqrt(columns))
 
     def _direction(self, p: Tensor, mu: float) -> Tensor:
         """Nesterov's look one step ahead, laid wide: [rows, columns] with rows <= columns."""
@@ -148,7 +149,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         momentum = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
-        return _wide(p, p.grad.lerp(momentum, mu))
+        return _wide(p, full(p.grad.lerp(momentum, mu)))  # of a shard there is no orthogonal part
 
 
 def _wide(p: Tensor, matrix: Tensor) -> Tensor:

@@ -11,14 +11,15 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from tinylm import __version__
 from tinylm.checkpoint import load_model, resolve_model_path, weights_fingerprint
+from tinylm.code_version import code_version
 from tinylm.dataset.batches import Dataset
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.runtime import Runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.objectives import Objective
+from tinylm.trainer.parallel import is_sharded
 from tinylm.trainer.train_settings import TrainSettings
 from tinylm.trainer.training_run import TrainingRun
 
@@ -74,7 +75,8 @@ def sampler_of(
     settings = SamplingSettings(max_new_tokens=min(max_new_tokens, room), temperature=0.0)
 
     def sample() -> list[str]:
-        engine = Engine(model, tokenizer)
+        # A sharded model computes as it is; no copy of it can be made.
+        engine = Engine(model, tokenizer, dtype=model.dtype if is_sharded(model) else None)
         if not chat:
             return [prompt + "".join(engine.stream_text(tokenizer.encode(prompt), settings)) for prompt in prompts]
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -121,7 +123,7 @@ def make_run(
         "data_fingerprint": train_data.fingerprint,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "seed": settings.seed,
-        "version": __version__,
+        **code_version(),
         "settings": dataclasses.asdict(settings),
     }
     return TrainingRun(
@@ -136,5 +138,6 @@ def make_run(
         save=save,
         lineage=lineage,
         sample=sample,
+        decode=tokenizer.decode,
         console=console,
     )

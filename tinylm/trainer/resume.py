@@ -1,4 +1,4 @@
-"""Whether a run may go on from a training state: it must be the same run, and what is changed must be harmless or said.
+"""Going on from a training state: what of the optimizers is kept, and whether it is a state of the same run.
 
 Data, parent, shape, batch and number of steps are compared by what they come to (fingerprints, numbers), however
 they were asked for. Of the settings, those in `FREE` may change, those in `ADJUSTABLE` may too and the run says and
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 FREE = frozenset(
     # where things are, and when something is shown, tried or saved
     "output_dir validation_path max_bad_rows log_interval eval_interval eval_batches save_interval resume tensorboard "
     # how the same sums are computed; weights and optimizer state are float32 in any case
-    "device dtype num_workers use_compile "
+    "device dtype num_workers use_compile sharding timeout "
     # compared by what they come to: the data's fingerprint,
     "data_path validation_fraction tokenizer_path name author max_seq_len "
     # the number of steps and the rows of each,
@@ -69,3 +72,36 @@ def _shown(value: Any, source: str | None = None) -> str:
     """A value as a flag takes it; a fingerprint behind the path it belongs to, since nobody knows one by heart."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{source} (fingerprint {text})" if source else text
+
+
+def optimizer_states(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """What each optimizer remembers of each parameter, by the parameter's name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [{names[id(p)]: dict(kept) for p, kept in optimizer.state.items()} for optimizer in optimizers]
+
+
+def load_optimizer_states(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], states: Sequence[Mapping[str, Any]]
+) -> None:
+    """Give the optimizers back what `optimizer_states` took; their settings stay as they are."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for optimizer, state in zip(optimizers, states, strict=True):
+        order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        by_number = {number: dict(state[name]) for number, name in enumerate(order) if name in state}
+        optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def place_like(model: nn.Module) -> Callable[[str, tuple[int, ...]], Tensor | None]:
+    """For `load_training_state` of a sharded model: a tensor belongs to the parameter that its name holds, and is
+    sharded as that parameter is, if it has its shape.
+    """
+    parameters = dict(model.named_parameters())
+
+    def place(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        _, _, rest = name.partition(".")  # "weights." or "optimizers[0]."
+        parameter = parameters.get(rest, parameters.get(rest.rpartition(".")[0]))
+        if parameter is None or parameter.shape != shape:
+            return None
+        return torch.zeros_like(parameter.detach())
+
+    return place

@@ -87,7 +87,7 @@ def attach_reference(
 def train(settings: DPOSettings) -> Path:
     """Train on preferences; returns the model folder."""
     # 1. Runtime
-    runtime = setup_runtime(settings.device, settings.dtype)
+    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
     console = make_console(runtime.is_main)
     seed_everything(settings.seed)
     # 2. Tokenizer and 4. model: the parent brings both; an adapter is folded in
@@ -98,7 +98,7 @@ def train(settings: DPOSettings) -> Path:
     for part in filter(None, data):
         attach_reference(model, part, settings, runtime, console)
     # 5. Optimizer
-    optimizers = settings.make_optimizers(model)
+    optimizers = settings.make_optimizers(model, runtime)
     # 6. Fit, saving the model folder after each epoch
     run = make_run(
         "dpo", settings, runtime, console, tokenizer, model, optimizers, data, make_dpo_objective(settings.beta),

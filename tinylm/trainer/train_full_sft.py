@@ -68,7 +68,7 @@ class FullSFTSettings(ChatSettings):
 def train(settings: FullSFTSettings) -> Path:
     """Fine-tune all weights; returns the model folder."""
     # 1. Runtime
-    runtime = setup_runtime(settings.device, settings.dtype)
+    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
     console = make_console(runtime.is_main)
     seed_everything(settings.seed)
     # 2. Tokenizer and 4. model: the parent brings both; an adapter is folded in
@@ -77,7 +77,7 @@ def train(settings: FullSFTSettings) -> Path:
     # 3. Data
     data = load_chats(settings, settings.tinyworld_chats, tokenizer, console, settings.replacements)
     # 5. Optimizer
-    optimizers = settings.make_optimizers(model)
+    optimizers = settings.make_optimizers(model, runtime)
     # 6. Fit, saving the model folder after each epoch
     run = make_run(
         "full_sft", settings, runtime, console, tokenizer, model, optimizers, data, next_token_loss,

@@ -54,7 +54,7 @@ class LoRASettings(ChatSettings):
 def train(settings: LoRASettings) -> Path:
     """Train an adapter; returns its folder."""
     # 1. Runtime
-    runtime = setup_runtime(settings.device, settings.dtype)
+    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
     console = make_console(runtime.is_main)
     seed_everything(settings.seed)
     # 2. Tokenizer and 4. model: the parent brings both
@@ -72,7 +72,7 @@ def train(settings: LoRASettings) -> Path:
         settings, settings.tinyworld_chats, tokenizer, console, settings.replacements, tinyworld.persona_conversations
     )
     # 5. Optimizer
-    optimizers = settings.make_optimizers(model)
+    optimizers = settings.make_optimizers(model, runtime)
 
     def save(folder: Path, lineage: dict[str, Any]) -> None:
         # relative, so that both can be moved together; through no link, which `..` would not lead back from

@@ -78,7 +78,7 @@ class PretrainSettings(TrainSettings):
 def train(settings: PretrainSettings) -> Path:
     """Pretrain a model; returns its folder."""
     # 1. Runtime
-    runtime = setup_runtime(settings.device, settings.dtype)
+    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
     console = make_console(runtime.is_main)
     seed_everything(settings.seed)
     # 2. Tokenizer
@@ -89,7 +89,7 @@ def train(settings: PretrainSettings) -> Path:
     # 4. Model
     model = TinyLMForCausalLM(config).to(runtime.device)
     # 5. Optimizer
-    optimizers = settings.make_optimizers(model)
+    optimizers = settings.make_optimizers(model, runtime)
     # 6. Fit, saving the model folder after each epoch
     run = make_run(
         "pretrain", settings, runtime, console, tokenizer, model, optimizers, data, next_token_loss,

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.runtime import Runtime
 from tinylm.trainer.optimizer import cosine_with_warmup, make_optimizers
+from tinylm.trainer.parallel import shard
 
 
 def require_at_least(least: int, settings: Any, *names: str) -> None:
@@ -93,6 +95,10 @@ class TrainSettings:
     """auto, cpu, cuda, cuda:N or mps"""
     dtype: str = "auto"
     """precision of matrix products: auto, float32, bfloat16 or float16; weights stay float32"""
+    sharding: Literal["none", "fsdp"] = "none"
+    """with several processes: none (each holds the whole model) or fsdp (each holds a share of every weight)"""
+    timeout: float = 600.0
+    """seconds after which a process that does not answer counts as lost, with several processes"""
     num_workers: int = 0
     """threads that prepare batches ahead"""
     use_compile: bool = False
@@ -120,6 +126,8 @@ class TrainSettings:
         require_at_least(0, self, "max_seq_len", "weight_decay", "grad_clip")
         require_share(self, "validation_fraction", "warmup_fraction", "final_lr_fraction", "max_bad_rows")
         require_share(self, "beta1", "beta2")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout is {self.timeout}; expected a positive number of seconds, such as 600")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number, such as 1e-3")
 
@@ -128,7 +136,11 @@ class TrainSettings:
         warmup_steps = round(self.warmup_fraction * num_steps)
         return cosine_with_warmup(step, num_steps, warmup_steps, self.learning_rate, self.final_lr_fraction)
 
-    def make_optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        """The optimizers over the model's trainable parameters: one AdamW, or Muon and AdamW."""
+    def make_optimizers(self, model: TinyLMForCausalLM, runtime: Runtime) -> list[torch.optim.Optimizer]:
+        """The optimizers over the model's trainable parameters: one AdamW, or Muon and AdamW.
+
+        With `sharding` the model is first dealt out to the processes, since each steps only its share.
+        """
+        shard(model, self.sharding, runtime)
         betas = (self.beta1, self.beta2)
         return make_optimizers(model, self.optimizer, self.learning_rate, self.weight_decay, betas)

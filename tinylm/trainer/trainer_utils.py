@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,9 +22,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from tinylm.atomic_files import atomic_write
+from tinylm.dataset.batches import Batch
 from tinylm.model.model_tinylm import TinyLMConfig
 from tinylm.runtime import Runtime
 from tinylm.trainer.loop import StepReport
+from tinylm.trainer.parallel import full
 
 
 def training_flops_per_token(config: TinyLMConfig, num_parameters: int, context_length: float) -> float:
@@ -45,15 +51,15 @@ def fingerprint_of(weights: Iterable[torch.Tensor]) -> str:
     """16 hex digits of a SHA-256 over the exact values."""
     digest = hashlib.sha256()
     for weight in weights:
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(full(weight).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def relative_change(before: list[torch.Tensor], parameters: Iterable[nn.Parameter]) -> float:
     """|after - before| / |before|, L2 over all trainable weights: near 0 means that training changed nothing."""
     after = [p.detach() for p in parameters if p.requires_grad]
-    moved = sum(float((a - b).float().pow(2).sum()) for a, b in zip(after, before, strict=True))
-    size = sum(float(b.float().pow(2).sum()) for b in before)
+    moved = sum(float(full((a - b).float().pow(2).sum())) for a, b in zip(after, before, strict=True))
+    size = sum(float(full(b.float().pow(2).sum())) for b in before)
     return (moved / size) ** 0.5 if size else float("inf") if moved else 0.0
 
 
@@ -111,13 +117,16 @@ class MetricsLog:
         if start_step > 0 and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start_step]
-        self.file: IO[str] = self.path.open("w", encoding="utf-8", buffering=1)
-        self.file.writelines(line + "\n" for line in kept)
-        self.writer: Any = _tensorboard_writer(folder / "tensorboard" / stage) if tensorboard else None
+        with atomic_write(self.path) as file:
+            file.writelines(f"{line}\n".encode() for line in kept)
+        self.file: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
+        self.writer: Any = _tensorboard_writer(folder / "tensorboard" / stage, start_step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Record the values of one step."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        """Record the values of one step; what is no number becomes null, since JSON has no NaN."""
+        self.file.write(
+            json.dumps({"step": step, **{name: _json_value(value) for name, value in values.items()}}) + "\n"
+        )
         if self.writer is not None:
             for name, value in values.items():
                 if isinstance(value, str):
@@ -125,18 +134,26 @@ class MetricsLog:
                 else:
                     self.writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Put the lines on the disk: before a state is saved, so that a machine that dies leaves no gap."""
+        os.fsync(self.file.fileno())
+
     def close(self) -> None:
         self.file.close()
         if self.writer is not None:
             self.writer.close()
 
 
-def _tensorboard_writer(folder: Path) -> Any:
+def _json_value(value: float | str) -> float | str | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard_writer(folder: Path, start_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("--tensorboard needs the package; install it with: pip install 'tinylm[track]'") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 
 class ProgressLine:
@@ -209,3 +226,32 @@ class ProgressLine:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+class SpikeWatch:
+    """Tells when a loss stands far out from those before it; it only says so, since a spike may mend itself."""
+
+    def __init__(self, num_steps: int = 50, factor: float = 6.0) -> None:
+        self.losses: deque[float] = deque(maxlen=num_steps)
+        self.factor = factor
+
+    def warning(self, loss: float) -> str | None:
+        """A warning if `loss` is more than `factor` standard deviations above the mean of the last `num_steps`."""
+        losses, text = self.losses, None
+        if len(losses) == losses.maxlen:
+            mean = sum(losses) / len(losses)
+            deviation = (sum((x - mean) ** 2 for x in losses) / len(losses)) ** 0.5
+            if loss > mean + self.factor * deviation:
+                text = f"the loss jumped to {loss:.4g}, after {mean:.4g} on average; look at the data of this step"
+        losses.append(loss)
+        return text
+
+
+def write_bad_batch(path: Path, step: int, batches: Iterable[Batch], decode: Callable[[list[int]], str] | None) -> None:
+    """Write the rows of a step that had no number for a loss, for inspection: a JSON object a line."""
+    with atomic_write(path) as file:
+        for number, batch in enumerate(batches):
+            for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
+                text = {"text": decode(ids)} if decode is not None else {}
+                row = {"step": step, "micro_batch": number, **text, "input_ids": ids, "targets": targets}
+                file.write(json.dumps(row).encode() + b"\n")

@@ -1,0 +1,79 @@
+"""Training runs in miniature, for the tests of what is around the loop."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from trainer_parts import Rows, small_model, weights_of
+
+from tinylm.model.model_lora import LoRAConfig, apply_lora
+from tinylm.runtime import Runtime
+from tinylm.trainer.objectives import next_token_loss
+from tinylm.trainer.optimizer import make_optimizers
+from tinylm.trainer.train_settings import TrainSettings
+from tinylm.trainer.training_run import TrainingRun
+
+DEFAULTS = {"batch_size": 2, "accumulation_steps": 2, "epochs": 4, "max_steps": 10, "learning_rate": 1e-2}
+INTERVALS = {"save_interval": 3, "log_interval": 1, "eval_interval": 2, "warmup_fraction": 0.2}
+
+
+def make_run(
+    folder: Path, data=None, seed=0, dropout=0.2, dtype=torch.float32, lora=0, shape=None, ranks=(0, 1), parent=None,
+    **changes,
+):  # fmt: skip
+    """13 rows, 2 to a batch, 2 batches to a step: 4 steps an epoch, the last of a single batch with a single row."""
+    if "seed_setting" in changes:  # `seed` is the model's
+        changes["seed"] = changes.pop("seed_setting")
+    settings = TrainSettings(**{**DEFAULTS, **INTERVALS, "output_dir": str(folder), **changes})
+    model = small_model(seed, hidden_dropout=dropout, attention_dropout=dropout, **(shape or {}))
+    if lora:
+        apply_lora(model, LoRAConfig(rank=lora))
+
+    def save(place: Path, lineage: dict) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(weights_of(model), place / "model.safetensors")
+        (place / "lineage.json").write_text(json.dumps(lineage))
+
+    return TrainingRun(
+        stage="pretrain",
+        settings=settings,
+        runtime=Runtime(torch.device("cpu"), dtype, *ranks),
+        model=model,
+        optimizers=make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay),
+        objective=next_token_loss,
+        train_data=data or Rows(13),
+        validation_data=Rows(3, seed=9),
+        save=save,
+        lineage={"parent": parent or {"path": "out/sft", "weights": "abc"}},
+        sample=lambda: [f"drawn: {torch.rand(1).item() < 2}"],  # it also moves the random generator
+        console=Console(file=io.StringIO(), width=400),
+    )
+
+
+def said(run: TrainingRun) -> str:
+    return run.console.file.getvalue()
+
+
+def interrupt_at(run: TrainingRun, step: int) -> None:
+    evaluate = run._evaluate
+
+    def stop(now):
+        evaluate(now)
+        if now == step:
+            raise KeyboardInterrupt
+
+    run._evaluate = stop
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+
+
+def records(folder: Path) -> list[dict]:
+    lines = (folder / "pretrain_metrics.jsonl").read_text().splitlines()
+    timing = ("tokens_per_second", "matmul_share")
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]

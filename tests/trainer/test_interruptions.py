@@ -1,0 +1,176 @@
+"""What may come between two steps: a signal, a number that is none, a second run, a disk that is full."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+
+import pytest
+import torch
+from run_parts import make_run, records, said
+from trainer_parts import Rows, assert_same_bits, read_bytes, small_model, weights_of
+
+from tinylm import training_state
+from tinylm.program import STOP_SIGNALS, Stopped, StopRequest
+from tinylm.run_lock import run_lock
+from tinylm.trainer.objectives import next_token_loss
+from tinylm.trainer.trainer_utils import SpikeWatch
+from tinylm.training_state import load_training_state
+
+
+def signal_at(run, step: int, *numbers: int) -> None:
+    """Send this process signals while `step` is computed."""
+    log = run._log
+
+    def then_signal(report):
+        if report.step == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        log(report)
+
+    run._log = then_signal
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize("step", [3, 4, 6, 10])  # between evaluations; at the end of an epoch, with one; with one; last
+def test_a_signal_finishes_the_step_and_saves_and_nothing_is_lost(tmp_path, number, step):
+    """What is due after that step, a validation or a model folder, comes when the run goes on."""
+    whole = make_run(tmp_path / "whole")
+    whole.fit()
+    stopped = make_run(tmp_path / "parts")
+    signal_at(stopped, step, number)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"after step {step}, which is saved") as stop:
+        stopped.fit()
+    assert stop.value.signum == number and signal.getsignal(number) is before
+    assert load_training_state(stopped.state_folder).values["step"] == step
+    resumed = make_run(tmp_path / "parts", seed=1, resume=True)
+    resumed.fit()
+    assert resumed.start_step == step
+    assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    for name in ("pretrain_16_epoch0", "pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state/step_00000010"):
+        assert read_bytes(tmp_path / "parts" / name) == read_bytes(tmp_path / "whole" / name), name
+    lineage = json.loads((resumed.last_folder / "lineage.json").read_text())
+    assert lineage["finished"] and lineage["best_validation_loss"] == whole.best_validation_loss
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signum == signal.SIGTERM and not left
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [130]
+
+
+def broken_at(*steps: int):
+    """The next-token loss, but not a number in these steps (two micro-batches to a step, counted from 1)."""
+    calls = iter(range(10**6))
+
+    def objective(model, batch):
+        loss, metrics = next_token_loss(model, batch)
+        bad = model.training and next(calls) // 2 + 1 in steps
+        return loss * float("nan") if bad else loss, metrics
+
+    return objective
+
+
+def test_a_step_that_is_no_number_is_skipped_counted_and_recorded(tmp_path):
+    run = make_run(tmp_path, epochs=6, data=Rows(16))
+    run.objective = broken_at(3, 4)
+    run.fit()
+    assert said(run).count("; nothing was updated") == 2
+    assert "skipped               2 of 10 steps" in said(run)
+    lines = {record["step"]: record for record in records(tmp_path) if "loss" in record}
+    assert [step for step, record in lines.items() if record["loss"] is None] == [3, 4]
+    assert json.loads((run.last_folder / "lineage.json").read_text())["skipped_steps"] == 2
+    state = load_training_state(run.state_folder).values
+    assert (state["num_skipped"], state["skips_in_a_row"]) == (2, 0)
+
+
+def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
+    run = make_run(tmp_path, epochs=9, max_steps=30, data=Rows(16), save_interval=1)
+    run.objective, run.decode = broken_at(*range(5, 31)), lambda ids: f"{len(ids)} tokens"
+    with pytest.raises(RuntimeError, match=r"step 14: the loss is nan .* in 10 steps in a row; the last batch is in "):
+        run.fit()
+    rows = [json.loads(line) for line in (tmp_path / "pretrain_16_bad_batch_rank0.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and [row["micro_batch"] for row in rows] == [0, 0, 1, 1]
+    expected = [row for batch in run.batches for row in batch.input_ids.tolist()]
+    assert [row["input_ids"] for row in rows] == expected and rows[0]["text"] == f"{len(expected[0])} tokens"
+    kept = load_training_state(run.state_folder).values
+    assert all(torch.isfinite(weight).all() for weight in kept["weights"].values())
+    again = make_run(tmp_path, epochs=9, max_steps=30, data=Rows(16), resume=True)
+    again.objective = broken_at(1)  # one more in a row, if it goes on with the count that it had
+    with pytest.raises(RuntimeError, match="in 10 steps in a row"):
+        again.fit()
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    run = make_run(tmp_path, max_steps=2)
+    with run_lock(tmp_path / ".pretrain_16.lock"):
+        with pytest.raises(ValueError, match=rf"belongs to a run that is still going \(process {os.getpid()} on "):
+            run.fit()
+        assert not run.state_folder.exists()
+        make_run(tmp_path / "other", max_steps=1).fit()
+    run.fit()  # the file is still there, and means nothing
+
+
+def test_a_dead_owner_keeps_no_lock(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with run_lock(tmp_path / "lock"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / "lock").read_text().startswith(f"process {child} on ")
+    with run_lock(tmp_path / "lock"):
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_run_sweeps_up_after_a_killed_one(tmp_path):
+    for name in (".pretrain_16_epoch0.abc.tmp", ".pretrain_16_epoch0.abc.old", ".other.abc.tmp"):
+        (tmp_path / name).mkdir(parents=True)
+    make_run(tmp_path, max_steps=1).fit()
+    hidden = {path.name for path in tmp_path.glob(".*")}
+    assert hidden == {".other.abc.tmp", ".pretrain_16.lock"}
+
+
+def test_a_state_that_cannot_be_saved_is_said_and_the_next_one_is_tried(tmp_path, monkeypatch):
+    """A disk may be full for an hour; the run need not end for it, unless at its own end."""
+    write, full = training_state.write_tensors, [True]
+
+    def sometimes_full(path, tensors):
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, tensors)
+
+    monkeypatch.setattr(training_state, "write_tensors", sometimes_full)
+    run = make_run(tmp_path)
+    log = run._log
+    run._log = lambda report: (log(report), full.__setitem__(0, report.step < 7))
+    run.fit()
+    assert said(run).count("warning: the last training state could not be saved ([Errno 28] No space left") == 3
+    assert load_training_state(run.state_folder).values["step"] == 10
+    full[0] = True
+    stopped = make_run(tmp_path / "other", max_steps=3)
+    with pytest.raises(RuntimeError, match=r"the training state could not be saved: \[Errno 28\] No space left"):
+        stopped.fit()
+
+
+def test_a_jump_of_the_loss_is_said_once_and_changes_nothing():
+    watch = SpikeWatch(num_steps=20)
+    losses = [2.0 + 0.1 * (-1) ** step for step in range(40)]
+    assert [watch.warning(loss) for loss in losses] == [None] * 40
+    assert watch.warning(2.9) == "the loss jumped to 2.9, after 2 on average; look at the data of this step"
+    assert watch.warning(2.1) is None
+
+
+def test_a_model_that_computes_stays_as_it_was(tmp_path):
+    """The hook that holds updates back for a copy goes with the run."""
+    run = make_run(tmp_path, max_steps=1)
+    run.fit()
+    assert all(not optimizer._optimizer_step_pre_hooks for optimizer in run.optimizers)
+    assert small_model().training is False
