@@ -9,12 +9,13 @@ RUN := .venv/.installed-to-run
 DEV := .venv/.installed-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long lint format types bench clean
+.PHONY: help quickstart test test-long test-fuzz lint format types bench clean
 
 help:
 	@echo "make quickstart   set up, then train a small chat model from nothing"
 	@echo "make test         set up, then run the tests"
 	@echo "make test-long    run the tests that take minutes"
+	@echo "make test-fuzz    load 120,000 damaged files; takes a quarter of an hour"
 	@echo "make lint         check style and types"
 	@echo "make format       put the code into its format"
 	@echo "make types        check types only"
@@ -45,6 +46,9 @@ test: $(DEV)
 
 test-long: $(DEV)
 	$(BIN)/python -m pytest -q -m long
+
+test-fuzz: $(DEV)
+	$(BIN)/python -m tests.fuzz.run --cases 120000 --seed 0
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ every tensor must be there under its exact name and shape, and nothing is unpick
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,11 @@ from torch import Tensor
 from tinylm.model.config_tinylm import TinyLMConfig
 from tinylm.model.model_lora import has_lora, load_adapter, save_adapter
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.model.weight_shards import WEIGHTS, shapes_of, weight_files
 from tinylm.model.weights_file import (
     base_state,
     check_shapes,
     num_elements,
-    read_header,
-    read_json,
     read_weights,
     replaceable_folder,
     unwrapped,
@@ -32,6 +33,7 @@ from tinylm.model.weights_file import (
 )
 from tinylm.original_pth import config_from_tensors, read_pth
 from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.untrusted_files import read_json, shown
 
 __all__ = [
     "adapter_base",
@@ -42,8 +44,9 @@ __all__ = [
     "weights_fingerprint",
 ]
 
-_CONFIG, _ADAPTER, _WEIGHTS = "config.json", "adapter_config.json", "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_LAYER_0 = "model.layers.0."
+_MAX_PATH = 1000  # characters; systems take 1,024 or more
 _EPOCH = re.compile(r"_epoch(\d+)(?=\.pth$|$)")
 
 
@@ -66,7 +69,7 @@ def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer,
     config = inner.config.to_hf_dict()
     config["torch_dtype"] = config["dtype"] = str(inner.dtype).removeprefix("torch.")
     with replaceable_folder(folder, _CONFIG) as fresh:
-        write_tensors(fresh / _WEIGHTS, base_state(inner))
+        write_tensors(fresh / WEIGHTS, base_state(inner))
         write_json(fresh / _CONFIG, config)
         write_json(fresh / "generation_config.json", _generation_config(inner.config))
         tokenizer.save(fresh)
@@ -101,8 +104,10 @@ def resolve_model_path(path: str | Path) -> Path:
         if path.suffix not in (".pth", ".pt"):
             raise ValueError(f"{path} is a {path.suffix or 'nameless'} file; give its folder, or a .pth file")
         return path
-    if (path / _WEIGHTS).is_file() and not (path / _CONFIG).is_file():
-        raise ValueError(f"{path} has {_WEIGHTS} but no {_CONFIG}; copy the config that belongs to these weights")
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a folder; give a model folder or a .pth file")
+    if (path / WEIGHTS).is_file() and not (path / _CONFIG).is_file():
+        raise ValueError(f"{path} has {WEIGHTS} but no {_CONFIG}; copy the config that belongs to these weights")
     if _is_model(path):
         return path
     inside = sorted(child for child in path.iterdir() if not child.name.startswith(".") and _is_model(child))
@@ -160,9 +165,9 @@ def _load_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyL
         config = TinyLMConfig.from_hf_dict(read_json(folder / _CONFIG))
     except ValueError as error:
         raise ValueError(str(error) if str(folder) in str(error) else f"{folder / _CONFIG}: {error}") from None
-    files = _weight_files(folder)
-    shapes = {name: shape for file in files for name, shape in read_header(file).items()}
-    _check_size(files[0], config, num_elements(shapes))
+    files = weight_files(folder)
+    shapes = shapes_of(folder, files)
+    _check_size(files[0], config, shapes)
     tied_copy = config.tie_word_embeddings and shapes.pop("lm_head.weight", None) is not None
     check_shapes(files[0], _without_tables(shapes), _expected_shapes(config))
     tokenizer = _tokenizer_for(folder, config, tokenizer_path)
@@ -179,40 +184,47 @@ def _load_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyL
     return _assemble(config, tensors), tokenizer, lineage
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that an index names."""
-    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
-        return [folder / _WEIGHTS]
-    names = sorted({str(name) for name in read_json(folder / _INDEX).get("weight_map", {}).values()})
-    if not names or any(Path(name).name != name for name in names):
-        raise ValueError(f"{folder / _INDEX} names no files, or files elsewhere; save the model again")
-    return [folder / name for name in names]
-
-
 def _without_tables(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Old Llama checkpoints carry rotary frequencies, which follow from the config."""
     return {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _check_size(path: Path, config: TinyLMConfig, stored: int) -> None:
-    """Refuse a config that promises far more weights than the file has, before building anything."""
+def _check_size(path: Path, config: TinyLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a config that promises far more weights or layers than the file has, before building anything."""
+    stored = num_elements(shapes)
     if config.num_parameters() > 4 * max(stored, 1):
         raise ValueError(
             f"{path} holds {stored:,} numbers; its config implies {config.num_parameters():,}: "
             "check that both come from the same model"
         )
+    if config.num_hidden_layers > len(shapes):
+        raise ValueError(
+            f"{path} holds {len(shapes)} tensors; its config implies {config.num_hidden_layers} layers of several: "
+            "check that both come from the same model"
+        )
 
 
 def _expected_shapes(config: TinyLMConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight, from a model of one layer: the others' are the same under other numbers.
+
+    Building all the layers takes a millisecond each, for a claim that may be false.
+    """
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in base_state(TinyLMForCausalLM(config)).items()}
+        one_layer = TinyLMForCausalLM(replace(config, num_hidden_layers=1))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in base_state(one_layer).items():
+        layers = range(config.num_hidden_layers) if name.startswith(_LAYER_0) else (0,)
+        for layer in layers:
+            shapes[name.replace(_LAYER_0, f"model.layers.{layer}.", 1)] = tuple(tensor.shape)
+    return shapes
 
 
 def _assemble(config: TinyLMConfig, tensors: dict[str, Tensor]) -> TinyLMForCausalLM:
     """A model around these tensors: no random initialisation to be overwritten, no random number drawn."""
     with torch.device("meta"):
         model = TinyLMForCausalLM(config)
-    weights = {name: t.to(torch.float32) for name, t in tensors.items() if not name.endswith("inv_freq")}
+    # One after another, each half-precision original freed as its copy is made: never both in whole.
+    weights = {name: tensors.pop(name).to(torch.float32) for name in list(tensors) if not name.endswith("inv_freq")}
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, strict=True, assign=True)
@@ -236,6 +248,11 @@ def adapter_base(folder: Path) -> Path:
             f"{folder / _ADAPTER}: base_model_name_or_path is of type {type(stated).__name__}; expected a string: "
             "write the base model's path there"
         )
+    if not stated.isprintable() or len(stated) > _MAX_PATH:
+        raise ValueError(
+            f"{folder / _ADAPTER}: base_model_name_or_path is {shown(stated)}; expected a path: write the base "
+            "model's there"
+        )
     candidates = [folder / stated, Path(stated)]  # an absolute path is itself in both
     base = next((candidate for candidate in candidates if candidate.exists()), None)
     if base is None:
@@ -243,7 +260,11 @@ def adapter_base(folder: Path) -> Path:
             f"{folder / _ADAPTER} names the base model {stated}, which does not exist; correct "
             "base_model_name_or_path (absolute, or relative to the adapter's folder)"
         )
-    if (base := resolve_model_path(base)).is_dir() and not (base / _CONFIG).is_file():
+    try:
+        base = resolve_model_path(base)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder / _ADAPTER} names the base model {stated}, which cannot be one: {error}") from None
+    if base.is_dir() and not (base / _CONFIG).is_file():
         raise ValueError(f"{folder / _ADAPTER} names {stated}, an adapter itself; the base must be a full model")
     return base
 
@@ -262,7 +283,7 @@ def _load_pth(path: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForC
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    _check_size(path, config, num_elements(found))
+    _check_size(path, config, found)
     check_shapes(path, found, _expected_shapes(config))
     tokenizer = _tokenizer_for(path.with_suffix(""), config, tokenizer_path)
     return _assemble(config, tensors), tokenizer, {"stage": "original", "parent": path.name}

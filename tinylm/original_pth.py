@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tinylm.model.config_tinylm import TinyLMConfig
-from tinylm.model.weights_file import plain_name
+from tinylm.model.weights_file import check_name, plain_name
+from tinylm.pth_file import StoredTensor, load_tensors, read_contents
 
 NUM_KEY_VALUE_HEADS = 2  # fixed in the original; no tensor's shape tells it
 _TO_OURS = (
@@ -21,6 +20,7 @@ _TO_OURS = (
     (".norm2.", ".post_attention_layernorm."),
     (".ffn.", ".mlp."),
 )
+_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.")
 _TABLES = re.compile(r"(freqs_cos|freqs_sin|freqs_cis|inv_freq|cos_cached|sin_cached)$")
 
 
@@ -41,35 +41,27 @@ def name_to_original(name: str) -> str:
 def read_pth(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth`, under our names.
 
-    Only tensors are unpickled (`weights_only=True`): a file with code in it is refused, unexecuted.
+    Nothing is unpickled: `tinylm.pth_file` reads the few instructions that describe tensors, and refuses a file with
+    any other, unexecuted.
 
     Raises:
         ValueError: code in the file, a damaged file, no weights in it, or weights of whole numbers.
     """
-    try:
-        with warnings.catch_warnings():
-            # Of a plain pickle torch first warns at length, then refuses; one line from us is enough.
-            warnings.simplefilter("ignore", UserWarning)
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds more than tensors and was refused unread, for it could run code; "
-            "save only the state_dict with torch.save"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or no PyTorch file ({reason}); copy or save it again") from None
+    data = read_contents(path)
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
-    if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()) or not data:
+    if not isinstance(data, dict) or not all(isinstance(v, StoredTensor) for v in data.values()) or not data:
         raise ValueError(f"{path} holds no state_dict of tensors; save the model with torch.save(model.state_dict())")
     named = {name_from_original(plain_name(str(name))): tensor for name, tensor in data.items()}
+    if len(named) < len(data):
+        raise ValueError(f"{path} holds two tensors of one name; save only the model's own state_dict with torch.save")
     named = {name: tensor for name, tensor in named.items() if not _TABLES.search(name)}
     for name, tensor in named.items():
-        if not tensor.is_floating_point():
+        check_name(name)
+        if not tensor.dtype.is_floating_point:
             raise ValueError(f"{path}: {name} is {tensor.dtype}; expected floating-point weights; save it unquantised")
-    return {name: tensor.clone() for name, tensor in named.items()}
+    return load_tensors(path, named)
 
 
 def config_from_tensors(path: Path, tensors: dict[str, Tensor]) -> TinyLMConfig:
@@ -90,17 +82,21 @@ def config_from_tensors(path: Path, tensors: dict[str, Tensor]) -> TinyLMConfig:
         raise ValueError(f"{path} has weights that are no matrices; expected the original project's tensors") from None
     if uneven or uneven_heads:
         raise ValueError(f"{path} has q_proj and k_proj of unequal heads; expected {NUM_KEY_VALUE_HEADS} k/v heads")
-    numbers = [int(m.group(1)) for name in tensors if (m := re.match(r"model\.layers\.(\d+)\.", name))]
-    head = tensors.get("lm_head.weight")
-    return TinyLMConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=width,
-        num_hidden_layers=max(numbers) + 1,
-        num_attention_heads=num_heads,
-        num_key_value_heads=NUM_KEY_VALUE_HEADS,
-        head_dim=head_dim,
-        rope_theta=1e6,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=head is None or torch.equal(head, tensors["model.embed_tokens.weight"]),
-    )
+    numbers = [int(m.group(1)) for name in tensors if (m := _LAYER.match(name))]
+    head, embeddings = tensors.get("lm_head.weight"), tensors["model.embed_tokens.weight"]
+    tied = head is None or (head.dtype == embeddings.dtype and torch.equal(head, embeddings))
+    try:
+        return TinyLMConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=width,
+            num_hidden_layers=max(numbers) + 1,
+            num_attention_heads=num_heads,
+            num_key_value_heads=NUM_KEY_VALUE_HEADS,
+            head_dim=head_dim,
+            rope_theta=1e6,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=tied,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path} is no model of the original project ({error}); check the file") from None

@@ -23,6 +23,9 @@ from typing import Any, NoReturn, TypeVar
 import jsonargparse
 import yaml
 
+from tinylm.strict_yaml import MAX_YAML_BYTES, parse_yaml
+from tinylm.untrusted_files import shown
+
 Settings = TypeVar("Settings")
 
 SHARED_FLAGS = {
@@ -30,6 +33,8 @@ SHARED_FLAGS = {
     "print_config": "print the settings of this run as YAML, ready for --config, and stop",
     "debug": "on failure, show where in the code it happened",
 }
+_MAX_QUOTED = 100
+"""Longest text for a setting that is no text, such as "3" for 3, which is read as YAML once more."""
 BOOL_WORDS = {"1": "true", "0": "false", "true": "true", "false": "false", "yes": "true", "no": "false"}
 TYPE_WORDS = {
     str: "text",
@@ -194,9 +199,15 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
         found = re.search(rf"^{re.escape(str(key))}\s*:", text, flags=re.MULTILINE)
         where = f"{path}, line {text.count(chr(10), 0, found.start()) + 1}" if found else path
         if key not in hints:
-            _fail(prog, f"{where}: unknown key {key!r}; {_nearest(str(key), hints)}see {prog} --help")
+            _fail(prog, f"{where}: unknown key {shown(key)}; {_nearest(str(key), hints)}see {prog} --help")
         if _is_bool(hints[key]) and value in (0, 1):
             value = bool(value)
+        if isinstance(value, str) and _is_text(hints[key]):
+            values[key] = value  # jsonargparse would read it as YAML once more, aliases of aliases and all
+            continue
+        too_large = isinstance(value, int) and abs(value) >= 2**63  # which a float may not hold either
+        if too_large or (isinstance(value, str) and len(value) > _MAX_QUOTED):
+            _fail(prog, f"{where}: {key} is {shown(value)}; expected {_type_name(hints[key])}; see {prog} --help")
         if value is None and type(None) not in typing.get_args(hints[key]):
             _fail(prog, f"{where}: {key} is null; expected {_type_name(hints[key])}; see {prog} --help")
         try:
@@ -209,8 +220,14 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
 def load_yaml(path: str | Path, prog: str) -> tuple[str, dict[str, Any]]:
     """Text and top level mapping of a YAML file; anything else there ends the program with status 2."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        loaded = jsonargparse.get_loader("yaml")(text)
+        with open(path, "rb") as file:  # which may be a pipe, and one without end
+            raw = file.read(MAX_YAML_BYTES + 1)
+        if len(raw) > MAX_YAML_BYTES:
+            _fail(
+                prog, f"{path} has more than {MAX_YAML_BYTES} bytes; expected a YAML file of settings; check the path"
+            )
+        text = raw.decode("utf-8").replace("\r\n", "\n")
+        loaded = parse_yaml(text, jsonargparse.get_loader("yaml"))
     except FileNotFoundError:
         _fail(prog, f"no file {path}; expected a YAML file of settings; check the path")
     except OSError as error:
@@ -220,12 +237,15 @@ def load_yaml(path: str | Path, prog: str) -> tuple[str, dict[str, Any]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", "unreadable")
-        _fail(prog, f"{path}{where}: not YAML ({problem}); expected `key: value` lines")
+        problem = " ".join(str(getattr(error, "problem", "unreadable")).split())
+        _fail(prog, f"{path}{where}: not YAML ({problem:.100}); expected `key: value` lines")
     if loaded is None:
         loaded = {}
     if not isinstance(loaded, dict):
         _fail(prog, f"{path} holds a {type(loaded).__name__}; expected `key: value` lines; see {prog} --help")
+    command = loaded.get("command")
+    if command is not None and (not isinstance(command, str) or not command.isidentifier() or len(command) > 40):
+        _fail(prog, f"{path} has the command {shown(command)}; expected its name; see tinylm --help")
     return text, loaded
 
 
@@ -291,6 +311,11 @@ def _metavar(name: str, hint: Any) -> str:
 
 def _is_bool(hint: Any) -> bool:
     return hint is bool or bool in typing.get_args(hint)
+
+
+def _is_text(hint: Any) -> bool:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return hint is str or (union and str in typing.get_args(hint))
 
 
 def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tinylm.tokenizer.chat_template_jinja import TOOLS_INTRODUCTION
+from tinylm.untrusted_files import parse_json
 
 Message = dict[str, str]
+
+_MAX_REASON = 600  # characters; the longest of our own have 400
 
 ROLES = {
     "system": "system",
@@ -50,9 +53,13 @@ class Record:
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message names file and line."""
+    """A row that cannot be used; the message names file and line.
+
+    A reason may quote the row (its field names): what a terminal would obey is replaced, and a long one cut.
+    """
 
     def __init__(self, path: str, line: int, reason: str) -> None:
+        reason = "".join(character if character.isprintable() else "\ufffd" for character in reason[:_MAX_REASON])
         super().__init__(f"{path}, line {line}: {reason}")
         self.path = path
         self.line = line
@@ -163,8 +170,11 @@ def _one_message(record: Record, entry: dict[str, Any], where: str) -> Message:
         _fail(record, f"{where} has the role {role!r:.40}; expected one of {', '.join(ROLES)}")
     content = entry.get(content_key)
     calls = entry.get("tool_calls") or []
+    if not isinstance(calls, list):
+        _fail(record, f"{where}.tool_calls is {_kind(calls)}; expected a list of calls")
     if calls:
-        content = "\n".join([*([content] if content else []), *(_call(record, call, where) for call in calls)])
+        spoken = [_string(record, content, f"{where}.{content_key}")] if content else []
+        content = "\n".join([*spoken, *(_call(record, call, where) for call in calls)])
     elif isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(_string(record, part.get("text"), f"{where}.text") for part in content)
     return _message(ROLES[role], _string(record, content, f"{where}.{content_key}"))
@@ -178,7 +188,7 @@ def _call(record: Record, call: Any, where: str) -> str:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _json(record, arguments, f"{where}.tool_calls")
-    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+    return _json_text(record, {"name": function["name"], "arguments": arguments}, f"{where}.tool_calls")
 
 
 def _side(record: Record, field: str, role: str) -> list[Message]:
@@ -223,7 +233,7 @@ def _with_system(record: Record, messages: list[Message]) -> list[Message]:
         parts.append(messages[0]["content"])
         rest = messages[1:]
     if tools:
-        parts.append("\n".join([TOOLS_INTRODUCTION, *(json.dumps(tool, ensure_ascii=False) for tool in tools)]))
+        parts.append("\n".join([TOOLS_INTRODUCTION, *(_json_text(record, tool, "tools") for tool in tools)]))
     text = "\n\n".join(part.strip() for part in parts if part.strip())
     return [_message("system", text), *rest] if text else rest
 
@@ -234,9 +244,19 @@ def _message(role: str, content: str) -> Message:
 
 def _json(record: Record, text: str, field: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         _fail(record, f"{field} is not JSON ({error}); expected JSON")
+
+
+def _json_text(record: Record, value: Any, field: str) -> str:
+    """A part of a record as JSON. Of a parquet file it may hold dates and bytes, and of any file half a character."""
+    try:
+        return _string(record, json.dumps(value, ensure_ascii=False), field)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, BadRow):
+            raise
+        _fail(record, f"{field} cannot be written as JSON ({error}); expected texts, numbers, lists and objects")
 
 
 def _string(record: Record, value: Any, field: str) -> str:

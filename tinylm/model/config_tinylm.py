@@ -6,21 +6,14 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from tinylm.model.rope_settings import checked_yarn, is_number, rope_of
+from tinylm.untrusted_files import shown
+
 POSITION_EMBEDDING_TYPES = ("rope", "sinusoidal", "learned")
 _MAX_POSITIONS = 2**20
-_YARN_KEYS = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-}
+_SMALL_TABLE = 2**24
+"""Numbers of a table of positions (64 MB) that any model may have; a larger one must not outweigh its own weights.
+131,072 positions of heads of 64 wide."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +99,17 @@ class TinyLMConfig:
             )
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(
-                f"position_embedding_type {self.position_embedding_type!r} is unknown; "
+                f"position_embedding_type {shown(self.position_embedding_type)} is unknown; "
                 f"choose one of {', '.join(POSITION_EMBEDDING_TYPES)}"
             )
         if self.position_embedding_type == "rope" and self.head_width % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; RoPE turns pairs of numbers: choose an even one")
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"hidden_size {self.hidden_size} is odd; sinusoidal positions need an even one")
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range", "hidden_dropout", "attention_dropout"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be a number")
+            object.__setattr__(self, name, float(getattr(self, name)))  # 10**30 is a number to JSON, and none to torch
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not a probability; choose 0 <= {name} < 1")
@@ -123,17 +120,33 @@ class TinyLMConfig:
             )
         for name in ("tie_word_embeddings", "qk_norm", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be true or false")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if not isinstance(getattr(self, name), int | None):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number or null")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None) or abs(value or 0) >= 2**31:
+                raise ValueError(f"{name} is {shown(value)}; it must be a whole number or null")
         if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", _checked_yarn(self.rope_scaling, self))
+            object.__setattr__(self, "rope_scaling", checked_yarn(self.rope_scaling, self.max_position_embeddings))
+        self._check_tables()
+
+    def _check_tables(self) -> None:
+        """The tables of positions are in no file, so no file's size bounds them; a config alone could ask for 100 GB.
+
+        Raises:
+            ValueError: they would take more than 64 MB and more than the weights themselves.
+        """
+        width = {"rope": 2 * self.head_width, "sinusoidal": self.hidden_size, "learned": 0}
+        numbers = self.max_position_embeddings * width[self.position_embedding_type]
+        if numbers > max(_SMALL_TABLE, self.num_parameters()):
+            raise ValueError(
+                f"max_position_embeddings is {self.max_position_embeddings}, whose position tables of {numbers:,} "
+                f"numbers are larger than the model of {self.num_parameters():,}: lower it to the context you use"
+            )
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+            raise ValueError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
 
     @property
     def head_width(self) -> int:
@@ -206,9 +219,9 @@ class TinyLMConfig:
         """
         kind = data.get("model_type")
         if kind not in ("llama", "qwen3", "tinylm"):
-            raise ValueError(f"model_type {kind!r} is not supported; expected llama, qwen3 or tinylm")
+            raise ValueError(f"model_type {shown(kind)} is not supported; expected llama, qwen3 or tinylm")
         if data.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ValueError(f"hidden_act {data['hidden_act']!r} is not supported; expected silu (SwiGLU)")
+            raise ValueError(f"hidden_act {shown(data['hidden_act'])} is not supported; expected silu (SwiGLU)")
         if data.get("quantization_config"):
             raise ValueError("quantization_config is set; only unquantised weights can be loaded")
         if data.get("use_sliding_window"):
@@ -230,10 +243,10 @@ class TinyLMConfig:
         if missing:
             raise ValueError(f"{missing[0]} is missing; a {kind} config.json must state it")
         try:
-            kept["rope_theta"], kept["rope_scaling"] = _rope_of(data)
+            kept["rope_theta"], kept["rope_scaling"] = rope_of(data)
             return cls(**kept)
         except (TypeError, AttributeError) as error:
-            raise ValueError(f"a value has the wrong type ({error}); correct it") from None
+            raise ValueError(f"a value has the wrong type ({shown(str(error), 200)}); correct it") from None
 
 
 _TINYLM_ONLY = ("position_embedding_type", "qk_norm")
@@ -263,40 +276,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 104,030,976 parameters.
     "large": {"hidden_size": 768, "num_hidden_layers": 16},
 }
-
-
-def _rope_of(data: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(theta, YaRN settings or None) from either generation of keys."""
-    rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
-    theta = rope.get("rope_theta") or data.get("rope_theta") or 10_000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; expected 1")
-        return float(theta), None
-    return float(theta), {key: value for key, value in rope.items() if key != "rope_theta"}
-
-
-def _checked_yarn(scaling: dict[str, Any], config: TinyLMConfig) -> dict[str, Any] | None:
-    """`rope_scaling` with defaults filled in, or ValueError."""
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ValueError(f"rope_type {kind!r} is not supported; expected default or yarn")
-    if unknown := sorted(set(scaling) - _YARN_KEYS):
-        raise ValueError(f"rope_scaling has the unknown key {unknown[0]!r}; expected {', '.join(sorted(_YARN_KEYS))}")
-    out = {key: value for key, value in scaling.items() if key not in ("type", "rope_theta") and value is not None}
-    out["rope_type"] = "yarn"
-    out.setdefault("original_max_position_embeddings", config.max_position_embeddings)
-    original = out["original_max_position_embeddings"]
-    if original <= 0 or out.get("factor", 1.0) < 1.0:
-        raise ValueError(
-            f"rope_scaling has factor {out.get('factor')} and original_max_position_embeddings {original}; "
-            "expected a factor of at least 1 and a positive length"
-        )
-    out.setdefault("factor", config.max_position_embeddings / original)
-    return out
 
 
 def with_vocab_size(config: TinyLMConfig, vocab_size: int) -> TinyLMConfig:

@@ -20,7 +20,6 @@ from tinylm.model.weights_file import (
     check_shapes,
     plain_name,
     read_header,
-    read_json,
     read_weights,
     replaceable_folder,
     unwrapped,
@@ -28,6 +27,7 @@ from tinylm.model.weights_file import (
     write_json,
     write_tensors,
 )
+from tinylm.untrusted_files import read_json, shown
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PEFT_PREFIX = "base_model.model."
@@ -55,16 +55,16 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank is {self.rank!r}; it must be a whole number of at least 1")
-        if not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha is {self.alpha!r}; it must be a number above 0, or the adapter does nothing")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; it must be a probability below 1")
+            raise ValueError(f"rank is {shown(self.rank)}; it must be a whole number of at least 1")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is {shown(self.alpha)}; it must be a number above 0, or the adapter does nothing")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {shown(self.dropout)}; it must be a probability below 1")
         if not self.target_modules:
             raise ValueError(f"target_modules is empty; choose from {', '.join(PROJECTIONS)}")
         for name in self.target_modules:
             if name not in PROJECTIONS:
-                raise ValueError(f"target module {name!r} is unknown; choose from {', '.join(PROJECTIONS)}")
+                raise ValueError(f"target module {shown(name)} is unknown; choose from {', '.join(PROJECTIONS)}")
 
 
 class LoRALinear(nn.Module):
@@ -230,17 +230,17 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
     path = Path(folder) / "adapter_config.json"
     data = read_json(path)
     if data.get("peft_type") != "LORA":
-        raise ValueError(f"{path} has peft_type {data.get('peft_type')!r}; only LORA adapters can be loaded")
+        raise ValueError(f"{path} has peft_type {shown(data.get('peft_type'))}; only LORA adapters can be loaded")
     for name in _UNSUPPORTED:
         if data.get(name):
             raise ValueError(f"{path} sets {name}; only plain LoRA of the same rank everywhere can be loaded")
     if data.get("bias", "none") != "none":
-        raise ValueError(f"{path} has bias {data['bias']!r}; only adapters without biases can be loaded")
+        raise ValueError(f"{path} has bias {shown(data['bias'])}; only adapters without biases can be loaded")
     targets = data.get("target_modules")
     if targets == "all-linear":
         targets = PROJECTIONS
     if not isinstance(targets, list | tuple):
-        raise ValueError(f"{path} has target_modules {targets!r}; a list of names is expected")
+        raise ValueError(f"{path} has target_modules {shown(targets)}; a list of names is expected")
     try:
         rank, alpha = data.get("r", 8), data.get("lora_alpha", 8)
         return LoRAConfig(rank, alpha, data.get("lora_dropout", 0.0), tuple(targets))
@@ -292,11 +292,18 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Linear]:
 def _check_base(model: nn.Module, folder: Path, model_path: str | Path | None) -> None:
     path = folder / "lineage.json"
     lineage = read_json(path) if path.is_file() else {}
-    recorded = lineage.get("base_fingerprint")
+    recorded, parent = lineage.get("base_fingerprint"), lineage.get("parent")
     if recorded and recorded != (actual := weights_fingerprint(model)):
         stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        base = (lineage.get("parent") or {}).get("path") or stated
+        # Of a base that was a `.pth`, the parent is a name and no record.
+        base = (parent.get("path") if isinstance(parent, dict) else parent) or stated
         raise ValueError(
-            f"{folder} was trained on {base} (weights {recorded}); {model_path or 'this model'} has weights {actual}: "
+            f"{folder} was trained on {_plain(base)} (weights {_plain(recorded)}); {model_path or 'this model'} has "
+            f"weights {actual}: "
             "load it onto its own base model (and convert to half precision only afterwards)"
         )
+
+
+def _plain(text: object) -> str:
+    """What a file says, as it stands if it is fit for a terminal."""
+    return text if isinstance(text, str) and text.isprintable() and len(text) < 1000 else shown(text)

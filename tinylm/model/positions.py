@@ -74,9 +74,12 @@ class RotaryEmbedding(nn.Module):
         speeds, temperature = rope_frequencies(config)
         positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
         angles = torch.outer(positions, speeds)  # [P, D/2]
-        cos, sin = angles.cos() * temperature, angles.sin() * temperature
+        # In place where it can be: a table of a million positions is large, and each step would be another of it.
+        cos = angles.cos().mul_(temperature)
         # Not persistent: the tables follow from the config and are no part of a checkpoint.
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # [P, D]
+        del cos
+        sin = angles.sin_().mul_(temperature)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]

@@ -13,15 +13,25 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tinylm import untrusted_files
 from tinylm.atomic_files import atomic_folder, write_manifest
+from tinylm.untrusted_files import MAX_JSON_BYTES, check_file, parse_json, shown
 
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+_MAX_NAME = 512  # characters; PEFT's longest have some 80
+_MAX_DIMENSIONS = 8
+_MAX_OWN_JSON = 64 << 20  # bytes
+# The types that torch has; the format knows some of less than a byte too, which no model here is stored in.
+_ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "I64": 8, "I32": 4, "I16": 2,
+    "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 _WRAPPERS = ("_orig_mod.", "module.")
 Shapes = dict[str, tuple[int, ...]]
 
@@ -46,29 +56,63 @@ def plain_name(name: str) -> str:
 def read_header(path: Path) -> Shapes:
     """Name and shape of every tensor in a safetensors file, without reading a single number.
 
+    Every tensor must have the bytes that its type and shape need, and together they must fill the file from the
+    header to its end, without a hole and without sharing a byte: then no claim in a header costs more memory than
+    the file has.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file, or shorter or longer than its header says.
+        ValueError: not a safetensors file, shorter or longer than its header says, or a header that cannot be true.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a safetensors file with the weights is expected there")
+    check_file(path, "a safetensors file with the weights is expected there")
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
+        if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
             raise ValueError(f"{path} is cut short or not a safetensors file ({size} bytes); copy or save it again")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in header.items()}
-        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
-        raise ValueError(f"{path} has an unreadable safetensors header; copy or save it again") from None
-    expected = 8 + length + max(ends, default=0)
-    if expected != size:
-        raise ValueError(f"{path} has {size} bytes; its header promises {expected}: copy or save it again")
-    return shapes
+        header = parse_json(raw)
+        if not isinstance(header, dict) or not isinstance(header.pop("__metadata__", {}), dict):
+            raise ValueError("no object")
+        places = sorted(_checked_entry(name, entry) for name, entry in header.items())
+    except ValueError as error:
+        raise ValueError(f"{path} has an unreadable safetensors header ({error}); copy or save it again") from None
+    end = 0
+    for begin, stop, name in places:
+        if begin != end:
+            what = "shares bytes with another tensor" if begin < end else "leaves a hole before it"
+            raise ValueError(f"{path}: the tensor {name} {what}; it would not load elsewhere: save it again")
+        end = stop
+    if 8 + length + end != size:
+        raise ValueError(f"{path} has {size} bytes; its header promises {8 + length + end}: copy or save it again")
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a tensor's name that no model has and no terminal should be sent (escape sequences)."""
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise ValueError(f"the tensor name {shown(name)}; expected up to {_MAX_NAME} printable characters")
+
+
+def _checked_entry(name: str, entry: object) -> tuple[int, int, str]:
+    """(begin, end, name) of a tensor's bytes, from its entry in a header."""
+    check_name(name)
+    if not isinstance(entry, dict):
+        raise ValueError(f"{shown(name)} is no object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise ValueError(f"{shown(name)} has the dtype {shown(dtype)}; expected {', '.join(_ITEM_BYTES)}")
+    if not _whole_numbers(shape) or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{shown(name)} has the shape {shown(shape)}; expected a list of whole numbers")
+    needed = math.prod(shape) * _ITEM_BYTES[dtype]
+    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != needed:
+        raise ValueError(f"{shown(name)} has the data_offsets {shown(offsets)}; expected {needed} bytes")
+    return offsets[0], offsets[1], name
+
+
+def _whole_numbers(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -188,20 +232,12 @@ def replaceable_folder(path: str | Path, marker: str) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file.
+    """The JSON object in a file that this program wrote for itself, where Infinity is a number too.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not a JSON object.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; it is needed to load what lies beside it")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); repair it or save the folder again") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}; a JSON object is expected: save the folder again")
-    return data
+    return untrusted_files.read_json(path, finite=False, max_bytes=_MAX_OWN_JSON)
 
 
 def write_json(path: Path, data: Mapping) -> None:

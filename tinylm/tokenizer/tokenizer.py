@@ -22,6 +22,7 @@ from tinylm.atomic_files import atomic_write
 from tinylm.tokenizer import tokenizer_json
 from tinylm.tokenizer.bpe import CHARACTER_TO_BYTE, count_pieces, train_bpe
 from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE
+from tinylm.untrusted_files import check_file, shown
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",  # 0: padding, and the end of a document
@@ -118,6 +119,8 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
+        if path.is_dir() and file.exists():  # a link that the user names is the user's, one in a folder a stranger's
+            check_file(file, "a tokenizer.json is expected there")
         definition = tokenizer_json.read_definition(file)
         try:
             return cls(definition)
@@ -127,7 +130,8 @@ class Tokenizer:
     @classmethod
     def default(cls) -> Tokenizer:
         """The tokenizer that ships with the package: 6400 entries for English, code and some Chinese."""
-        return cls.load(_DEFAULT_FOLDER)
+        # The file and not the folder: some installers make every file of a package a link into their cache.
+        return cls.load(_DEFAULT_FOLDER / "tokenizer.json")
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, each one whole or not at
@@ -221,17 +225,23 @@ class StreamDecoder:
 
 
 def _build_fast(definition: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer, with nothing that would add tokens to the text's or look for special ones in
-    it."""
-    plain = {**definition, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    plain["model"] = {**definition["model"], "type": "BPE", "dropout": None}  # dropout: encoding by chance
+    """The library's tokenizer, of the parts that decide the ids of plain text, and of nothing else in the file.
+
+    Left out is what would add tokens to the text's, look for special ones in it or encode by chance (dropout), and
+    what byte-level BPE has no use for (prefixes, suffixes, a decoder of more regular expressions).
+    """
+    plain: dict[str, Any] = {"version": "1.0", "added_tokens": []}
+    plain |= {key: definition.get(key) for key in ("normalizer", "pre_tokenizer")}
+    model = definition["model"]
+    plain["model"] = {"type": "BPE", "vocab": model["vocab"], "merges": model["merges"]}
+    plain["model"]["ignore_merges"] = model.get("ignore_merges") is True
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
     except BaseException as error:  # the library's Rust code may "panic", which is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the `tokenizers` library cannot use this tokenizer.json ({reason:.200})") from None
+        reason = shown(" ".join(str(error).split()), 200)
+        raise ValueError(f"the `tokenizers` library cannot use this tokenizer.json ({reason})") from None
 
 
 def _token_bytes(name: str, is_added: bool) -> bytes:

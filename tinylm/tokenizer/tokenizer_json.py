@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.tokenizer.bpe import BYTE_TO_CHARACTER, SPLIT_PATTERN, BytePairEncoding
+from tinylm.tokenizer.split_patterns import check_text_steps
+from tinylm.untrusted_files import parse_json, shown
 
 MAX_FILE_BYTES = 64 << 20
 """The largest tokenizer.json in use (262,144 entries) takes 33 MB."""
 
 MAX_VOCAB_SIZE = 1 << 20
+
+_MAX_VALUES = 1 << 22
+"""Commas and brackets of a tokenizer.json; 262,144 entries with their merges have 2 million."""
 
 
 def token_to_text(token: bytes) -> str:
@@ -133,8 +138,8 @@ def read_definition(path: Path) -> Any:
     if size > MAX_FILE_BYTES:
         raise ValueError(f"{path} has {size} bytes; a tokenizer.json has at most {MAX_FILE_BYTES}")
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return parse_json(path.read_bytes(), max_values=_MAX_VALUES)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); expected a tokenizer.json") from None
 
 
@@ -145,22 +150,26 @@ def check_definition(definition: Any) -> None:
         raise ValueError("no `model` object; expected the content of a tokenizer.json")
     model = definition["model"]
     if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"model type is {model.get('type')!r}; expected BPE (byte-level)")
+        raise ValueError(f"model type is {shown(model.get('type'))}; expected BPE (byte-level)")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise ValueError(f"cannot use the {name} {shown(model[name])}; expected none, as in byte-level BPE")
     vocab, merges, added = model.get("vocab"), model.get("merges"), definition.get("added_tokens", [])
     if not isinstance(vocab, dict) or not isinstance(merges, list) or not isinstance(added, list):
         raise ValueError("`model.vocab`, `model.merges` or `added_tokens` has the wrong type; expected {}, [], []")
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not token["content"]:
-            raise ValueError(f"an added token is {token!r:.60}; expected an object with `content` and `id`")
+            raise ValueError(f"an added token is {shown(token)}; expected an object with `content` and `id`")
     ids = [*vocab.values(), *(token.get("id") for token in added)]
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < MAX_VOCAB_SIZE:
-            raise ValueError(f"token id {token_id!r:.40}; expected a whole number from 0 to {MAX_VOCAB_SIZE - 1}")
+            raise ValueError(f"token id {shown(token_id, 40)}; expected a whole number from 0 to {MAX_VOCAB_SIZE - 1}")
     _check_one_token_per_id(vocab, added)
     for merge in merges:
         if any(part not in vocab for part in _pair(merge)):
-            raise ValueError(f"merge {merge!r:.60} has a part that is not in the vocabulary")
+            raise ValueError(f"merge {shown(merge)} has a part that is not in the vocabulary")
     missing = [byte for byte in range(256) if BYTE_TO_CHARACTER[byte] not in vocab]
+    check_text_steps(definition)
     if missing or "ByteLevel" not in json.dumps(definition.get("pre_tokenizer")):
         what = f"byte 0x{missing[0]:02x} has no token" if missing else "its pre-tokenizer is not ByteLevel"
         raise ValueError(f"not a byte-level tokenizer: {what}; expected byte-level BPE (as of GPT-2, Qwen, Llama 3)")
@@ -168,14 +177,17 @@ def check_definition(definition: Any) -> None:
 
 def _check_one_token_per_id(vocab: dict[str, int], added: list[dict[str, Any]]) -> None:
     name_of: dict[int, str] = {}
+    id_of: dict[str, int] = {}
     for name, token_id in [*vocab.items(), *((token["content"], token["id"]) for token in added)]:
         if name_of.setdefault(token_id, name) != name:
-            raise ValueError(f"two tokens have id {token_id}: {name_of[token_id]!r:.40} and {name!r:.40}")
+            raise ValueError(f"two tokens have id {token_id}: {shown(name_of[token_id], 40)} and {shown(name, 40)}")
+        if id_of.setdefault(name, token_id) != token_id:
+            raise ValueError(f"the token {shown(name, 40)} has two ids: {id_of[name]} and {token_id}")
 
 
 def _pair(merge: Any) -> list[str]:
     """A merge in either spelling, "left right" or ["left", "right"], as a list of two."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-        raise ValueError(f"merge {merge!r:.60}; expected a pair of tokens")
+        raise ValueError(f"merge {shown(merge)}; expected a pair of tokens")
     return pair

@@ -1,0 +1,150 @@
+"""What is fuzzed: each loader with a good file to damage, the way to damage it, and what a user would do with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.fuzz.mutations import NASTY, mutate_json, mutate_lines, mutate_pth, mutate_safetensors
+from tinylm.checkpoint import load_model, save_adapter, save_model
+from tinylm.dataset.sources import load_conversations, load_preferences, load_texts
+from tinylm.export.pth import export_pth
+from tinylm.model.model_lora import LoRAConfig, apply_lora
+from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
+from tinylm.model.weights_file import read_tensors
+from tinylm.settings import parse_settings
+from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.train_lora import LoRASettings
+
+TEXT = "The cat sat on the mat, and 12 dogs saw it's red.\n\n  Again! "
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file of one folder, damaged; the folder then loaded."""
+
+    folder: str
+    """the good folder, below `make_seeds`' own"""
+    file: str
+    """the file that is damaged, in it"""
+    mutate: Callable[[Random, bytes], bytes]
+    load: Callable[[Path], Any]
+    """(the damaged file) -> reads it as the program does; raises ValueError or OSError, or (settings) SystemExit"""
+    names_file: bool = True
+    """whether every error must name the file or its folder; settings may also be wrong together, or be too few"""
+
+
+def make_seeds(root: Path) -> None:
+    """The good files: small, so that most of them is structure."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([TEXT * 20], 290)
+    config = TinyLMConfig(tokenizer.vocab_size, 16, 32, 2, 2, 2, max_position_embeddings=32)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32}
+    model = TinyLMForCausalLM(config)
+    save_model(root / "model", model, tokenizer, {"stage": "pretrain", "parent": {"path": "x"}})
+    stretched = TinyLMForCausalLM(TinyLMConfig(**{**vars(config), "rope_scaling": yarn}))
+    save_model(root / "yarn", stretched, tokenizer, {})
+    _save_sharded(root)
+    export_pth(model, root / "pth" / "model.pth")
+    tokenizer.save(root / "pth" / "model")
+    apply_lora(model, LoRAConfig(rank=2, target_modules=("q_proj", "down_proj")))
+    save_adapter(model, root / "adapter", "../model", {"stage": "lora", "parent": {"path": "../model"}})
+    (root / "data").mkdir()
+    call = {
+        "role": "assistant",
+        "content": "I ask.",
+        "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}],
+    }
+    chats = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "system": "Be."},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}], "tools": '[{"a": 1}]'},
+        {"instruction": "Add", "input": "1 1", "output": "2", "history": [["a", "b"]]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, call], "tools": [{"name": "f"}]},
+    ]
+    pairs = [{"prompt": "Hi", "chosen": "Ho", "rejected": "No"}, {**chats[0], "chosen": "a", "rejected": "b"}]
+    for name, rows in (("chats", chats), ("pairs", pairs), ("texts", [{"text": TEXT}, {"text": "é"}])):
+        (root / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = "# a run\ncommand: lora\nepochs: 2\nlearning_rate: 1e-4\ntarget_modules: [q_proj, v_proj]\n"
+    (root / "data" / "run.yaml").write_text(
+        settings + 'data_path: "some: text"\nuse_compile: false\nmodel_path: base\n'
+    )
+
+
+def _save_sharded(root: Path) -> None:
+    """The same model, its weights in two files that an index names."""
+    shutil.copytree(root / "model", root / "sharded")
+    tensors = load_file(root / "sharded" / "model.safetensors")
+    (root / "sharded" / "model.safetensors").unlink()
+    halves = {f"model-0000{n + 1}-of-00002.safetensors": sorted(tensors)[n::2] for n in range(2)}
+    for file, names in halves.items():
+        save_file({name: tensors[name] for name in names}, root / "sharded" / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, names in halves.items() for name in names}}
+    (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _run_model(path: Path) -> None:
+    """Load a model, and ask it something: what was accepted must also work."""
+    model, tokenizer, _ = load_model(path)
+    with torch.no_grad():
+        model(torch.tensor([tokenizer.encode("a cat")[: min(8, model.config.max_position_embeddings)]]))
+
+
+def _read_tokenizer(path: Path) -> None:
+    tokenizer = Tokenizer.load(path.parent)
+    tokenizer.decode(tokenizer.encode(TEXT * 20 + "a" * 3000))
+
+
+def _read_settings(path: Path) -> None:
+    parse_settings(LoRASettings, ["--config", str(path)], "tinylm lora", "")
+
+
+def _read_rows(read: Callable[..., Any]) -> Callable[[Path], None]:
+    return lambda path: [None for _ in read(str(path))] and None
+
+
+def _rows(rng: Random, data: bytes) -> bytes:
+    """One row of JSON lines changed as JSON, or the lines as text."""
+    if rng.random() < 0.3:
+        return mutate_lines(rng, data, _ROW_SIGNS)
+    lines = data.splitlines()
+    at = rng.randrange(len(lines))
+    return b"\n".join([*lines[:at], mutate_json(rng, lines[at]), *lines[at + 1 :]])
+
+
+_ROW_SIGNS = [b"[", b"{", b'"', b"\\u0000", b"\\ud800", b"\0", b"\xff", b"\xef\xbb\xbf", b"9" * 400, b"NaN", b"\r"]
+_YAML_SIGNS = [
+    b"[", b"{", b"- ", b"? ", b": ", b"&a ", b"*a", b"!!python/object:os.system ", b"!!bool x", b"!!timestamp x",
+    b"!!int 0b", b"!!set {a}", b"<<: *a", b"|\n", b"'", b'"', b"%YAML 9.9\n", b"---", b"...", b"\t", b"\0", b"\xff",
+    b"9" * 400, b".inf", b".nan", b"1:2:3", b"0x_", b"null", b"~", b"lora", b"#", b"\\x1b", b"@", b"`",
+    *(str(value).encode() for value in NASTY),
+]  # fmt: skip
+
+TARGETS = {
+    "safetensors": Target("model", "model.safetensors", mutate_safetensors, read_tensors),
+    "model weights": Target("model", "model.safetensors", mutate_safetensors, lambda path: _run_model(path.parent)),
+    "config.json": Target("model", "config.json", mutate_json, lambda path: _run_model(path.parent)),
+    "config.json (YaRN)": Target("yarn", "config.json", mutate_json, lambda path: _run_model(path.parent)),
+    "index.json": Target("sharded", "model.safetensors.index.json", mutate_json, lambda path: _run_model(path.parent)),
+    "shard": Target(
+        "sharded", "model-00002-of-00002.safetensors", mutate_safetensors, lambda path: _run_model(path.parent)
+    ),
+    "tokenizer.json": Target("model", "tokenizer.json", mutate_json, _read_tokenizer),
+    "adapter_config.json": Target("adapter", "adapter_config.json", mutate_json, lambda path: _run_model(path.parent)),
+    "adapter weights": Target(
+        "adapter", "adapter_model.safetensors", mutate_safetensors, lambda path: _run_model(path.parent)
+    ),
+    "lineage.json": Target("adapter", "lineage.json", mutate_json, lambda path: _run_model(path.parent)),
+    ".pth": Target("pth", "model.pth", mutate_pth, _run_model),
+    "YAML": Target("data", "run.yaml", lambda rng, data: mutate_lines(rng, data, _YAML_SIGNS), _read_settings, False),
+    "chats": Target("data", "chats.jsonl", _rows, _read_rows(load_conversations)),
+    "preferences": Target("data", "pairs.jsonl", _rows, _read_rows(load_preferences)),
+    "texts": Target("data", "texts.jsonl", _rows, _read_rows(load_texts)),
+}

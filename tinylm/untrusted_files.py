@@ -1,0 +1,133 @@
+"""Files from strangers: which of them may be opened, and JSON that says one thing only.
+
+Everything that reads a model folder, an adapter or a tokenizer comes through here, so that a file is checked once,
+in one place, before anything is built from it. docs/reliability.md says what is promised.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 1 << 20
+"""A config, an index, a lineage, a safetensors header. Python's objects take up to 30 times the room of their text
+(`[],` is 3 bytes, an empty list 64), so this bounds the memory; 10,000 tensors fit in."""
+
+_MAX_DEPTH = 64  # what walks through the values afterwards recurses: Python's own limit is 1,000 calls
+_MAX_DIGITS = 40  # a 128-bit number has 39, and float() takes any of these without overflowing
+_HALF_PAIR = re.compile(rb"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
+
+
+def shown(text: object, longest: int = 60) -> str:
+    """A stranger's text for an error message: quoted, one line, no control characters, not too long."""
+    quoted = ascii(text[: longest + 1] if isinstance(text, str) else text)
+    return quoted if len(quoted) <= longest + 2 else f"{quoted[:longest]}..."
+
+
+def check_file(path: Path, purpose: str) -> None:
+    """Raise unless `path` is a regular file that lies, itself or the file it links to, in its own folder.
+
+    A link out of the folder would make a downloaded model read whatever its author chose: `model.safetensors` may
+    lead to another model of the user's, which is then exported and published as this one. One kind of link does
+    lead out and is how the Hugging Face hub stores every model: `models--a--b/snapshots/<commit>/config.json` is a
+    link to `models--a--b/blobs/<hash>`. So a file that lies in `blobs` beside `snapshots` is accepted too. The path
+    is resolved to its end before it is compared: a `blobs` that is itself a link elsewhere does not pass.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a pipe, a device (reading one may never end), a folder, or a link that leads out.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; {purpose}")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; {purpose}: replace it with a plain file")
+    if not path.is_symlink():
+        return
+    home, target = path.parent.resolve(), path.resolve()
+    stores = [folder.parent / "blobs" for folder in (home, *home.parents) if folder.name == "snapshots"]
+    if not any(target.is_relative_to(place) for place in (home, *stores)):
+        raise ValueError(f"{path} is a link that leads out of its folder, to {target}; copy that file into the folder")
+
+
+def parse_json(raw: bytes | str, max_values: int | None = None, finite: bool = True) -> Any:
+    """JSON in the strict sense of RFC 8259, and no ambiguous part of it.
+
+    Python's reader accepts NaN and Infinity, turns 1e999 into infinity, and of two equal keys takes the last; other
+    readers take the first, so one file could pass here as one model and load elsewhere as another.
+
+    Args:
+        finite: refuse NaN, Infinity and what overflows to it. False is for our own files, such as a best loss so far.
+        max_values: refuse more commas and brackets than that (a bound on the number of values) before parsing.
+
+    Raises:
+        ValueError: says what is wrong; never RecursionError, OverflowError or KeyError.
+    """
+    data = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
+    if max_values is not None and (found := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
+        raise ValueError(f"{found} values; at most {max_values} are expected")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_whole_number,
+            parse_float=_finite_number if finite else float,
+            parse_constant=_finite_number if finite else float,
+        )
+    except RecursionError:
+        raise ValueError(f"brackets nested deeper than {_MAX_DEPTH}") from None
+    _check_depth(value)
+    if _HALF_PAIR.search(data):  # an escaped pair is fine, half of one is no Unicode and cannot be written anywhere
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def read_json(path: Path, finite: bool = True, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: `check_file`'s, too large, or not a JSON object.
+    """
+    check_file(path, "it is needed to load what lies beside it")
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ValueError(f"{path} has {size} bytes; at most {max_bytes} are expected: save the folder again")
+    try:
+        data = parse_json(path.read_bytes(), finite=finite)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); repair it or save the folder again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; a JSON object is expected: save the folder again")
+    return data
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+    return found
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a whole number of {len(text)} digits; at most {_MAX_DIGITS} are expected")
+    return int(text)
+
+
+def _finite_number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {shown(text)}, which is not finite")
+    return number
+
+
+def _check_depth(value: Any) -> None:
+    """Level by level, not by recursion, which is what depth would break."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        if (depth := depth + 1) > _MAX_DEPTH:
+            raise ValueError(f"brackets nested deeper than {_MAX_DEPTH}")
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
