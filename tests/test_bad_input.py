@@ -123,6 +123,7 @@ def _write_models(folder: Path) -> None:
 
     def broken(name: str, source: str = "base") -> Path:
         shutil.copytree(folder / source, folder / name)
+        (folder / name / "manifest.json").unlink(missing_ok=True)  # the file itself is at fault, not a later change
         return folder / name
 
     def reconfigured(name: str, source: str = "base", file: str = "config.json", **values: object) -> None:

@@ -195,6 +195,7 @@ WEIGHT_ERRORS = {
 
 @pytest.mark.parametrize("case", WEIGHT_ERRORS)
 def test_broken_weights_name_file_and_remedy(folder, case):
+    (folder / "manifest.json").unlink()  # the file itself is at fault, not a later change
     broken_weights(folder, case)
     with pytest.raises((ValueError, FileNotFoundError), match=WEIGHT_ERRORS[case]) as caught:
         load_model(folder)
@@ -203,6 +204,7 @@ def test_broken_weights_name_file_and_remedy(folder, case):
 
 def test_a_stored_copy_of_the_tied_matrix_is_accepted(folder):
     path = folder / "model.safetensors"
+    (folder / "manifest.json").unlink()
     tensors = load_file(path)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
     assert load_model(folder)[0].config.tie_word_embeddings
@@ -377,3 +379,17 @@ def test_broken_pth_files(tmp_path):
     torch.save(state, path)
     with pytest.raises(ValueError, match="500 entries; give --tokenizer_path"):
         load_model(path)
+
+
+def test_one_flipped_bit_in_the_weights_is_found_when_they_are_loaded(folder):
+    """It once loaded: a number a little other than it was, or 2**127 times as large, and nothing said so."""
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0x40
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"model.safetensors is not what was written .*on purpose, delete manifest.json"
+    ):
+        load_model(folder)
+    (folder / "manifest.json").unlink()
+    load_model(folder)

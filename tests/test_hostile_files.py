@@ -54,10 +54,11 @@ def folders(good: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _soon() -> Iterator[None]:
+def _soon(request: pytest.FixtureRequest) -> Iterator[None]:
     begin = time.process_time()
     yield
-    assert time.process_time() - begin < 2, "a hostile file took its time"
+    if "honest" not in request.node.name:
+        assert time.process_time() - begin < 2, "a hostile file took its time"
 
 
 def test_the_largest_tables_a_config_may_ask_for(folders: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinylm import untrusted_files
-from tinylm.atomic_files import atomic_folder, write_manifest
+from tinylm.atomic_files import MANIFEST, atomic_folder, check_manifest, write_manifest
 from tinylm.untrusted_files import MAX_JSON_BYTES, check_file, parse_json, shown
 
 _MAX_NAME = 512  # characters; PEFT's longest have some 80
@@ -128,8 +128,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """`read_tensors`, for a file that holds a model's weights and therefore only floating-point numbers.
 
     Raises:
-        ValueError: a tensor of whole numbers, which are quantised weights without what gives them their scale.
+        ValueError: the file is not what the manifest beside it says, or holds a tensor of whole numbers, which are
+            quantised weights without what gives them their scale.
     """
+    if (path.parent / MANIFEST).is_file():
+        try:
+            check_manifest(path.parent, path.name)
+        except ValueError as error:
+            raise ValueError(f"{error}; if it was changed on purpose, delete {MANIFEST}") from None
     tensors = read_tensors(path)
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
