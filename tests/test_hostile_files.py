@@ -30,11 +30,12 @@ from tinylm.dataset.record_shapes import BadRow, Record, messages_of, text_of
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.model.weights_file import read_header
 from tinylm.original_pth import read_pth
-from tinylm.settings import load_yaml
+from tinylm.settings import load_yaml, parse_settings
 from tinylm.strict_yaml import MAX_YAML_BYTES
 from tinylm.tokenizer.bpe import SPLIT_PATTERN
 from tinylm.tokenizer.split_patterns import KNOWN_PATTERNS
 from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.train_lora import LoRASettings
 from tinylm.untrusted_files import MAX_JSON_BYTES, parse_json
 
 
@@ -633,20 +634,23 @@ def test_a_device_as_yaml_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/dev/zero has more than 65536 bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "1e400", "1e30", "9" * 400])
+def test_a_number_that_no_setting_takes(tmp_path: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of 400 digits ended in OverflowError, and training with a learning rate of NaN began."""
+    (tmp_path / "run.yaml").write_text(f"model_path: m\nlearning_rate: {value}")
+    with pytest.raises(SystemExit):
+        parse_settings(LoRASettings, ["--config", str(tmp_path / "run.yaml")], "tinylm lora", "")
+    assert "line 2: learning_rate is " in capsys.readouterr().err
+
+
 def test_a_bomb_in_quotes_is_a_text(tmp_path: Path) -> None:
     """jsonargparse reads the text of a text setting as YAML once more, and then copied and printed 10^10 values."""
-    from tinylm.settings import parse_settings
-    from tinylm.trainer.train_lora import LoRASettings
-
     (tmp_path / "run.yaml").write_text("model_path: m\ndata_path: " + json.dumps(LAUGHS))
     settings = parse_settings(LoRASettings, ["--config", str(tmp_path / "run.yaml")], "tinylm lora", "")
     assert settings.data_path == LAUGHS
 
 
 def test_a_bomb_in_quotes_for_a_list_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tinylm.settings import parse_settings
-    from tinylm.trainer.train_lora import LoRASettings
-
     (tmp_path / "run.yaml").write_text("model_path: m\ntarget_modules: " + json.dumps(LAUGHS))
     with pytest.raises(SystemExit):
         parse_settings(LoRASettings, ["--config", str(tmp_path / "run.yaml")], "tinylm lora", "")
