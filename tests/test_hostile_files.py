@@ -230,7 +230,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "text for theta": ({"rope_theta": "1e6", "rope_parameters": None}, "rope_theta is '1e6'"),
     "bool for epsilon": ({"rms_norm_eps": True}, "rms_norm_eps is True"),
     "list for epsilon": ({"rms_norm_eps": [1]}, "rms_norm_eps is "),
-    "token": ({"eos_token_id": 10**30}, "eos_token_id"),
+    "token": ({"eos_token_id": True}, "eos_token_id is True"),
     "escape": ({"model_type": "\x1b[31m"}, r"model_type '\\x1b"),
     "long": ({"model_type": "a" * 100_000}, "model_type 'aaa"),
     "yarn text": ({"rope_scaling": {"rope_type": "yarn", "attention_factor": "x"}}, "attention_factor"),
@@ -260,6 +260,15 @@ def test_a_key_that_stands_twice(folders: Path) -> None:
     path = folders / "model" / "config.json"
     path.write_text(path.read_text().replace("{", '{"hidden_size": 16,', 1))
     refused(load_model, folders / "model", match="the key 'hidden_size' stands twice")
+
+
+@pytest.mark.parametrize("token", [-1, 290, 10**30, [290, 1]])
+def test_a_token_that_the_vocabulary_has_not(folders: Path, token: Any) -> None:
+    """Padding with it was an index out of range, when the first two prompts of unequal length came."""
+    path = folders / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": token}))
+    config = load_model(folders / "model")[0].config
+    assert config.vocab_size == 290 and config.pad_token_id is None and config.eos_token_id == 2
 
 
 def test_a_large_theta_is_a_number(folders: Path) -> None:
