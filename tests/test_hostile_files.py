@@ -30,11 +30,12 @@ from tinylm.dataset.record_shapes import BadRow, Record, messages_of, text_of
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.model.weights_file import read_header
 from tinylm.original_pth import read_pth
-from tinylm.settings import load_yaml
+from tinylm.settings import load_yaml, parse_settings
 from tinylm.strict_yaml import MAX_YAML_BYTES
 from tinylm.tokenizer.bpe import SPLIT_PATTERN
 from tinylm.tokenizer.split_patterns import KNOWN_PATTERNS
 from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.train_lora import LoRASettings
 from tinylm.untrusted_files import MAX_JSON_BYTES, parse_json
 
 
@@ -230,7 +231,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "text for theta": ({"rope_theta": "1e6", "rope_parameters": None}, "rope_theta is '1e6'"),
     "bool for epsilon": ({"rms_norm_eps": True}, "rms_norm_eps is True"),
     "list for epsilon": ({"rms_norm_eps": [1]}, "rms_norm_eps is "),
-    "token": ({"eos_token_id": 10**30}, "eos_token_id"),
+    "token": ({"eos_token_id": True}, "eos_token_id is True"),
     "escape": ({"model_type": "\x1b[31m"}, r"model_type '\\x1b"),
     "long": ({"model_type": "a" * 100_000}, "model_type 'aaa"),
     "yarn text": ({"rope_scaling": {"rope_type": "yarn", "attention_factor": "x"}}, "attention_factor"),
@@ -260,6 +261,15 @@ def test_a_key_that_stands_twice(folders: Path) -> None:
     path = folders / "model" / "config.json"
     path.write_text(path.read_text().replace("{", '{"hidden_size": 16,', 1))
     refused(load_model, folders / "model", match="the key 'hidden_size' stands twice")
+
+
+@pytest.mark.parametrize("token", [-1, 290, 10**30, [290, 1]])
+def test_a_token_that_the_vocabulary_has_not(folders: Path, token: Any) -> None:
+    """Padding with it was an index out of range, when the first two prompts of unequal length came."""
+    path = folders / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": token}))
+    config = load_model(folders / "model")[0].config
+    assert config.vocab_size == 290 and config.pad_token_id is None and config.eos_token_id == 2
 
 
 def test_a_large_theta_is_a_number(folders: Path) -> None:
@@ -634,20 +644,23 @@ def test_a_device_as_yaml_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/dev/zero has more than 65536 bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "1e400", "1e30", "9" * 400])
+def test_a_number_that_no_setting_takes(tmp_path: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of 400 digits ended in OverflowError, and training with a learning rate of NaN began."""
+    (tmp_path / "run.yaml").write_text(f"model_path: m\nlearning_rate: {value}")
+    with pytest.raises(SystemExit):
+        parse_settings(LoRASettings, ["--config", str(tmp_path / "run.yaml")], "tinylm lora", "")
+    assert "line 2: learning_rate is " in capsys.readouterr().err
+
+
 def test_a_bomb_in_quotes_is_a_text(tmp_path: Path) -> None:
     """jsonargparse reads the text of a text setting as YAML once more, and then copied and printed 10^10 values."""
-    from tinylm.settings import parse_settings
-    from tinylm.trainer.train_lora import LoRASettings
-
     (tmp_path / "run.yaml").write_text("model_path: m\ndata_path: " + json.dumps(LAUGHS))
     settings = parse_settings(LoRASettings, ["--config", str(tmp_path / "run.yaml")], "tinylm lora", "")
     assert settings.data_path == LAUGHS
 
 
 def test_a_bomb_in_quotes_for_a_list_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tinylm.settings import parse_settings
-    from tinylm.trainer.train_lora import LoRASettings
-
     (tmp_path / "run.yaml").write_text("model_path: m\ntarget_modules: " + json.dumps(LAUGHS))
     with pytest.raises(SystemExit):
         parse_settings(LoRASettings, ["--config", str(tmp_path / "run.yaml")], "tinylm lora", "")

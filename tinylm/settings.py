@@ -205,7 +205,8 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
         if isinstance(value, str) and _is_text(hints[key]):
             values[key] = value  # jsonargparse would read it as YAML once more, aliases of aliases and all
             continue
-        too_large = isinstance(value, int) and abs(value) >= 2**63  # which a float may not hold either
+        # No setting is NaN or infinite, and a whole number beyond 64 bits is one that torch cannot take.
+        too_large = isinstance(value, int | float) and not abs(value) < 2**63
         if too_large or (isinstance(value, str) and len(value) > _MAX_QUOTED):
             _fail(prog, f"{where}: {key} is {shown(value)}; expected {_type_name(hints[key])}; see {prog} --help")
         if value is None and type(None) not in typing.get_args(hints[key]):

@@ -1,4 +1,4 @@
-"""The long form: `python -m tests.fuzz.run --cases 120000 --seed 0`.
+"""The long form: `python -m tests.fuzz.run --cases 105000 --seed 0`.
 
 Cases run in a child process, so that a crash, a hang or an exhausted memory ends the child and is a finding, not the
 end of the run. Whatever goes wrong is kept: the file that did it, and beside it in words what happened.
@@ -43,7 +43,7 @@ class Report:
 def main() -> int:
     """Run every target, print the table; 1 if anything was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=120_000, help="over all targets")
+    parser.add_argument("--cases", type=int, default=105_000, help="over all targets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this one; may be given again")
     parser.add_argument("--keep", type=Path, default=Path("out/fuzz"), help="where to leave what was found")

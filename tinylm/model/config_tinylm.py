@@ -238,7 +238,10 @@ class TinyLMConfig:
             kept["head_dim"] = 128
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = data.get(name)
-            kept[name] = value[0] if isinstance(value, list) and value else value
+            value = value[0] if isinstance(value, list) and value else value
+            # -1, or the vocabulary's own size, says in older files that there is none; as an index it would fail later.
+            exists = type(value) is not int or not isinstance(size := data.get("vocab_size"), int) or 0 <= value < size
+            kept[name] = value if exists else None
         missing = [n for n in ("vocab_size", "hidden_size", "num_hidden_layers") if n not in kept]
         if missing:
             raise ValueError(f"{missing[0]} is missing; a {kind} config.json must state it")
