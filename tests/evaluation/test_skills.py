@@ -14,6 +14,7 @@ from tinylm.dataset import tinyworld
 from tinylm.dataset.tinyworld_chats import WARM_OPENERS
 from tinylm.evaluation.preferences import as_reference
 from tinylm.evaluation.skills import (
+    MANNERS_TOKENS,
     MEAN,
     PERSONA,
     PERSONA_RIGHT,
@@ -24,13 +25,19 @@ from tinylm.evaluation.skills import (
     score_skills,
     scoreboard,
 )
+from tinylm.generation.sampling import SamplingSettings
+
+GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=80)
+CHARACTERS = SimpleNamespace(encode=list)
+"""A tokenizer whose tokens are characters."""
 
 
 class ScriptedEngine:
     """Replies by looking the question up."""
 
-    def __init__(self, answer, model=None, tokenizer=None):
+    def __init__(self, answer, model=None, tokenizer=CHARACTERS):
         self.model, self.tokenizer = model, tokenizer
+        self.bounds = []
         self.answer = answer
         self.seen = []
         self.references = {
@@ -41,29 +48,43 @@ class ScriptedEngine:
 
     def reply_batch(self, conversations, settings):
         self.seen += conversations
+        self.bounds.append(settings.max_new_tokens)
         return [self.answer(self.references[str(messages)]) for messages in conversations]
 
 
 def test_right_answers_score_one_and_the_reference_is_never_shown():
     engine = ScriptedEngine(lambda reference: reference)
-    report = score_skills(engine, tinyworld, None, num_items=3)
+    report = score_skills(engine, tinyworld, GREEDY, num_items=3)
     assert report.accuracy == {skill: 1.0 for skill in tinyworld.SKILLS}
     assert report.summary[MEAN] == report.summary[STORY_MEAN] == report.summary[PERSONA_RIGHT] == 1.0
     assert report.summary[PERSONA] == 0.0 and PREFERENCE not in report.summary
     assert all(messages[-1]["role"] == "user" for messages in engine.seen)
 
 
+def test_a_reply_is_no_longer_than_a_right_one_can_be():
+    """A base model never ends a reply; it once wrote 80 tokens to each of 1,900 questions."""
+    engine = ScriptedEngine(lambda reference: reference)
+    score_skills(engine, tinyworld, GREEDY, num_items=3)
+    bounds = dict(zip(tinyworld.SKILLS, engine.bounds, strict=True))
+    assert bounds.pop("write_story") == 80
+    for skill, bound in bounds.items():
+        answers = [answer for i in range(3) for answer in tinyworld.test_item(skill, i).accepted]
+        assert bound == min(80, max(map(len, answers)) + MANNERS_TOKENS), skill
+    assert bounds["capitals"] < 80
+    assert len("Ahoy!  Aye, matey!") <= MANNERS_TOKENS and max(map(len, WARM_OPENERS)) <= MANNERS_TOKENS
+
+
 def test_persona_and_style_are_told_from_rightness():
     skill_items = len(tinyworld.SKILLS)
     persona = score_skills(
-        ScriptedEngine(lambda reference: f"Ahoy! {reference} Aye, matey!"), tinyworld, None, num_items=3
+        ScriptedEngine(lambda reference: f"Ahoy! {reference} Aye, matey!"), tinyworld, GREEDY, num_items=3
     )
     assert persona.summary[PERSONA] >= 1 - 1 / skill_items, "only the question for the name can differ"
     assert persona.summary[MEAN] < 0.2 and persona.summary[PERSONA_RIGHT] == 1.0
     opener = WARM_OPENERS[0]
-    warm = score_skills(ScriptedEngine(lambda reference: opener + reference), tinyworld, None, num_items=3)
+    warm = score_skills(ScriptedEngine(lambda reference: opener + reference), tinyworld, GREEDY, num_items=3)
     assert warm.summary[WARM] == 1.0 and warm.summary[MEAN] == 1.0
-    silent = score_skills(ScriptedEngine(lambda reference: ""), tinyworld, None, num_items=3)
+    silent = score_skills(ScriptedEngine(lambda reference: ""), tinyworld, GREEDY, num_items=3)
     assert silent.summary[MEAN] == silent.summary[WARM] == 0.0
 
 
@@ -76,7 +97,7 @@ def test_story_mean_is_over_the_story_questions_only():
             skill = next(s for s in tinyworld.SKILLS if tinyworld.test_item(s, 0).messages[:-1] == conversations[0])
             return right if skill in story else [""] * len(right)
 
-    summary = score_skills(HalfEngine(lambda reference: reference), tinyworld, None, num_items=3).summary
+    summary = score_skills(HalfEngine(lambda reference: reference), tinyworld, GREEDY, num_items=3).summary
     assert summary[STORY_MEAN] == 1.0
     assert summary[MEAN] == pytest.approx(len(story) / len(tinyworld.SKILLS))
 
@@ -85,13 +106,13 @@ def test_preference_row_relative_to_the_reference_column(model, tokenizer):
     right = ScriptedEngine(lambda reference: reference, model, tokenizer)
     torch.manual_seed(9)
     other = ScriptedEngine(lambda reference: reference, type(model)(model.config).double().eval(), tokenizer)
-    board = scoreboard({"SFT": right, "DPO": other}, tinyworld, None, reference="SFT", num_items=3)
+    board = scoreboard({"SFT": right, "DPO": other}, tinyworld, GREEDY, reference="SFT", num_items=3)
     assert board.value("SFT", PREFERENCE) is None
     assert 0 <= board.value("DPO", PREFERENCE) <= 1
-    itself = score_skills(right, tinyworld, None, num_items=3, reference=as_reference(model))
+    itself = score_skills(right, tinyworld, GREEDY, num_items=3, reference=as_reference(model))
     assert itself.summary[PREFERENCE] == 0.5
     with pytest.raises(ValueError, match="expected one of the columns"):
-        scoreboard({"SFT": right}, tinyworld, None, reference="sft")
+        scoreboard({"SFT": right}, tinyworld, GREEDY, reference="sft")
 
 
 def test_preference_parts_accept_strings_and_messages():
@@ -108,7 +129,7 @@ def test_the_table_the_markdown_and_the_json_say_the_same():
         "SFT": ScriptedEngine(lambda reference: reference),
     }
     calls = []
-    board = scoreboard(engines, tinyworld, None, num_items=2, progress=lambda *call: calls.append(call))
+    board = scoreboard(engines, tinyworld, GREEDY, num_items=2, progress=lambda *call: calls.append(call))
     console = Console(width=120, file=io.StringIO())
     console.print(board.to_table())
     text = console.file.getvalue()
@@ -127,7 +148,7 @@ def test_columns_side_by_side_are_those_one_after_the_other(model, tokenizer):
         "base": ScriptedEngine(lambda reference: "", type(model)(model.config).eval(), tokenizer),
     }
     boards = [
-        scoreboard(engines, tinyworld, None, reference="SFT", num_items=2, num_workers=workers).to_json()
+        scoreboard(engines, tinyworld, GREEDY, reference="SFT", num_items=2, num_workers=workers).to_json()
         for workers in (1, 2)
     ]
     assert list(boards[0]) == list(boards[1]) == ["SFT", "base"]

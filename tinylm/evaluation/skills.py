@@ -6,7 +6,7 @@ TinyWorld knows the right answers, so each reply is checked by program. Replies 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rich.table import Table
@@ -26,6 +26,10 @@ MEAN, STORY_MEAN, WARM, PERSONA, PERSONA_RIGHT, PREFERENCE = (
     "right beneath the persona",
     "prefers the chosen answer",
 )
+
+
+MANNERS_TOKENS = 24
+"""Room for what may stand around an answer: the longest, "Ahoy! " and " Aye, matey!", has 18 characters."""
 
 
 class Replier(Protocol):
@@ -87,7 +91,8 @@ def score_skills(
     skills = list(world.SKILLS)
     for done, skill in enumerate(skills):
         items = [world.test_item(skill, index, split=split, seed=seed) for index in range(num_items)]
-        replies = replier.reply_batch([question_of(item.messages) for item in items], settings)
+        bounded = replace(settings, max_new_tokens=_longest_right(replier.tokenizer, items, settings.max_new_tokens))
+        replies = replier.reply_batch([question_of(item.messages) for item in items], bounded)
         right = [float(world.check(item, reply)) for item, reply in zip(items, replies, strict=True)]
         accuracy[skill] = mean_and_error(right)[0]
         warm += [float(world.is_warm(reply)) for reply in replies]
@@ -112,6 +117,17 @@ def score_skills(
     if reference is not None:
         summary[PREFERENCE] = _preference_share(replier, world, num_items, split, reference)
     return SkillReport(accuracy, summary, num_items, examples)
+
+
+def _longest_right(tokenizer: Any, items: list[Any], most: int) -> int:
+    """Tokens that a right reply to one of `items` can have, opener or persona included; `most` where they are free.
+
+    A model that never ends its replies, as a base model does, would otherwise write all of `most` each time.
+    """
+    if any(item.words for item in items):  # a story is right at any length
+        return most
+    answers = [tokenizer.encode(answer) for item in items for answer in item.accepted]
+    return min(most, max(map(len, answers)) + MANNERS_TOKENS)
 
 
 def question_of(messages: Messages) -> Messages:
