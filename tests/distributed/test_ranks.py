@@ -135,8 +135,8 @@ def test_the_number_of_processes_changes_in_the_second_epoch(pretrain_words, tmp
     words = [*pretrain_words, "--optimizer", "adamw", "--epochs", "2", "--max_seq_len", "256"]
     unbroken = run("pretrain", tmp_path / "unbroken", words)
     outcome = go_on(tmp_path / "broken", words, 1, 2)
-    epochs = [list(unbroken.rows().values())[half::1] for half in (0, len(unbroken.rows()) // 2)]
-    assert epochs[0][0] != epochs[1][0]
+    steps = unbroken.rows()
+    assert steps[1] != steps[1 + len(steps) // 2]
     assert_each_row_once(outcome, epochs=2)
     assert_same_run(unbroken, outcome, "adamw")
 
@@ -163,11 +163,8 @@ def test_kill_9_and_resume_is_the_unbroken_run_to_the_bit(pretrain_words, tmp_pa
     outcome = go_on(tmp_path / "broken", words, processes, processes)
     mine, theirs = unbroken.weights(), outcome.weights()
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-    after = {record["step"] for record in outcome.steps()}
-    assert after == set(unbroken.rows())
-    assert {s: v for s, v in outcome.metrics("loss").items() if s > 5} == {
-        s: v for s, v in unbroken.metrics("loss").items() if s > 5
-    }
+    assert outcome.rows() == unbroken.rows()
+    assert outcome.metrics("loss") == unbroken.metrics("loss")
 
 
 # --- the other stages ------------------------------------------------------------------------------------------------
@@ -179,6 +176,7 @@ def test_every_stage_runs_sharded_and_leaves_folders_that_load(data, alone, tmp_
     base = alone["adamw"].folder
     words = [*map(str, ("--optimizer", "adamw", "--learning_rate", "1e-3", "--max_steps", "3", "--eval_batches", "0"))]
     words += ["--device", "cpu", "--dtype", "float32", "--max_seq_len", "64", "--log_interval", "1"]
+    words += ["--warmup_fraction", "0"]
     chats = ["--data_path", data / "chats.jsonl", "--model_path", base, *words]
     pairs = ["--data_path", data / "pairs.jsonl", "--model_path", base, *words]
     for stage, argv in (("full_sft", chats), ("lora", [*chats, "--lora_rank", "2"]), ("dpo", pairs)):
