@@ -78,6 +78,15 @@ def test_round_trip_is_exact(tmp_path, tokenizer, shape):
     assert all(parameter.requires_grad for parameter in again.parameters())
 
 
+def test_a_fingerprint_leaves_the_memory_of_the_weights_free_to_go():
+    """numpy had been shown the weights in place, and torch does not free memory that numpy has seen: saving an
+    adapter beside a sharded model failed with "Trying to resize storage that is not resizable".
+    """
+    model = small_model()
+    weights_fingerprint(model)
+    assert all(parameter.untyped_storage().resizable() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_transformers_loads_our_folder(tmp_path, tokenizer, shape):
     from transformers import AutoModelForCausalLM

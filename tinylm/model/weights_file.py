@@ -209,7 +209,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(base_state(model).items()):
-        data = tensor.detach().to("cpu").contiguous()
+        # A copy, since memory that numpy has seen can no longer be freed, which a sharded model does after each use.
+        data = tensor.detach().to("cpu", copy=True).contiguous()
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -65,6 +65,12 @@ def accumulate_gradients(
         loss, values = forward(batch)
         return torch.autograd.grad(loss, trained, allow_unused=True), values
 
+    if objective.needs_rehearsal:
+        with torch.random.fork_rng([runtime.device.index] if runtime.device.type == "cuda" else []):
+            forward(micro_batches[0])[0].backward()
+        for parameter in trained:
+            parameter.grad = None
+        objective.needs_rehearsal = False
     sums: dict[str, Tensor] = {}
     if num_workers == 1:
         for number, batch in enumerate(micro_batches, start=1):

@@ -115,6 +115,10 @@ class GradientExchange:
         if runtime.world_size > 1 and not is_sharded(model):
             forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.forward = forward
+        self.needs_rehearsal = isinstance(forward, DistributedDataParallel) and runtime.world_size > 2
+        """Whether to go through a backward pass for nothing before the first step. It is the first pass that
+        DistributedDataParallel orders its buckets by, and their order is the order in which more than two processes
+        are summed; without, the first step after a resume would round otherwise than the unbroken run's."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss_sum, metrics = self.forward(batch)

@@ -1,0 +1,195 @@
+"""Processes and machines are lost in mid-run; the run goes on with whoever is left, and loses and repeats no row.
+
+Machines are torchrun agents: two of one machine, or one each in two network namespaces that a cable joins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from launch import TORCHRUN, Outcome, command_of, descendants, kill_group, started, wait_until
+from test_ranks import assert_each_row_once, assert_same_run
+
+RENDEZVOUS = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60,read_timeout=10"
+"""torchrun's defaults are made for large clusters: 30 s until a smaller group starts, 15 until an agent counts as lost.
+"""
+
+
+@dataclass
+class Machines:
+    """Two torchrun agents with a worker each; agent 0 keeps the rendezvous."""
+
+    where: Path
+    argv: list[object]
+    addresses: tuple[str, str] = ("127.0.0.1", "127.0.0.1")
+    prefixes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    """What each agent's command is started with."""
+    more: dict[str, str] = field(default_factory=dict)
+    """More environment variables."""
+
+    def __post_init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.agents: list[subprocess.Popen] = []
+        self.outcome = Outcome(self.where / "out", self.where / "records")
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Both agents, started; whatever of them is left at the end is killed."""
+        with contextlib.ExitStack() as stack:
+            for number in (0, 1):
+                launcher = [
+                    *self.prefixes[number], *TORCHRUN, "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3",
+                    "--monitor-interval=0.2", "--rdzv-backend=c10d", "--rdzv-id=elastic-test",
+                    f"--rdzv-endpoint={self.addresses[0]}:{self.port}", f"--local-addr={self.addresses[number]}",
+                    f"--rdzv-conf={RENDEZVOUS},is_host={'true' if number == 0 else 'false'}",
+                ]  # fmt: skip
+                command = command_of("pretrain", self.where, self.argv, launcher)
+                more = {"SECONDS_PER_STEP": "0.2", "HOST": str(number), **self.more}
+                self.agents.append(stack.enter_context(started(command, self.log(number), **more)))
+            yield
+
+    def log(self, number: int) -> Path:
+        return self.where / f"log{number}"
+
+    def worker(self, number: int) -> int:
+        """The process id of an agent's newest worker that has finished a step."""
+        return [step["pid"] for step in self.outcome.steps() if step["host"] == str(number)][-1]
+
+    def wait_for_step(self, step: int, processes: int = 2) -> None:
+        """Wait until so many processes have finished `step` together."""
+
+        def reached() -> bool:
+            records = [(record["world_size"], record["host"]) for record in self.outcome.steps()
+                       if record["step"] >= step]  # fmt: skip
+            return len({host for size, host in records if size == processes}) == processes
+
+        wait_until(reached, 120, f"step {step} on {processes} processes; {self.where}")
+
+    def last_step(self) -> int:
+        return max(record["step"] for record in self.outcome.steps())
+
+
+def elastic_words(pretrain_words: list[object]) -> list[object]:
+    words = [*pretrain_words, "--optimizer", "adamw", "--batch_size", 4, "--save_interval", 3]
+    return [*words, "--timeout", 8]
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_and_the_other_one_ends_the_run(alone, pretrain_words, tmp_path):
+    machines = Machines(tmp_path, elastic_words(pretrain_words))
+    with machines.running():
+        machines.wait_for_step(5)
+        kill_group(machines.agents[1])
+        assert machines.agents[0].wait(timeout=100) == 0, machines.log(0).read_text()
+    worlds = {record["step"]: record["world_size"] for record in machines.outcome.steps()}
+    assert worlds[1] == 2 and worlds[max(worlds)] == 1
+    assert_each_row_once(machines.outcome)
+    assert_same_run(alone["adamw"], machines.outcome, "adamw")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_a_worker_is_lost_and_then_a_worker_of_the_other_machine(alone, pretrain_words, tmp_path, sharding):
+    """Both machines stay, so all processes are started anew and go on from the last state, with no --resume."""
+    machines = Machines(tmp_path, [*elastic_words(pretrain_words), "--sharding", sharding])
+    with machines.running():
+        for number, step in ((1, 5), (0, 12)):
+            machines.wait_for_step(step)
+            os.kill(machines.worker(number), signal.SIGKILL)
+        assert [agent.wait(timeout=150) for agent in machines.agents] == [0, 0], machines.log(0).read_text()
+    workers = {record["pid"] for record in machines.outcome.steps()}
+    assert len(workers) == 6, "two processes, three times"
+    assert_each_row_once(machines.outcome)
+    assert_same_run(alone["adamw"], machines.outcome, "adamw")
+
+
+@pytest.mark.long
+def test_a_machine_comes_back(alone, pretrain_words, tmp_path):
+    """A machine that joins stops the others after their step, whose state is saved, and all go on together."""
+    machines = Machines(tmp_path, elastic_words(pretrain_words))
+    with machines.running(), contextlib.ExitStack() as stack:
+        machines.wait_for_step(4)
+        kill_group(machines.agents[1])
+        machines.wait_for_step(8, processes=1)
+        command = machines.agents[1].args
+        again = stack.enter_context(started(command, tmp_path / "log1b", SECONDS_PER_STEP="0.2", HOST="1"))
+        machines.wait_for_step(14)
+        assert machines.agents[0].wait(timeout=100) == 0, machines.log(0).read_text()
+        assert again.wait(timeout=100) == 0
+    assert_each_row_once(machines.outcome)
+    assert_same_run(alone["adamw"], machines.outcome, "adamw")
+
+
+# --- two hosts, joined by a cable ------------------------------------------------------------------------------------
+
+
+def can_make_namespaces() -> bool:
+    if shutil.which("ip") is None:
+        return False
+    name = f"tinylm-try-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    return made
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Two network namespaces, joined by a veth pair; gives their names and their addresses, and takes them down."""
+    names = (f"tinylm-{os.getpid()}-0", f"tinylm-{os.getpid()}-1")
+    # Ranks go by address, and host 1 is to have rank 0, the process that writes: its loss is the harder one.
+    addresses = ("10.211.7.2", "10.211.7.1")
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names, addresses
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not can_make_namespaces(), reason="needs the right to make network namespaces (ip netns, root)")
+def test_a_host_is_cut_off_and_the_other_one_goes_on_alone(alone, pretrain_words, tmp_path):
+    """The one that is cut off was the one that writes. It cannot reach the rendezvous, so it ends and writes nothing;
+    the other one waits for `--timeout` and for the folder's lock, and ends the run.
+    """
+    with two_hosts() as (names, addresses):
+        machines = Machines(
+            tmp_path,
+            elastic_words(pretrain_words),
+            addresses,
+            tuple(("ip", "netns", "exec", name) for name in names),
+            {"GLOO_SOCKET_IFNAME": "cable"},
+        )
+        with machines.running():
+            machines.wait_for_step(5)
+            assert {r["host"] for r in machines.outcome.steps() if r["rank"] == 0} == {"1"}
+            subprocess.run(["ip", "-n", names[1], "link", "set", "cable", "down"], check=True)
+            cut_off = machines.last_step()
+            assert machines.agents[0].wait(timeout=150) == 0, machines.log(0).read_text()
+            assert machines.agents[1].wait(timeout=100) != 0
+            assert descendants(machines.agents[1].pid) == []
+    of_host_1 = [record for record in machines.outcome.steps() if record["host"] == "1"]
+    assert {record["world_size"] for record in of_host_1} == {2} and of_host_1[-1]["step"] <= cut_off + 1
+    assert_each_row_once(machines.outcome)
+    assert_same_run(alone["adamw"], machines.outcome, "adamw")
