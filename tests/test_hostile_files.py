@@ -507,6 +507,13 @@ def test_the_old_format_says_how_to_convert(tmp_path: Path) -> None:
     refused(read_pth, tmp_path / "m.pth", match="before version 1.6.*save only the state_dict with torch.save")
 
 
+@pytest.mark.parametrize("name", ["model\x1b[2J.weight", "a\0b", "w" * 600])
+def test_a_name_in_a_pth_is_quoted_and_the_file_named(tmp_path: Path, name: str) -> None:
+    """The fuzzer's find: the name was refused, and nobody was told of which file."""
+    torch.save({"model.norm.weight": torch.zeros(2), name: torch.zeros(1)}, tmp_path / "m.pth")
+    refused(load_model, tmp_path / "m.pth", match="m.pth: the tensor name '.*expected up to 512 printable characters")
+
+
 def test_two_names_that_are_one(tmp_path: Path) -> None:
     torch.save({"model.norm.weight": torch.zeros(2), "module.model.norm.weight": torch.ones(2)}, tmp_path / "m.pth")
     refused(read_pth, tmp_path / "m.pth", match="two tensors of one name")
