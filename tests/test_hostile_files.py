@@ -211,6 +211,15 @@ def test_what_is_no_file_is_not_opened(folders: Path, file: str, kind: str) -> N
         refused(load_model, folders / "model", match=file)
 
 
+def test_a_manifest_may_not_be_large(good: Path, tmp_path: Path) -> None:
+    """It is the first file that is opened, and was read whole."""
+    shutil.copytree(good / "manifest", tmp_path / "m")
+    load_model(tmp_path / "m")
+    with (tmp_path / "m" / "manifest.json").open("r+b") as file:
+        file.truncate(200 << 20)
+    refused(load_model, tmp_path / "m", match="manifest.json is not a manifest")
+
+
 def test_templates_and_settings_of_other_programs_are_never_read(folders: Path) -> None:
     """Our chat format is Python; a stranger's chat_template.jinja is never opened. These would wait."""
     for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json", "modeling_x.py"):
