@@ -211,6 +211,15 @@ def test_what_is_no_file_is_not_opened(folders: Path, file: str, kind: str) -> N
         refused(load_model, folders / "model", match=file)
 
 
+def test_a_manifest_may_not_be_large(good: Path, tmp_path: Path) -> None:
+    """It is the first file that is opened, and was read whole."""
+    shutil.copytree(good / "manifest", tmp_path / "m")
+    load_model(tmp_path / "m")
+    with (tmp_path / "m" / "manifest.json").open("r+b") as file:
+        file.truncate(200 << 20)
+    refused(load_model, tmp_path / "m", match="manifest.json is not a manifest")
+
+
 def test_templates_and_settings_of_other_programs_are_never_read(folders: Path) -> None:
     """Our chat format is Python; a stranger's chat_template.jinja is never opened. These would wait."""
     for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json", "modeling_x.py"):
@@ -505,6 +514,13 @@ def test_the_old_format_says_how_to_convert(tmp_path: Path) -> None:
     """Its sizes stand behind the pickle and cannot be checked before it runs."""
     torch.save({"w": torch.zeros(2)}, tmp_path / "m.pth", _use_new_zipfile_serialization=False)
     refused(read_pth, tmp_path / "m.pth", match="before version 1.6.*save only the state_dict with torch.save")
+
+
+@pytest.mark.parametrize("name", ["model\x1b[2J.weight", "a\0b", "w" * 600])
+def test_a_name_in_a_pth_is_quoted_and_the_file_named(tmp_path: Path, name: str) -> None:
+    """The fuzzer's find: the name was refused, and nobody was told of which file."""
+    torch.save({"model.norm.weight": torch.zeros(2), name: torch.zeros(1)}, tmp_path / "m.pth")
+    refused(load_model, tmp_path / "m.pth", match="m.pth: the tensor name '.*expected up to 512 printable characters")
 
 
 def test_two_names_that_are_one(tmp_path: Path) -> None:

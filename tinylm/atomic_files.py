@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from tinylm.untrusted_files import read_json
+
 MANIFEST = "manifest.json"
 
 
@@ -173,7 +175,7 @@ def check_manifest(folder: Path, *names: str) -> None:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         if manifest["format"] != 1:
             raise ValueError
         files = manifest["files"]

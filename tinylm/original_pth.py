@@ -58,7 +58,10 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds two tensors of one name; save only the model's own state_dict with torch.save")
     named = {name: tensor for name, tensor in named.items() if not _TABLES.search(name)}
     for name, tensor in named.items():
-        check_name(name)
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; save the model's own state_dict with torch.save") from None
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{path}: {name} is {tensor.dtype}; expected floating-point weights; save it unquantised")
     return load_tensors(path, named)

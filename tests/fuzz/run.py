@@ -110,7 +110,7 @@ def run_target(name: str, folder: Path, seed: int, cases: int, keep: Path) -> Re
 
 def _keep(keep: Path, name: str, number: int, file: Path, words: str) -> None:
     keep.mkdir(parents=True, exist_ok=True)
-    place = keep / f"{name.replace('/', '-').replace(' ', '-')}-{number}"
+    place = keep / f"{name.strip('.').replace('/', '-').replace(' ', '-')}-{number}"
     shutil.copyfile(file, place)
     place.with_name(place.name + ".txt").write_text(words, encoding="utf-8", errors="replace")
     print(f"FAULT in {name}, case {number}: {words.splitlines()[0][:300]}; see {place}", file=sys.stderr, flush=True)

@@ -57,6 +57,10 @@ def make_seeds(root: Path) -> None:
     tokenizer.save(root / "pth" / "model")
     apply_lora(model, LoRAConfig(rank=2, target_modules=("q_proj", "down_proj")))
     save_adapter(model, root / "adapter", "../model", {"stage": "lora", "parent": {"path": "../model"}})
+    shutil.copytree(root / "model", root / "manifest")
+    # A manifest's checksums would refuse the damage before a loader saw it; whoever damages on purpose leaves it out.
+    for folder in ("model", "yarn", "sharded", "adapter"):
+        (root / folder / "manifest.json").unlink(missing_ok=True)
     (root / "data").mkdir()
     call = {
         "role": "assistant",
@@ -142,6 +146,7 @@ TARGETS = {
         "adapter", "adapter_model.safetensors", mutate_safetensors, lambda path: _run_model(path.parent)
     ),
     "lineage.json": Target("adapter", "lineage.json", mutate_json, lambda path: _run_model(path.parent)),
+    "manifest.json": Target("manifest", "manifest.json", mutate_json, lambda path: _run_model(path.parent)),
     ".pth": Target("pth", "model.pth", mutate_pth, _run_model),
     "YAML": Target("data", "run.yaml", lambda rng, data: mutate_lines(rng, data, _YAML_SIGNS), _read_settings, False),
     "chats": Target("data", "chats.jsonl", _rows, _read_rows(load_conversations)),
