@@ -64,7 +64,9 @@ class TrainingRun(Run):
             print_plan(self, flops, matmul_flops)
             self.note_unfinished()
             self.metrics = (
-                MetricsLog(self.output_dir, self.stage, self.start_step, self.settings.tensorboard)
+                MetricsLog(
+                    self.output_dir, self.stage, self.start_step, self.settings.tensorboard, self.is_pending
+                )
                 if self.runtime.is_main
                 else None
             )
@@ -110,15 +112,17 @@ class TrainingRun(Run):
 
     @contextlib.contextmanager
     def _owned_folder(self) -> Iterator[None]:
-        """The run folder belongs to this run; what a killed one has left half written goes."""
-        prefix = f".{self.stage}_{self.model.config.hidden_size}"
+        """The stage's files in the run folder belong to this run; what a killed one has left half written goes.
+
+        The stage's, whatever its model's width: they share the metrics file.
+        """
         with contextlib.ExitStack() as stack:
             refusal = None
             if self.runtime.is_main:
                 try:
-                    stack.enter_context(run_lock(self.output_dir / f"{prefix}.lock"))
-                    for left in self.output_dir.glob(f"{prefix}_epoch*"):
-                        remove_leftovers(self.output_dir / left.name[1:].split(".")[0])
+                    stack.enter_context(run_lock(self.output_dir / f".{self.stage}.lock"))
+                    for left in self.output_dir.glob(f".{self.stage}_*"):
+                        remove_leftovers(self.output_dir / left.name[1:].rsplit(".", 2)[0])
                 except (ValueError, OSError) as error:
                     refusal = error
             if self.runtime.any_rank(refusal is not None):
@@ -215,7 +219,8 @@ class TrainingRun(Run):
         is_due = self.settings.save_interval and step % self.settings.save_interval == 0
         if epoch_done:
             self._save_model(step)
-        if epoch_done or is_due:
+        # After a skipped step the weights may be broken already; two such states would push out the last good one.
+        if step == self.num_steps or ((epoch_done or is_due) and not self.skips_in_a_row):
             self._save_state(step)
         if step == self.num_steps:
             self._finish_saving()
