@@ -100,6 +100,8 @@ def _parent_folder(target: Path) -> Iterator[Path]:
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            _sync(folder.parent)
         yield target.parent
     except BaseException:
         with contextlib.suppress(OSError):  # the first that is not empty ends it

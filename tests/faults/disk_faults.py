@@ -1,10 +1,9 @@
 """A save that is made over and over, each time with another of its system calls failing or killing it.
 
-    LD_PRELOAD=shim.so python disk_faults.py FOLDER '{"scenario": "state", "fault": "KILL", "every": 1}'
-
 The process that has imported torch forks a child for each save; the child arms the shim, saves, and is killed or told
-of an error. The parent looks at what is left. Prints a JSON object: the calls of the undisturbed save, and for each
-fault what became of it.
+of an error. The parent looks at what is left.
+
+    LD_PRELOAD=shim.so python disk_faults.py FOLDER '{"scenario": "state"}'
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -63,7 +63,7 @@ def digest(value: Any) -> str:
 
     def add(part: Any) -> None:
         if isinstance(part, torch.Tensor):
-            found.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.numpy().tobytes())
+            found.update(f"{part.dtype}{tuple(part.shape)}".encode() + part.detach().numpy().tobytes())
         elif isinstance(part, dict):
             for key in part:
                 add(key), add(part[key])
@@ -100,10 +100,15 @@ def read_state(folder: Path) -> str:
     return digest(found.values)
 
 
+@functools.cache
+def small_tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the cat sat on the mat, the cat sat"], 300)
+
+
 def save_a_model(seed: int) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         torch.manual_seed(seed)
-        save_model(folder / "model", small_model(vocab_size=6400), Tokenizer.default(), {"seed": seed})
+        save_model(folder / "model", small_model(), small_tokenizer(), {"seed": seed})
 
     return save
 
@@ -209,11 +214,13 @@ def strike(scenario: Scenario, folder: Path, at: int, action: int, flags: int) -
 
 
 def main(folder: Path, scenario: str, fault: str = "KILL", every: int = 1, flags: int = 0) -> dict[str, Any]:
+    """The calls of the undisturbed save, and for a fault at every `every`-th of them what became of it."""
     chosen, action = SCENARIOS[scenario], KILL if fault == "KILL" else getattr(errno, fault)
     work, start = folder / "work", folder / "start"
     start.mkdir()
     chosen.prepare(start)
     shutil.copytree(start, work)
+    before = names(work)
     old = chosen.read(work) if any(work.iterdir()) else "none"
     with open(folder / "log", "w+") as log:
         assert in_child(chosen.save, work, 0, COUNT, flags, log.fileno()) == 0
@@ -227,9 +234,9 @@ def main(folder: Path, scenario: str, fault: str = "KILL", every: int = 1, flags
         shutil.rmtree(work)
         shutil.copytree(start, work)
         results.append(strike(chosen, work, at, action, flags))
-    return {"calls": calls, "old": old, "new": new, "names": clean_names, "results": results}
+    return {"calls": calls, "before": before, "old": old, "new": new, "names": clean_names, "results": results}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(Path(sys.argv[1]), **json.loads(sys.argv[2]))))
+    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))
