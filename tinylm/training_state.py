@@ -165,6 +165,15 @@ def _prune(folder: Path, newest: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def withdraw_state(folder: Path, step: int) -> None:
+    """Point `latest` to the state before that of `step`, which has turned out to be of no use, if there is one."""
+    name = f"step_{step:08d}"
+    older = sorted(path.name for path in folder.glob("step_*") if path.name < name)
+    if older and (folder / name).is_dir():
+        with atomic_write(folder / _LATEST) as file:
+            file.write(older[-1].encode())
+
+
 def load_training_state(
     folder: str | Path, place_for: Callable[[str, tuple[int, ...]], Tensor | None] | None = None
 ) -> TrainingState:

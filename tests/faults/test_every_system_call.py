@@ -1,4 +1,4 @@
-"""A save is killed, or fails, at each of its system calls in turn: what is there afterwards loads, old or new, whole."""
+"""A save is killed, or fails, at each of its system calls in turn; the old one is there then, or the new, whole."""
 
 from __future__ import annotations
 
