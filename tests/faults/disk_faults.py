@@ -239,4 +239,4 @@ def main(folder: Path, scenario: str, fault: str = "KILL", every: int = 1, flags
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    print(json.dumps(main(Path(sys.argv[1]), **json.loads(sys.argv[2]))))

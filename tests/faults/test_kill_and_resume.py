@@ -160,14 +160,17 @@ def test_a_line_that_a_full_disk_has_cut_is_dropped(commands, stages, undisturbe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cycles", [pytest.param(3, id="short"), pytest.param(50, id="long", marks=pytest.mark.long)])
-def test_the_soak(commands, stages, tmp_path, tally, cycles):
+@pytest.mark.parametrize(
+    ("stage", "cycles"),
+    [("pretrain", 3), *(pytest.param(stage, 50, marks=pytest.mark.long) for stage in STAGES)],
+)
+def test_the_soak(commands, stages, tmp_path, tally, stage, cycles):
     """Random signals at random moments, from the first line of the program to the last step."""
     seed = int(os.environ.get("FAULTS_SEED", random.SystemRandom().randrange(10**6)))
     print(f"FAULTS_SEED={seed}")
     chance = random.Random(seed)
     per_cycle = 24
-    words = [*stages.words("pretrain"), "--max_steps", str(per_cycle * (cycles + 4)), "--epochs", "99"]
+    words = [*stages.words(stage), "--max_steps", str(per_cycle * (cycles + 4)), "--epochs", "99"]
     commands.run(*words, "--output_dir", tmp_path / "whole")
     folder, counts = tmp_path / "parts", {}
     for _ in range(cycles):
@@ -190,5 +193,5 @@ def test_the_soak(commands, stages, tmp_path, tally, cycles):
     commands.run(*words, "--resume", "--output_dir", folder)
     print(f"exit statuses: {counts}")
     lost = differences(folder, tmp_path / "whole")
-    tally("a random signal at a random moment, then resume (soak)", cycles, len(lost))
+    tally(f"a random signal at a random moment, then resume (soak, {stage})", cycles, len(lost))
     assert not lost

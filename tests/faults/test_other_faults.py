@@ -33,7 +33,7 @@ RUN_FAULTS = [("ENOSPC", 28, LASTING), ("ENOSPC", 28, 0), ("EIO", 5, LASTING), (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [pytest.param(1, id="once"), pytest.param(20, id="often", marks=pytest.mark.long)])
+@pytest.mark.parametrize("times", [pytest.param(1, id="once"), pytest.param(60, id="often", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("name", "code", "flags"), [*RUN_FAULTS, ("SIGKILL", KILL, 0)])
 def test_a_call_of_a_whole_run_fails(commands, pretrain, tmp_path, tally, name, code, flags, times):
     """The run goes on to the same end, or ends with a status that says it failed, and in one line; and what it leaves
@@ -104,7 +104,18 @@ def test_a_disk_that_is_really_full(commands, pretrain, small_disk, tally):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; the fault EROFS stands for it")
+def test_a_disk_that_may_only_be_read(commands, pretrain, small_disk, tally):
+    words, _ = pretrain
+    (small_disk / "out").mkdir()
+    before = files(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    process = commands.start(*words, "--output_dir", small_disk / "out")
+    assert process.wait() == 1 and process.said.splitlines()[-1].endswith("Read-only file system"), process.said
+    tally("a disk that may only be read (tmpfs)", 1, files(small_disk) != before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; the test above stands for it")
 def test_a_folder_that_may_not_be_written(commands, pretrain, tmp_path):
     (tmp_path / "out").mkdir(mode=0o555)
     process = commands.start(*pretrain[0], "--output_dir", tmp_path / "out")
