@@ -111,7 +111,7 @@ def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
 
 def test_a_folder_belongs_to_one_run(tmp_path):
     run = make_run(tmp_path, max_steps=2)
-    with run_lock(tmp_path / ".pretrain_16.lock"):
+    with run_lock(tmp_path / ".pretrain.lock"):
         with pytest.raises(ValueError, match=rf"belongs to a run that is still going \(process {os.getpid()} on "):
             run.fit()
         assert not run.state_folder.exists()
@@ -135,7 +135,7 @@ def test_a_run_sweeps_up_after_a_killed_one(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     make_run(tmp_path, max_steps=1).fit()
     hidden = {path.name for path in tmp_path.glob(".*")}
-    assert hidden == {".other.abc.tmp", ".pretrain_16.lock"}
+    assert hidden == {".other.abc.tmp", ".pretrain.lock"}
 
 
 def test_a_state_that_cannot_be_saved_is_said_and_the_next_one_is_tried(tmp_path, monkeypatch):
