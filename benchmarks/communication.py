@@ -27,6 +27,7 @@ from tinylm.runtime import Runtime, setup_runtime
 from tinylm.trainer.objectives import next_token_loss
 from tinylm.trainer.parallel import SHARDINGS, GradientExchange, shard
 
+
 def bytes_sent() -> int:
     """By this namespace's loopback interface so far. (/sys would show the counters of the namespace it belongs to.)"""
     (line,) = [line for line in Path("/proc/self/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
@@ -51,22 +52,31 @@ def random_batch(tokens: int, rank: int) -> Batch:
     return collate_rows([build_row([(ids, ids > 0)])], tokens, pad_id=0)
 
 
+def measure_parts(
+    model: TinyLMForCausalLM, batch: Batch, num_bytes: int, steps: int, runtime: Runtime
+) -> dict[str, float]:
+    """Seconds of what a step consists of, each by itself, and the "idle" bytes of a measurement of nothing."""
+    gradients, number = torch.ones(num_bytes // 4), torch.ones(1)
+    works: dict[str, Callable[[], object]] = {
+        "forward": lambda: next_token_loss(model, batch),
+        "pass": lambda: next_token_loss(model, batch)[0].backward(),
+        "exchange": lambda: runtime.all_reduce_sum(gradients),
+        "message": lambda: runtime.all_reduce_sum(number),
+    }
+    parts = {name: median_seconds(work, steps, runtime)[0] for name, work in works.items()}
+    return {**parts, "idle": median_seconds(lambda: None, steps, runtime)[1]}
+
+
 def worker(preset: str, tokens: int, steps: int) -> None:
     """One of the two processes; the first one prints."""
     runtime = setup_runtime("cpu", "float32")
     batch = random_batch(tokens, runtime.rank)
-    alone: dict[str, float] = {}
+    parts: dict[str, float] = {}
     for sharding in SHARDINGS:
         torch.manual_seed(0)
         model = TinyLMForCausalLM(TinyLMConfig.preset(preset, vocab_size=6400))
         num_bytes = 4 * sum(p.numel() for p in model.parameters())
-        if sharding == "none":
-            exchange, reduced = torch.ones(num_bytes // 4), torch.ones(1)
-            alone["forward"], _ = median_seconds(lambda: next_token_loss(model, batch), steps, runtime)
-            alone["pass"], _ = median_seconds(lambda: next_token_loss(model, batch)[0].backward(), steps, runtime)
-            alone["exchange"], _ = median_seconds(lambda: runtime.all_reduce_sum(exchange), steps, runtime)
-            alone["message"], _ = median_seconds(lambda: runtime.all_reduce_sum(reduced), steps, runtime)
-            _, idle = median_seconds(lambda: None, steps, runtime)
+        parts = parts or measure_parts(model, batch, num_bytes, steps, runtime)
         shard(model, sharding, runtime)
         step = GradientExchange(model, next_token_loss, runtime)
 
@@ -76,24 +86,25 @@ def worker(preset: str, tokens: int, steps: int) -> None:
 
         seconds, sent = median_seconds(one_step, steps, runtime)
         if runtime.is_main:
-            name = "DDP" if sharding == "none" else "FSDP2"
-            share = (sent - idle) / runtime.world_size / num_bytes
-            print(f"{name}: {(sent - idle) / runtime.world_size / 1e6:.1f} MB sent by each process in a step, "
-                  f"{share:.3f} times the model's {num_bytes / 1e6:.1f} MB; {seconds:.3f} s")  # fmt: skip
+            each = (sent - parts["idle"]) / runtime.world_size
+            print(f"{'DDP' if sharding == 'none' else 'FSDP2'}: {each / 1e6:.1f} MB sent by each process in a step")
+            print(f"     {each / num_bytes:.3f} times the model's {num_bytes / 1e6:.1f} MB; {seconds:.3f} s")
             if sharding == "none":
-                report(alone, num_bytes, seconds)
+                report(parts, num_bytes, seconds)
 
 
-def report(alone: dict[str, float], num_bytes: int, measured: float) -> None:
+def report(parts: dict[str, float], num_bytes: int, measured: float) -> None:
     """The parts, and the step that they predict."""
     buckets = max(1, round(num_bytes / BUCKET_BYTES))
-    backward = alone["pass"] - alone["forward"]
-    hidden = alone["pass"] + exposed_seconds(
-        backward * (1 - 1 / buckets), alone["exchange"], alone["exchange"] / buckets
+    backward = parts["pass"] - parts["forward"]
+    hidden = parts["pass"] + exposed_seconds(
+        backward * (1 - 1 / buckets), parts["exchange"], parts["exchange"] / buckets
     )
-    print(f"     alone: forward {alone['forward']:.3f} s, backward {backward:.3f} s, exchange {alone['exchange']:.3f} s, "
-          f"a message of 4 bytes {1e3 * alone['message']:.2f} ms")  # fmt: skip
-    for name, predicted in (("with overlap", hidden), ("one after the other", alone["pass"] + alone["exchange"])):
+    print(
+        f"     alone: forward {parts['forward']:.3f} s, backward {backward:.3f} s, exchange {parts['exchange']:.3f} s"
+    )
+    print(f"     a message of 4 bytes: {1e3 * parts['message']:.2f} ms")
+    for name, predicted in (("with overlap", hidden), ("one after the other", parts["pass"] + parts["exchange"])):
         print(f"     predicted {name}: {predicted:.3f} s ({predicted / measured - 1:+.0%})")
 
 

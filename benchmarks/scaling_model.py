@@ -71,9 +71,10 @@ def all_reduce_seconds(num_bytes: float, world: int, machine: Machine) -> float:
     machines = -(-world // machine.gpus)
     bandwidth = machine.inside if machines == 1 else machine.between
     ring_hops = 2 * ((world - machines) * machine.hop_inside + (machines - 1) * machine.hop_between)
-    tree_hops = 2 * (min(world, machine.gpus) - 1) * machine.hop_inside + 2 * math.ceil(
-        math.log2(machines)
-    ) * machine.hop_between
+    tree_hops = (
+        2 * (min(world, machine.gpus) - 1) * machine.hop_inside
+        + 2 * math.ceil(math.log2(machines)) * machine.hop_between
+    )
     return 2 * (world - 1) / world * num_bytes / bandwidth + min(ring_hops, tree_hops)
 
 
@@ -175,7 +176,7 @@ def draw(path: Path, machine: Machine) -> None:
                 name = f"{preset}, {'FSDP2' if kind else 'DDP'}"
                 panel.plot(worlds, values, style, color=colour, marker="o", markersize=3, label=name)
         panel.set(title=title, xlabel="GPUs", xscale="log", ylim=(0, 105))
-        panel.set_xticks([1, 8, 64, 512, 1000], ["1", "8", "64", "512", ""])
+        panel.set_xticks([1, 8, 64, 1000], ["1", "8", "64", "1,000"])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("speed per GPU, % of one alone")

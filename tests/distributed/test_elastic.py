@@ -167,6 +167,9 @@ def two_hosts() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "cable", "up")
             ip("-n", name, "link", "set", "lo", "up")
+            # How often TCP repeats what is not confirmed: 15 times by default, which takes a quarter of an hour, and
+            # so long does a torchrun that is cut off wait for an answer from the rendezvous.
+            ip("netns", "exec", name, "sh", "-c", "echo 5 > /proc/sys/net/ipv4/tcp_retries2")
         yield names, addresses
     finally:
         for name in names:
