@@ -89,7 +89,7 @@ def test_a_step_that_is_no_number_is_skipped_counted_and_recorded(tmp_path):
     assert [step for step, record in lines.items() if record["loss"] is None] == [3, 4]
     assert json.loads((run.last_folder / "lineage.json").read_text())["skipped_steps"] == 2
     state = load_training_state(run.state_folder).values
-    assert (state["num_skipped"], state["skips_in_a_row"]) == (2, 0)
+    assert state["num_skipped"] == 2
 
 
 def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
@@ -102,11 +102,11 @@ def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
     expected = [row for batch in run.batches for row in batch.input_ids.tolist()]
     assert [row["input_ids"] for row in rows] == expected and rows[0]["text"] == f"{len(expected[0])} tokens"
     kept = load_training_state(run.state_folder).values
+    assert kept["step"] == 3  # the update of step 4 may be what broke the weights
     assert all(torch.isfinite(weight).all() for weight in kept["weights"].values())
-    again = make_run(tmp_path, epochs=9, max_steps=30, data=Rows(16), resume=True)
-    again.objective = broken_at(1)  # one more in a row, if it goes on with the count that it had
-    with pytest.raises(RuntimeError, match="in 10 steps in a row"):
-        again.fit()
+    again = make_run(tmp_path, epochs=9, max_steps=30, data=Rows(16), resume=True, learning_rate=1e-3)
+    again.fit()
+    assert again.start_step == 3 and again.num_skipped == 0
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):

@@ -121,7 +121,6 @@ class Run:
             **self.description(),
             "launch": self.runtime.launch_id,
             "num_skipped": self.num_skipped,
-            "skips_in_a_row": self.skips_in_a_row,
             "changed_on_resume": self.changes,
             "best_validation_loss": self.best_validation_loss,
             "first_weights": self.first_fingerprint,
@@ -173,7 +172,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.start_step = step
         self.is_pending = state["is_pending"]
-        self.num_skipped, self.skips_in_a_row = state["num_skipped"], state["skips_in_a_row"]
+        self.num_skipped = state["num_skipped"]
         self.best_validation_loss = state["best_validation_loss"]
         if state.get("first_weights") != self.first_fingerprint:  # another torch or device may draw other numbers
             self.first_weights = snapshot(self.model.parameters())
