@@ -112,11 +112,13 @@ class TrainingRun(Run):
     def _owned_folder(self) -> Iterator[None]:
         """The run folder belongs to this run; what a killed one has left half written goes."""
         prefix = f".{self.stage}_{self.model.config.hidden_size}"
+        # The process that had the folder before may have been lost with its machine: not as long as the others wait.
+        patience = self.settings.timeout / 2 if self.is_restarted() else 0.0
         with contextlib.ExitStack() as stack:
             refusal = None
             if self.runtime.is_main:
                 try:
-                    stack.enter_context(run_lock(self.output_dir / f"{prefix}.lock"))
+                    stack.enter_context(run_lock(self.output_dir / f"{prefix}.lock", patience))
                     for left in self.output_dir.glob(f"{prefix}_epoch*"):
                         remove_leftovers(self.output_dir / left.name[1:].split(".")[0])
                 except (ValueError, OSError) as error:
