@@ -19,7 +19,7 @@ import pytest
 from launch import TORCHRUN, Outcome, command_of, descendants, kill_group, started, wait_until
 from test_ranks import assert_each_row_once, assert_same_run
 
-RENDEZVOUS = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60,read_timeout=10"
+RENDEZVOUS = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=60,read_timeout=5"
 """torchrun's defaults are made for large clusters: 30 s until a smaller group starts, 15 until an agent counts as lost.
 """
 
@@ -82,10 +82,10 @@ class Machines:
 
 def elastic_words(pretrain_words: list[object]) -> list[object]:
     words = [*pretrain_words, "--optimizer", "adamw", "--batch_size", 4, "--save_interval", 3]
-    return [*words, "--timeout", 8]
+    return [*words, "--timeout", 6]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_machine_is_lost_and_the_other_one_ends_the_run(alone, pretrain_words, tmp_path):
     machines = Machines(tmp_path, elastic_words(pretrain_words))
     with machines.running():
@@ -176,7 +176,7 @@ def two_hosts() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not can_make_namespaces(), reason="needs the right to make network namespaces (ip netns, root)")
 def test_a_host_is_cut_off_and_the_other_one_goes_on_alone(alone, pretrain_words, tmp_path):
     """The one that is cut off was the one that writes. It cannot reach the rendezvous, so it ends and writes nothing;

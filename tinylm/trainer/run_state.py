@@ -130,14 +130,19 @@ class Run:
         }
 
     def goes_on(self) -> bool:
-        """With --resume, or when torchrun has started the processes anew because one was lost or came back."""
-        if self.settings.resume or self.runtime.any_rank(self.runtime.is_restart):
+        """With --resume, or when torchrun has started the processes anew."""
+        return self.settings.resume or self.is_restarted()
+
+    def is_restarted(self) -> bool:
+        """Whether torchrun has started the processes anew because one was lost or came back; all must ask."""
+        if self.runtime.any_rank(self.runtime.is_restart):
             return True
+        if not self.runtime.launch_id:
+            return False
         try:
-            launch = read_training_values(self.state_folder).get("launch")
+            return bool(read_training_values(self.state_folder).get("launch") == self.runtime.launch_id)
         except FileNotFoundError:
             return False
-        return bool(launch) and launch == self.runtime.launch_id
 
     def restore(self) -> None:
         """Go on from the newest whole state, or start from the beginning where there is none.

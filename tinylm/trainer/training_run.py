@@ -114,11 +114,13 @@ class TrainingRun(Run):
 
         The stage's, whatever its model's width: they share the metrics file.
         """
+        # The process that had the folder before may have been lost with its machine: not as long as the others wait.
+        patience = self.settings.timeout / 2 if self.is_restarted() else 0.0
         with contextlib.ExitStack() as stack:
             refusal = None
             if self.runtime.is_main:
                 try:
-                    stack.enter_context(run_lock(self.output_dir / f".{self.stage}.lock"))
+                    stack.enter_context(run_lock(self.output_dir / f".{self.stage}.lock", patience))
                     for left in self.output_dir.glob(f".{self.stage}_*"):
                         remove_leftovers(self.output_dir / left.name[1:].rsplit(".", 2)[0])
                 except (ValueError, OSError) as error:
