@@ -82,7 +82,7 @@ class Machines:
 
 def elastic_words(pretrain_words: list[object]) -> list[object]:
     words = [*pretrain_words, "--optimizer", "adamw", "--batch_size", 4, "--save_interval", 3]
-    return [*words, "--timeout", 6]
+    return [*words, "--timeout", 12]
 
 
 @pytest.mark.long
