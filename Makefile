@@ -9,12 +9,13 @@ RUN := .venv/.installed-to-run
 DEV := .venv/.installed-to-develop
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-fuzz lint format types bench clean
+.PHONY: help quickstart test test-long test-faults test-fuzz lint format types bench clean
 
 help:
 	@echo "make quickstart   set up, then train a small chat model from nothing"
 	@echo "make test         set up, then run the tests"
 	@echo "make test-long    run the tests that take minutes"
+	@echo "make test-faults  kill, starve and damage runs, and count what is lost (about half an hour)"
 	@echo "make test-fuzz    load 105,000 damaged files; takes a quarter of an hour"
 	@echo "make lint         check style and types"
 	@echo "make format       put the code into its format"
@@ -46,6 +47,10 @@ test: $(DEV)
 
 test-long: $(DEV)
 	$(BIN)/python -m pytest -q -m long
+
+# Forms for `make test` and long ones alike. FAULTS_SEED=N repeats the soak of a run that printed it.
+test-faults: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults -m "long or not long" -rs
 
 test-fuzz: $(DEV)
 	$(BIN)/python -m tests.fuzz.run --cases 105000 --seed 0

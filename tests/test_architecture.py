@@ -16,6 +16,7 @@ FLOORS = {
     "untrusted_files.py": 0,
     "memory.py": 0,
     "code_version.py": 0,
+    "meeting.py": 0,
     "run_lock.py": 0,
     "atomic_files.py": 0,
     "runtime.py": 0,

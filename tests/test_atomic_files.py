@@ -125,7 +125,7 @@ def test_a_folder_is_never_missing_while_it_is_swapped(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "rename", watched)
     with atomic_folder(target) as folder:
         (folder / "new").write_text("new")
-    assert missing == [False]
+    assert True not in missing
     assert [file.name for file in target.iterdir()] == ["new"]
 
 
@@ -196,3 +196,30 @@ def test_a_manifest_looks_only_at_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "inside" / "manifest.json").write_text(json.dumps({"format": 1, "files": {"../secret": facts}}))
     with pytest.raises(ValueError, match="is missing"):
         check_manifest(tmp_path / "inside")
+
+
+def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an exchange of folders a kill between two renames left no folder, and the next run deleted the old one,
+    which lay aside."""
+    monkeypatch.setattr(atomic_files, "_exchange", lambda one, other: False)
+    target, rename = tmp_path / "model", os.rename
+    with atomic_folder(target) as folder:
+        (folder / "old").write_text("old")
+
+    class Killed(BaseException):
+        pass
+
+    def killed_behind_the_first(source: Path, destination: Path) -> None:
+        if not str(destination).endswith(".old"):
+            raise Killed
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", killed_behind_the_first)
+    monkeypatch.setattr(atomic_files.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+    with pytest.raises(Killed), atomic_folder(target) as folder:
+        (folder / "new").write_text("new")
+    monkeypatch.undo()
+    assert not target.exists()
+    remove_leftovers(target)
+    assert [file.name for file in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]

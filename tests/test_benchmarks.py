@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import decode, train_step
+from benchmarks import decode, scaling_model, train_step
 from benchmarks.side_by_side import OURS, THEIRS, equal_models, results_of, time_in_turns, with_best_ceilings
 from tinylm.model.model_tinylm import TinyLMConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ["--preset", "tiny", "--hidden_size", "32", "--num_hidden_layers", "1", "--device", "cpu"]
 FLOAT32 = ["--precision", "float32", "--rounds", "1"]
 
@@ -84,3 +89,45 @@ def test_decode_runs(capsys):
 def test_settings_are_checked(build):
     with pytest.raises(ValueError, match="expected"):
         build()
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_the_scaling_model_adds_up_a_worked_example():
+    """Four buckets of 25 bytes, two machines of two GPUs, round numbers."""
+    machine = scaling_model.Machine(gpus=2, inside=100.0, between=10.0, hop_inside=0.5, hop_between=1.0)
+    assert scaling_model.all_reduce_seconds(100, 1, machine) == 0
+    # Two inside: 2 (W - 1) / W = 1 times the bytes, there and back one hop each.
+    assert scaling_model.all_reduce_seconds(100, 2, machine) == pytest.approx(100 / 100 + 2 * 0.5)
+    # Four on two machines: 1.5 times the bytes at the slower speed; ring 2 (2 x 0.5 + 1 x 1) = 4, tree 2 x 0.5 + 2 = 3.
+    assert scaling_model.all_reduce_seconds(100, 4, machine) == pytest.approx(150 / 10 + 3)
+    assert scaling_model.gather_seconds(100, 4, machine) == pytest.approx(75 / 10 + 2 * 0.5 + 1)
+    # Hidden up to the last part; and what does not fit behind the backward pass stays.
+    assert scaling_model.exposed_seconds(backward=10, exchange=4, last=1) == 1
+    assert scaling_model.exposed_seconds(backward=1, exchange=4, last=1) == 3
+
+
+def test_the_scaling_model_is_sane():
+    machine = scaling_model.Machine()
+    assert scaling_model.predict("small", 1, 16_384, machine)[0].exposed == 0
+    steps = [scaling_model.predict("large", world, 16_384, machine)[0] for world in (8, 16, 64, 1000)]
+    assert [step.seconds for step in steps] == sorted(step.seconds for step in steps)
+    assert steps[-1].sent == pytest.approx(2 * 999 / 1000 * 4 * 104_030_976)
+    page = (ROOT / "docs" / "scaling-out.md").read_text(encoding="utf-8")
+    for line in scaling_model.table(machine).splitlines()[2:]:
+        shown = line.rpartition("|")[0].rpartition("|")[0] + "|"
+        assert shown in page, "docs/scaling-out.md shows another table; python -m benchmarks.scaling_model"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/net/dev").exists(), reason="reads the counters of Linux")
+def test_two_processes_send_the_bytes_that_the_equation_says():
+    command = [sys.executable, "-m", "benchmarks.communication", "--preset", "tiny", "--tokens", "64", "--steps", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    if "no network namespace" in done.stdout:
+        pytest.skip("other programs' traffic counts too, with no right to a network namespace")
+    shares = [float(found) for found in re.findall(r"([\d.]+) times the model's", done.stdout)]
+    assert shares[0] == pytest.approx(1, abs=0.03)
+    assert 1.5 < shares[1] < 2.7

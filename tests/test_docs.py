@@ -30,7 +30,10 @@ SCRIPTS = {
     "inference.py": "chat",
 }
 """The original project's script names -> our commands."""
-OTHER_FLAGS = {"help", "version", "nproc_per_node"}
+OTHER_FLAGS = {"help", "version"} | {
+    "nnodes", "nproc_per_node", "max_restarts", "rdzv_conf", "rdzv_endpoint", "rdzv_id", "net"
+}  # fmt: skip
+"""argparse's own; torchrun's, unshare's."""
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -121,7 +124,7 @@ def test_flags_in_the_text_exist() -> None:
     known |= set(SHARED_FLAGS) | OTHER_FLAGS
     for page in PAGES:
         text = FENCE.sub("", page.read_text(encoding="utf-8"))
-        shown = set(re.findall(r"`[^`]*?--([a-z_]+)", text))
+        shown = {flag.replace("-", "_") for flag in re.findall(r"`[^`]*?--([a-z][a-z_-]*)", text)}
         assert shown <= known, f"{page.name}: {sorted(shown - known)}"
         named = set(re.findall(r"`tinylm ([a-z]+)", text))
         assert named <= set(cli.COMMANDS), f"{page.name}: {sorted(named - set(cli.COMMANDS))}"

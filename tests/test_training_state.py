@@ -11,7 +11,13 @@ import torch
 from tests.model.small_models import random_ids, small_model
 from tinylm import training_state
 from tinylm.checkpoint import weights_fingerprint
-from tinylm.training_state import StateWriter, load_training_state, read_training_values, save_training_state
+from tinylm.training_state import (
+    StateWriter,
+    load_training_state,
+    read_training_values,
+    save_training_state,
+    withdraw_state,
+)
 
 
 def nested_state() -> dict:
@@ -149,10 +155,23 @@ def test_two_states_stay_and_nothing_half_written(tmp_path):
         save_training_state(tmp_path, {"step": step})
     (tmp_path / ".step_00000004.abc.tmp").mkdir()
     (tmp_path / ".step_00000004.abc.tmp" / "state.safetensors").write_bytes(b"half")
+    (tmp_path / ".latest.abc.tmp").write_bytes(b"half")  # each kill once left one of these for good
     save_training_state(tmp_path, {"step": 4})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003", "step_00000004"]
     save_training_state(tmp_path, {"step": 2})  # a run that was started over
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
+
+
+def test_a_state_that_turns_out_useless_is_withdrawn(tmp_path):
+    """It gives way to the one before it, in favour of which the next save deletes it. The only one stays."""
+    save_training_state(tmp_path, {"step": 1})
+    withdraw_state(tmp_path, 1)
+    assert load_training_state(tmp_path).values == {"step": 1}
+    save_training_state(tmp_path, {"step": 2})
+    withdraw_state(tmp_path, 3)  # there is none
+    assert load_training_state(tmp_path).values == {"step": 2}
+    withdraw_state(tmp_path, 2)
+    assert load_training_state(tmp_path).values == {"step": 1}
 
 
 def test_the_previous_state_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):

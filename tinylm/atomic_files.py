@@ -78,8 +78,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Delete what a killed `atomic_write` or `atomic_folder` of `path` has left; the owner of `path` calls it."""
+    """Delete what a killed `atomic_write` or `atomic_folder` of `path` has left; the owner of `path` calls it.
+
+    Where two folders cannot be exchanged, a kill between two renames leaves the old one aside: it comes back.
+    """
     target = Path(os.path.realpath(path))
+    if not target.exists():
+        for old in target.parent.glob(f".{target.name}.*.old"):
+            if any(old.iterdir()):
+                os.rename(old, target)
+                break
     for end in ("tmp", "old"):
         for left in target.parent.glob(f".{target.name}.*.{end}"):
             if left.is_dir():
@@ -94,6 +102,8 @@ def _parent_folder(target: Path) -> Iterator[Path]:
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            _sync(folder.parent)
         yield target.parent
     except BaseException:
         with contextlib.suppress(OSError):  # the first that is not empty ends it
@@ -108,18 +118,18 @@ def _swap_in(fresh: Path, target: Path) -> None:
         os.rename(fresh, target)
         _sync(target.parent)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    if _exchange(fresh, target):
-        os.rename(fresh, old)
-    else:
+    if not _exchange(fresh, target):
+        # For the moment between these two renames `remove_leftovers` knows the old one by its name, and brings it back.
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
         os.rename(target, old)  # a rename onto an empty folder replaces it
         try:
             os.rename(fresh, target)
         except BaseException:
             os.rename(old, target)
             raise
+        os.rename(old, fresh)
     _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

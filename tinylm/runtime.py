@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tinylm.meeting import fresh_store
 from tinylm.memory import keep_freed_memory
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -122,12 +123,20 @@ def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 60
         _check_one_gpu_each(chosen, device, local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # states are saved from the CPU
+            store=_store_of_this_round(rank, world_size, timeout),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
         atexit.register(shutdown_runtime)
     return Runtime(chosen, compute_dtype, rank, world_size, local_rank)
+
+
+def _store_of_this_round(rank: int, world_size: int, timeout: float) -> dist.Store | None:
+    """Where the processes find each other; None for what torch does by itself, with no torchrun that starts anew."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return fresh_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world_size, timeout)
 
 
 def shutdown_runtime() -> None:

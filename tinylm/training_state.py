@@ -193,13 +193,22 @@ def _prune(folder: Path, newest: Path) -> None:
 
     A step beyond the newest belongs to a run that was started over, or that went on from an older state.
     """
+    for left in [*folder.glob(".step_*"), *folder.glob(".latest.*")]:
+        remove_leftovers(folder / left.name[1:].split(".")[0])
     steps = sorted(path for path in folder.glob("step_*") if path.is_dir())
     kept = [path for path in steps if path <= newest][-KEPT_STEPS:]
     for path in steps:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
-    for left in folder.glob(".step_*"):
-        remove_leftovers(folder / left.name[1:].split(".")[0])
+
+
+def withdraw_state(folder: Path, step: int) -> None:
+    """Point `latest` to the state before that of `step`, which has turned out to be of no use, if there is one."""
+    name = f"step_{step:08d}"
+    older = sorted(path.name for path in folder.glob("step_*") if path.name < name)
+    if older and (folder / name).is_dir():
+        with atomic_write(folder / _LATEST) as file:
+            file.write(older[-1].encode())
 
 
 def load_training_state(

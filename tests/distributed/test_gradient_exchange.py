@@ -31,16 +31,19 @@ def named(facts: dict[str, Any], *words: str) -> list[dict[str, Any]]:
 def test_buckets_are_sent_in_the_last_backward_pass_only_and_while_it_computes(tmp_path):
     facts = traced_step(tmp_path, "none")
     # The first and the last all-reduce are the number of targets before the step, and the means after it.
-    _, *buckets, _ = named(facts, "gloo:all_reduce")
+    _, *launched, _ = named(facts, "c10d::allreduce_")
+    _, *sent, _ = named(facts, "gloo:all_reduce")
     assert facts["micro_batches"] == 3
-    assert 4 <= len(buckets) <= 6, "103 MB in buckets of 25 MB, once; without no_sync() there would be thrice as many"
+    assert 4 <= len(launched) <= 6, "103 MB in buckets of 25 MB, once; without no_sync() there would be thrice as many"
     *_, last_loss = named(facts, "DistributedDataParallel.forward")
-    backward = [event for event in named(facts, "autograd::engine") if event["start"] > last_loss["end"]]
-    assert all(bucket["start"] > last_loss["end"] for bucket in buckets)
-    during = [bucket for bucket in buckets if bucket["start"] < max(event["start"] for event in backward)]
-    assert len(during) >= len(buckets) - 1, "only the last bucket may wait for the end of the backward pass"
-    computed_meanwhile = [event for event in backward if buckets[0]["start"] < event["start"] < buckets[-1]["end"]]
-    assert len(computed_meanwhile) > len(backward) / 2
+    assert all(bucket["start"] > last_loss["end"] for bucket in launched)
+    backward = [event["start"] for event in named(facts, "autograd::engine") if event["start"] > last_loss["end"]]
+    early = [bucket for bucket in launched if bucket["start"] < max(backward)]
+    assert len(early) >= len(launched) - 1, "only the last bucket may wait for the end of the backward pass"
+    computed_after_the_first = [start for start in backward if start > launched[0]["end"]]
+    assert len(computed_after_the_first) > len(backward) / 2
+    # A thread of gloo's does the sending. On a loaded machine the later ones may come late, the first has all the time.
+    assert sent[0]["start"] < max(backward)
 
 
 @pytest.mark.long

@@ -89,7 +89,7 @@ def test_a_step_that_is_no_number_is_skipped_counted_and_recorded(tmp_path):
     assert [step for step, record in lines.items() if record["loss"] is None] == [3, 4]
     assert json.loads((run.last_folder / "lineage.json").read_text())["skipped_steps"] == 2
     state = load_training_state(run.state_folder).values
-    assert (state["num_skipped"], state["skips_in_a_row"]) == (2, 0)
+    assert state["num_skipped"] == 2
 
 
 def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
@@ -102,16 +102,16 @@ def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
     expected = [row for batch in run.batches for row in batch.input_ids.tolist()]
     assert [row["input_ids"] for row in rows] == expected and rows[0]["text"] == f"{len(expected[0])} tokens"
     kept = load_training_state(run.state_folder).values
+    assert kept["step"] == 3  # the update of step 4 may be what broke the weights
     assert all(torch.isfinite(weight).all() for weight in kept["weights"].values())
-    again = make_run(tmp_path, epochs=9, max_steps=30, data=Rows(16), resume=True)
-    again.objective = broken_at(1)  # one more in a row, if it goes on with the count that it had
-    with pytest.raises(RuntimeError, match="in 10 steps in a row"):
-        again.fit()
+    again = make_run(tmp_path, epochs=9, max_steps=30, data=Rows(16), resume=True, learning_rate=1e-3)
+    again.fit()
+    assert again.start_step == 3 and again.num_skipped == 0
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
     run = make_run(tmp_path, max_steps=2)
-    with run_lock(tmp_path / ".pretrain_16.lock"):
+    with run_lock(tmp_path / ".pretrain.lock"):
         with pytest.raises(ValueError, match=rf"belongs to a run that is still going \(process {os.getpid()} on "):
             run.fit()
         assert not run.state_folder.exists()
@@ -135,7 +135,7 @@ def test_a_run_sweeps_up_after_a_killed_one(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     make_run(tmp_path, max_steps=1).fit()
     hidden = {path.name for path in tmp_path.glob(".*")}
-    assert hidden == {".other.abc.tmp", ".pretrain_16.lock"}
+    assert hidden == {".other.abc.tmp", ".pretrain.lock"}
 
 
 def test_a_state_that_cannot_be_saved_is_said_and_the_next_one_is_tried(tmp_path, monkeypatch):

@@ -282,6 +282,18 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def test_a_model_that_cannot_be_sampled_trains_on(tmp_path):
+    """A step may just have broken its weights, which the next ones will tell. A sample ended the run, as if the user
+    had made a mistake; and a best validation loss that was no number could never be improved on."""
+    run = make_run(tmp_path, max_steps=4)
+    losses = iter([float("nan"), 0.5])
+    run.validate = lambda data: {"validation_loss": next(losses)}
+    run.sample = lambda: (_ for _ in ()).throw(ValueError("the model computes no numbers"))
+    run.fit()
+    assert said(run).count("warning: no sample (the model computes no numbers)") == 2
+    assert run.best_validation_loss == 0.5
+
+
 def test_starting_over_an_unfinished_run_is_said(tmp_path, monkeypatch):
     """To learn a step number, it once read weights and optimizer state too: gigabytes, and an error if damaged."""
     interrupt_at(stopped := make_run(tmp_path), 7)

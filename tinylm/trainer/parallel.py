@@ -13,6 +13,7 @@ global count already; so the loss is multiplied by their number.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,10 @@ from tinylm.runtime import Runtime
 from tinylm.trainer.objectives import Objective
 
 SHARDINGS = ("none", "fsdp")
+# The model's buffers are tables of positions, the same everywhere. torch 2.13 calls the setting by another name.
+_BUFFERS = "forward_sync_buffers"
+if _BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _BUFFERS = "broadcast_buffers"
 
 
 def shard(model: TinyLMForCausalLM, sharding: str, runtime: Runtime) -> None:
@@ -113,7 +118,8 @@ class GradientExchange:
         self.model = model
         forward: nn.Module = _Forward(model, objective)
         if runtime.world_size > 1 and not is_sharded(model):
-            forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+            buffers: dict[str, Any] = {_BUFFERS: False}
+            forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, **buffers)
         self.forward = forward
         self.needs_rehearsal = isinstance(forward, DistributedDataParallel) and runtime.world_size > 2
         """Whether to go through a backward pass for nothing before the first step. It is the first pass that

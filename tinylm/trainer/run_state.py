@@ -121,7 +121,6 @@ class Run:
             **self.description(),
             "launch": self.runtime.launch_id,
             "num_skipped": self.num_skipped,
-            "skips_in_a_row": self.skips_in_a_row,
             "changed_on_resume": self.changes,
             "best_validation_loss": self.best_validation_loss,
             "first_weights": self.first_fingerprint,
@@ -131,14 +130,19 @@ class Run:
         }
 
     def goes_on(self) -> bool:
-        """With --resume, or when torchrun has started the processes anew because one was lost or came back."""
-        if self.settings.resume or self.runtime.any_rank(self.runtime.is_restart):
+        """With --resume, or when torchrun has started the processes anew."""
+        return self.settings.resume or self.is_restarted()
+
+    def is_restarted(self) -> bool:
+        """Whether torchrun has started the processes anew because one was lost or came back; all must ask."""
+        if self.runtime.any_rank(self.runtime.is_restart):
             return True
+        if not self.runtime.launch_id:
+            return False
         try:
-            launch = read_training_values(self.state_folder).get("launch")
+            return bool(read_training_values(self.state_folder).get("launch") == self.runtime.launch_id)
         except FileNotFoundError:
             return False
-        return bool(launch) and launch == self.runtime.launch_id
 
     def restore(self) -> None:
         """Go on from the newest whole state, or start from the beginning where there is none.
@@ -173,7 +177,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.start_step = step
         self.is_pending = state["is_pending"]
-        self.num_skipped, self.skips_in_a_row = state["num_skipped"], state["skips_in_a_row"]
+        self.num_skipped = state["num_skipped"]
         self.best_validation_loss = state["best_validation_loss"]
         if state.get("first_weights") != self.first_fingerprint:  # another torch or device may draw other numbers
             self.first_weights = snapshot(self.model.parameters())

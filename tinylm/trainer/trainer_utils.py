@@ -107,16 +107,22 @@ def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
 class MetricsLog:
     """metrics.jsonl, one JSON object a line, and TensorBoard on request; written by the main process only.
 
-    A resumed run drops the lines past the step it resumes from, so every step stands there once.
+    A resumed run drops the lines past the step it resumes from, and what a full disk has cut, so every step stands
+    there once.
+
+    Args:
+        is_pending: the evaluation of `start_step` is still to come; a line of it is one of a run killed behind it.
     """
 
-    def __init__(self, folder: Path, stage: str, start_step: int, tensorboard: bool = False) -> None:
+    def __init__(
+        self, folder: Path, stage: str, start_step: int, tensorboard: bool = False, is_pending: bool = False
+    ) -> None:
         self.path = folder / f"{stage}_metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if start_step > 0 and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start_step]
+            kept = [line for line in lines if _is_kept(line, start_step, is_pending)]
         with atomic_write(self.path) as file:
             file.writelines(f"{line}\n".encode() for line in kept)
         self.file: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
@@ -142,6 +148,15 @@ class MetricsLog:
         self.file.close()
         if self.writer is not None:
             self.writer.close()
+
+
+def _is_kept(line: str, start_step: int, is_pending: bool) -> bool:
+    try:
+        record = json.loads(line)
+        step = int(record["step"])
+    except (ValueError, KeyError, TypeError):  # cut
+        return False
+    return step < start_step or (step == start_step and not (is_pending and "validation_loss" in record))
 
 
 def _json_value(value: float | str) -> float | str | None:

@@ -6,6 +6,7 @@ Recipes make the parts (data, model, optimizers) and hand them over; what all st
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from tinylm.trainer.trainer_utils import (
     write_bad_batch,
 )
 from tinylm.trainer.validation import validate
-from tinylm.training_state import StateWriter
+from tinylm.training_state import StateWriter, withdraw_state
 
 MOST_SKIPS = 10
 """Steps in a row whose loss or gradient may be no number; then the run has diverged and ends."""
@@ -64,7 +65,7 @@ class TrainingRun(Run):
             print_plan(self, flops, matmul_flops)
             self.note_unfinished()
             self.metrics = (
-                MetricsLog(self.output_dir, self.stage, self.start_step, self.settings.tensorboard)
+                MetricsLog(self.output_dir, self.stage, self.start_step, self.settings.tensorboard, self.is_pending)
                 if self.runtime.is_main
                 else None
             )
@@ -109,15 +110,19 @@ class TrainingRun(Run):
 
     @contextlib.contextmanager
     def _owned_folder(self) -> Iterator[None]:
-        """The run folder belongs to this run; what a killed one has left half written goes."""
-        prefix = f".{self.stage}_{self.model.config.hidden_size}"
+        """The stage's files in the run folder belong to this run; what a killed one has left half written goes.
+
+        The stage's, whatever its model's width: they share the metrics file.
+        """
+        # The process that had the folder before may have been lost with its machine: not as long as the others wait.
+        patience = self.settings.timeout / 2 if self.is_restarted() else 0.0
         with contextlib.ExitStack() as stack:
             refusal = None
             if self.runtime.is_main:
                 try:
-                    stack.enter_context(run_lock(self.output_dir / f"{prefix}.lock"))
-                    for left in self.output_dir.glob(f"{prefix}_epoch*"):
-                        remove_leftovers(self.output_dir / left.name[1:].split(".")[0])
+                    stack.enter_context(run_lock(self.output_dir / f".{self.stage}.lock", patience))
+                    for left in self.output_dir.glob(f".{self.stage}_*"):
+                        remove_leftovers(self.output_dir / left.name[1:].rsplit(".", 2)[0])
                 except (ValueError, OSError) as error:
                     refusal = error
             if self.runtime.any_rank(refusal is not None):
@@ -147,9 +152,12 @@ class TrainingRun(Run):
         self._watch(report)
         if self.runtime.any_rank(bool(self.stop_request.signum)):
             # At once: evaluation and model folder, if they are due, come when the run goes on.
-            self._save_state(report.step, is_pending=True)
+            where = f" after step {report.step:,}, in which nothing was updated; the state before it stays"
+            if not self.skips_in_a_row:
+                self._save_state(report.step, is_pending=True)
+                where = f" after step {report.step:,}, which is saved"
             self._finish_saving()
-            raise Stopped(self.stop_request.signum or signal.SIGTERM, f" after step {report.step:,}, which is saved")
+            raise Stopped(self.stop_request.signum or signal.SIGTERM, where)
         self._evaluate(report.step)
         self._save(report.step)
 
@@ -174,6 +182,9 @@ class TrainingRun(Run):
             return
         name = f"{self.stage}_{self.model.config.hidden_size}_bad_batch_rank{self.runtime.rank}.jsonl"
         write_bad_batch(self.output_dir / name, report.step, self.batches, self.decode)
+        self.states.wait()
+        if self.runtime.is_main:  # what the last update left computes no numbers
+            withdraw_state(self.state_folder, report.step - MOST_SKIPS)
         raise RuntimeError(
             f"{what}, as in {MOST_SKIPS} steps in a row; the last batch is in {self.output_dir / name}, the weights of "
             f"the last good step are in {self.state_folder}, if one was saved: go on from there with --resume and a "
@@ -187,11 +198,11 @@ class TrainingRun(Run):
         values: dict[str, float | str] = dict(self.validate(self.validation_data))
         loss = float(values["validation_loss"])
         self.line.validation_loss = loss
-        if self.best_validation_loss is None or loss < self.best_validation_loss:
+        if math.isfinite(loss) and (self.best_validation_loss is None or loss < self.best_validation_loss):
             self.best_validation_loss = loss
         # A sharded model computes with all processes, or not at all.
         can_sample = self.sample is not None and (self.runtime.is_main or is_sharded(self.model))
-        texts = self.sample() if self.sample is not None and can_sample else []
+        texts = self._samples() if can_sample else []
         if not self.runtime.is_main:
             return
         shown = " · ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
@@ -201,6 +212,14 @@ class TrainingRun(Run):
             values[f"sample_{index}"] = text
         if self.metrics is not None:
             self.metrics.write(step, values)
+
+    def _samples(self) -> list[str]:
+        assert self.sample is not None
+        try:
+            return self.sample()
+        except ValueError as error:  # weights that a step has just broken: the steps that follow tell more
+            self.console.print(f"warning: no sample ({error})", markup=False)
+            return []
 
     def validate(self, data: Dataset) -> dict[str, float]:
         """Mean loss (and the objective's metrics) per target over the held-out data, and bits per byte of text."""
@@ -214,7 +233,8 @@ class TrainingRun(Run):
         is_due = self.settings.save_interval and step % self.settings.save_interval == 0
         if epoch_done:
             self._save_model(step)
-        if epoch_done or is_due:
+        # After a skipped step the weights may be broken already; two such states would push out the last good one.
+        if step == self.num_steps or ((epoch_done or is_due) and not self.skips_in_a_row):
             self._save_state(step)
         if step == self.num_steps:
             self._finish_saving()
