@@ -20,6 +20,7 @@ from typing import Any
 from tinylm.dataset import tinyworld
 from tinylm.training_state import load_training_state
 
+HERE = Path(__file__).resolve().parent
 TIMING = ("tokens_per_second", "matmul_share")
 SHARED = [
     "--device", "cpu", "--dtype", "float32", "--max_seq_len", "64", "--batch_size", "2", "--accumulation_steps", "2",
@@ -30,6 +31,15 @@ SHAPE = [
     "--preset", "tiny", "--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "4",
     "--num_key_value_heads", "2",
 ]  # fmt: skip
+
+
+def python_environment(repository: Path, shim: Path | None = None) -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(repository), str(HERE)]),
+        **({"LD_PRELOAD": str(shim)} if shim is not None else {}),
+    }
 
 
 class Process:

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commands import Commands, Stages
+from commands import HERE, Commands, Stages, python_environment
 
-HERE = Path(__file__).resolve().parent
 RESULTS = pytest.StashKey[dict[str, Counter]]()
 
 
@@ -53,15 +52,6 @@ def shim(tmp_path_factory) -> Path:
     library = tmp_path_factory.mktemp("shim") / "shim.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "shim.c"], check=True)
     return library
-
-
-def python_environment(repository: Path, shim: Path | None = None) -> dict[str, str]:
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(repository), str(HERE)]),
-        **({"LD_PRELOAD": str(shim)} if shim is not None else {}),
-    }
 
 
 @pytest.fixture(scope="session")

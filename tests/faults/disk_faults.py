@@ -97,6 +97,8 @@ def read_state(folder: Path) -> str:
     except FileNotFoundError:
         return "none"
     assert not found.damaged, found.damaged
+    latest = folder / "run" / "state" / "latest"
+    assert not latest.exists() or latest.read_text() == found.folder.name  # not only found by looking around
     return digest(found.values)
 
 

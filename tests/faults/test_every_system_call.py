@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HERE, python_environment
+from commands import HERE, python_environment
 from disk_faults import read_state, save_states
 
 LASTING, NO_EXCHANGE = 1, 2

@@ -11,6 +11,7 @@ import torch
 from run_parts import interrupt_at, make_run, records, said
 from trainer_parts import Rows, assert_same_bits, read_bytes, weights_of
 
+from tinylm import training_state
 from tinylm.trainer.objectives import next_token_loss
 from tinylm.trainer.resume import ADJUSTABLE, FREE
 from tinylm.trainer.train_dpo import DPOSettings
@@ -292,6 +293,36 @@ def test_a_model_that_cannot_be_sampled_trains_on(tmp_path):
     run.fit()
     assert said(run).count("warning: no sample (the model computes no numbers)") == 2
     assert run.best_validation_loss == 0.5
+
+
+def test_a_state_that_cannot_be_saved_is_a_warning_and_the_last_one_an_error(tmp_path, monkeypatch):
+    """Else the run would end with status 0, and leave a state that is not its end."""
+    write, fails = training_state.write_tensors, {"step_00000003"}
+
+    def sometimes(path, tensors):
+        if any(step in str(path) for step in fails):
+            raise OSError("No space left on device")
+        write(path, tensors)
+
+    monkeypatch.setattr(training_state, "write_tensors", sometimes)
+    run = make_run(tmp_path / "a", max_steps=6)
+    run.fit()
+    assert "warning: the last training state could not be saved (No space left on device)" in said(run)
+    assert load_training_state(run.state_folder).values["step"] == 6
+    fails.add("step_00000006")
+    last = make_run(tmp_path / "b", max_steps=6)
+    with pytest.raises(RuntimeError, match="the training state could not be saved: No space left"):
+        last.fit()
+    assert load_training_state(last.state_folder).values["step"] == 4
+
+
+def test_what_a_killed_run_has_left_half_written_goes_and_nothing_else(tmp_path):
+    """A kill while the metrics file was rewritten, or the bad batch written, left its temporary file for good."""
+    for name in (".pretrain_metrics.jsonl.abc.tmp", ".pretrain_16_epoch0.def.tmp", ".full_sft_metrics.jsonl.abc.tmp"):
+        (tmp_path / name).write_text("half")
+    make_run(tmp_path, max_steps=1).fit()
+    hidden = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
+    assert hidden == [".full_sft_metrics.jsonl.abc.tmp", ".pretrain.lock"]  # the other is another run's
 
 
 def test_starting_over_an_unfinished_run_is_said(tmp_path, monkeypatch):
