@@ -121,3 +121,15 @@ def test_the_code_version_sees_every_file(monkeypatch, tmp_path):
         seen.append(module.code_version()["code"])
     module.code_version.cache_clear()
     assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"parent": "somewhere"}, {"parent": {"path": 5}}, {"step": "7"}, {"settings": [1]}, {"changed_on_resume": "x"},
+     {"tokenizer_fingerprint": [1]}, {"version": {}}],
+)  # fmt: skip
+def test_a_strangers_lineage_is_no_crash(family, capsys, odd):
+    path = family / "child" / "lineage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **odd}))
+    status, marks, _ = findings(capsys, family / "child")
+    assert status == 1 and marks["files"] == "WRONG"

@@ -53,6 +53,8 @@ def _checked(what: str, check: Callable[[], str]) -> Finding:
         return Finding(what, None, f"not checked: {error}")
     except (ValueError, OSError) as error:
         return Finding(what, False, str(error))
+    except (TypeError, KeyError, AttributeError) as error:  # a record that is no record of ours
+        return Finding(what, False, f"a record of another form than tinylm writes ({type(error).__name__}: {error})")
 
 
 def verify_folder(folder: Path) -> Iterator[Finding]:
@@ -118,19 +120,18 @@ def _check_parent(lineage: dict[str, Any]) -> str:
 
 
 def show_lineage(lineage: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, value) of what made a model, as far as it is recorded."""
-    settings = lineage.get("settings") or {}
+    """(name, value) of what made a model, as far as it is recorded; a stranger's record may hold anything."""
+    settings = lineage.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
     yield "stage", str(lineage.get("stage"))
-    if lineage.get("step") is not None:
-        yield (
-            "trained",
-            f"{lineage['step']:,} steps, epoch {lineage.get('epoch')}, "
-            + ("finished" if lineage.get("finished") else "not finished"),
-        )
+    if isinstance(lineage.get("step"), int):
+        ended = "finished" if lineage.get("finished") else "not finished"
+        yield "trained", f"{lineage['step']:,} steps, epoch {lineage.get('epoch')}, {ended}"
     source = settings.get("data_path") or "TinyWorld"
     yield "data", f"{source} (fingerprint {lineage.get('data_fingerprint')}), seed {lineage.get('seed')}"
-    for change in lineage.get("changed_on_resume", []):
-        yield "changed", "{setting} from {was} to {now} at step {step}".format(**change)
+    changes = lineage.get("changed_on_resume")
+    for change in changes if isinstance(changes, list) else []:
+        yield "changed", str(change)
     given = {name: value for name, value in settings.items() if value not in (None, "", 0, False)}
     yield "settings", " ".join(f"--{name} {value}" for name, value in given.items())
 

@@ -265,3 +265,13 @@ def test_the_hub_streams_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "datasets", Library)
     assert load_texts("hub:somebody/something:test") == ["x"]
+
+
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch) -> None:
+    """64 KB of gzip held 64 MB of one line, which was read whole, then decoded, then parsed."""
+    monkeypatch.setattr("tinylm.dataset.file_readers.MAX_ROW_BYTES", 1 << 20)
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"text": "good"}\n{"text": "' + b"a" * (8 << 20))
+    with pytest.raises(ValueError, match=r"bomb.jsonl.gz, line 2: more than 1 MB without an end; expected one"):
+        list(read_records(str(path)))

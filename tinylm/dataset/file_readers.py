@@ -14,6 +14,9 @@ from tinylm.dataset.record_shapes import BadRow, Record
 DOCUMENT_END = "<|endoftext|>"
 """A line of a text file that holds only this ends a document, as in the TinyStories files."""
 
+MAX_ROW_BYTES = 64 << 20
+"""Of a line of JSON: a gzipped file of 64 KB can hold one of as many MB, and a row takes several times its text."""
+
 
 def _read_text(file: str) -> Iterator[Record | BadRow]:
     lines: list[str] = []
@@ -41,7 +44,11 @@ def _read_text(file: str) -> Iterator[Record | BadRow]:
 def _read_jsonl(file: str) -> Iterator[Record | BadRow]:
     empty = True
     with opened(file) as handle:
-        for line, raw in enumerate(handle, start=1):
+        for line, raw in enumerate(iter(lambda: handle.readline(MAX_ROW_BYTES + 1), b""), start=1):
+            if len(raw) > MAX_ROW_BYTES:
+                raise ValueError(
+                    f"{file}, line {line}: more than {MAX_ROW_BYTES >> 20} MB without an end; expected one object a line"
+                )
             text = _decode(raw, file, line)
             if isinstance(text, BadRow):
                 empty = False
