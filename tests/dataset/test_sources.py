@@ -273,5 +273,5 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path: P
     path = tmp_path / "bomb.jsonl.gz"
     with gzip.open(path, "wb") as file:
         file.write(b'{"text": "good"}\n{"text": "' + b"a" * (8 << 20))
-    with pytest.raises(ValueError, match=r"bomb.jsonl.gz, line 2: more than 1 MB without an end; expected one"):
+    with pytest.raises(ValueError, match=r"bomb.jsonl.gz, line 2: over 1 MB without an end; expected one"):
         list(read_records(str(path)))

@@ -47,7 +47,7 @@ def _read_jsonl(file: str) -> Iterator[Record | BadRow]:
         for line, raw in enumerate(iter(lambda: handle.readline(MAX_ROW_BYTES + 1), b""), start=1):
             if len(raw) > MAX_ROW_BYTES:
                 raise ValueError(
-                    f"{file}, line {line}: more than {MAX_ROW_BYTES >> 20} MB without an end; expected one object a line"
+                    f"{file}, line {line}: over {MAX_ROW_BYTES >> 20} MB without an end; expected one object a line"
                 )
             text = _decode(raw, file, line)
             if isinstance(text, BadRow):
