@@ -68,7 +68,9 @@ def test_the_largest_tables_a_config_may_ask_for(folders: Path) -> None:
     wide = {"max_position_embeddings": 2**20}
     path.write_text(json.dumps({**json.loads(path.read_text()), **wide}))
     outcome = judge(Target("", "config.json", lambda rng, data: data, lambda path: load_model(path.parent)), path)
-    assert outcome.loaded and outcome.fault is None and 60 << 20 < outcome.memory < 110 << 20
+    assert (
+        outcome.loaded and outcome.fault is None and 60 << 20 < outcome.memory < 128 << 20
+    )  # as docs/reliability.md promises
 
 
 def refused(load: Callable[..., Any], *arguments: Any, match: str) -> str:
