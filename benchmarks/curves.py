@@ -3,7 +3,7 @@
     pip install matplotlib
     python benchmarks/curves.py out/quickstart/pretrain out/quickstart/full_sft --output loss.svg
 
-Each folder is a stage's --output_dir, where `<stage>_metrics.jsonl` lies. One panel per folder: loss over
+Each folder is a stage's --output_dir, where `<stage>_<width>_metrics.jsonl` lies. One panel per folder: loss over
 optimizer steps in nats per target, training as a line, held-out data as dots.
 """
 

@@ -177,4 +177,4 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     from tinylm.program import run_main
 
-    sys.exit(run_main(main, resumable=False))
+    sys.exit(run_main(main, advice=""))

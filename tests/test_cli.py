@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tinylm import __version__, cli
-from tinylm.program import run_main
+from tinylm.cli import main
+from tinylm.program import Stopped, run_main
 
 
 def tinylm(repository: Path, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -92,7 +94,11 @@ class CustomError(Exception):
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "a.txt: No such file or directory"),
         (FileNotFoundError("no model in x; expected y"), 2, "tinylm: error: no model in x; expected y"),
         (IsADirectoryError(21, "Is a directory", "d"), 2, "tinylm: error: d: Is a directory"),
-        (PermissionError(13, "Permission denied", "p"), 2, "tinylm: error: p: Permission denied"),
+        (
+            PermissionError(13, "Permission denied", "p"),
+            2,
+            "tinylm: error: p: Permission denied; choose another path, or change its permissions",
+        ),
         (OSError(28, "No space left on device"), 1, "tinylm: error: No space left on device"),
         (RuntimeError("loss is nan"), 1, "tinylm: error: loss is nan"),
         (CustomError("odd"), 1, "tinylm: error: CustomError: odd"),
@@ -129,7 +135,7 @@ def test_sigterm_cleans_up(capsys: pytest.CaptureFixture[str]) -> None:
         finally:
             cleaned.append(True)
 
-    assert run_main(command, [], resumable=False) == 143
+    assert run_main(command, [], advice="") == 143
     assert cleaned == [True]
     assert capsys.readouterr().err == "tinylm: stopped\n"
 
@@ -180,3 +186,32 @@ def test_the_original_paths_still_work(repository: Path, link: str) -> None:
     assert (repository / link).is_symlink()
     assert (repository / link).resolve() == repository / "tinylm" / link
     assert (repository / link).exists()
+
+
+@pytest.mark.parametrize(("command", "advice"), [("quickstart", "run the same command again"), ("run", "--resume"),
+                                                 ("pretrain", "--resume"), ("chat", "")])  # fmt: skip
+def test_a_stopped_command_says_how_to_go_on_with_it(command, advice, monkeypatch, capsys):
+    """quickstart, which has no --resume, advised it; `tinylm run`, which has it, did not."""
+
+    def stop(rest):
+        raise Stopped(signal.SIGINT, " after step 7, which is saved")
+
+    monkeypatch.setattr("tinylm.cli._load", lambda target: stop)
+    assert main([command]) == 130
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("tinylm: stopped after step 7, which is saved") and advice in said
+    assert advice or said.endswith("which is saved")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_is_no_error(closed):
+    """Some services start programs without standard input or output; that ended in an AttributeError."""
+    command = f"{sys.executable} -m tinylm.cli pretrain --preset nosuch {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Error" not in done.stderr.replace("error:", "")
+
+
+def test_a_temporary_file_is_called_by_the_name_it_would_have_got(capsys):
+    error = PermissionError(errno.EACCES, "Permission denied", "/out/.model.65vd0l1c.tmp")
+    assert run_main(lambda argv: (_ for _ in ()).throw(error), []) == 2
+    assert capsys.readouterr().err.startswith("tinylm: error: /out/model: Permission denied; choose another path")

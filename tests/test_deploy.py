@@ -186,7 +186,7 @@ def job(tmp_path: Path) -> Iterator[list[str]]:
 
 def steps_done(folder: Path) -> list[int]:
     with contextlib.suppress(OSError, json.JSONDecodeError):
-        lines = (folder / "pretrain_metrics.jsonl").read_text().splitlines()
+        lines = [line for path in folder.glob("pretrain_*_metrics.jsonl") for line in path.read_text().splitlines()]
         return [json.loads(line)["step"] for line in lines]
     return []
 

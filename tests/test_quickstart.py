@@ -22,7 +22,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def last_value(folder: Path, stage: str, name: str) -> float:
-    lines = (folder / stage / f"{stage}_metrics.jsonl").read_text().splitlines()
+    lines = (folder / stage / f"{stage}_256_metrics.jsonl").read_text().splitlines()
     return [json.loads(line)[name] for line in lines if name in json.loads(line)][-1]
 
 

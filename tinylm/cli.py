@@ -12,26 +12,28 @@ from tinylm import __version__
 
 
 class Command(NamedTuple):
-    """Where a command's `main(argv) -> status` is, what it does, and whether it knows --resume."""
+    """Where a command's `main(argv) -> status` is, what it does, and how to go on with it after an interruption."""
 
     target: str
     summary: str
-    resumable: bool = False
+    advice: str = ""
 
+
+RESUME, AGAIN = "run the same command with --resume", "run the same command again to go on"
 
 COMMANDS = {
-    "quickstart": Command("tinylm.trainer.quickstart:main", "train a small chat model from nothing", True),
+    "quickstart": Command("tinylm.trainer.quickstart:main", "train a small chat model from nothing", AGAIN),
     "tokenizer": Command("tinylm.trainer.train_tokenizer:main", "train a tokenizer on text"),
-    "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", True),
-    "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", True),
-    "lora": Command("tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", True),
-    "dpo": Command("tinylm.trainer.train_dpo:main", "teach a model which of two answers is preferred", True),
+    "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", RESUME),
+    "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", RESUME),
+    "lora": Command("tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", RESUME),
+    "dpo": Command("tinylm.trainer.train_dpo:main", "teach a model which of two answers is preferred", RESUME),
     "chat": Command("tinylm.inference:main", "talk with a model in the terminal"),
     "eval": Command("tinylm.evaluation.evaluate:main", "measure a model"),
     "merge": Command("tinylm.trainer.merge_adapter:main", "fold an adapter into its model"),
     "export": Command("tinylm.export.export_model:main", "write a model for other programs"),
     "verify": Command("tinylm.verify:main", "check a model's files and where it comes from"),
-    "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes"),
+    "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes", RESUME),
 }
 
 
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     from tinylm.program import run_main
 
     command = COMMANDS[argv[0]]
-    return run_main(lambda rest: _load(command.target)(rest), argv[1:], command.resumable)
+    return run_main(lambda rest: _load(command.target)(rest), argv[1:], command.advice)
 
 
 def help_text() -> str:

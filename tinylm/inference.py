@@ -321,4 +321,4 @@ def _print_answer(chat: Chat, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, resumable=False))
+    sys.exit(run_main(main, advice=""))

@@ -14,9 +14,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+GO_ON = "run the same command with --resume"
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -59,6 +61,8 @@ _USER_MISTAKES = (
     ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError
 )  # fmt: skip
 _ADVICE = {
+    errno.EACCES: "Permission denied; choose another path, or change its permissions",
+    errno.EROFS: "Read-only file system; choose another path",
     errno.EEXIST: "File exists, where a folder is expected; choose another path",
     errno.ENOTDIR: "Not a directory: a part of this path is a file; choose another path",
     errno.ELOOP: "its symbolic links lead round in a circle; correct them, or choose another path",
@@ -66,7 +70,7 @@ _ADVICE = {
 """The system's words for an error of a path, where they do not say what to do."""
 
 
-def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None, resumable: bool = True) -> int:
+def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None, advice: str = GO_ON) -> int:
     """Call a command's `main` and turn whatever it raises into one line on stderr and an exit status.
 
     Status 2 for the user's mistakes (ValueError, a path that cannot be used), 128 + n for
@@ -75,10 +79,11 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
     Args:
         function: `main(argv) -> status`.
         argv: the arguments; those of the process when None.
-        resumable: whether the command knows --resume, which an interruption then mentions.
+        advice: how to go on after an interruption, if the command can.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    _open_closed_streams()
     try:
         with _sigterm_raises():
             status = function([word for word in argv if word != "--debug"])
@@ -86,7 +91,7 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
             return status
     except KeyboardInterrupt as stop:
         number = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
-        message = f"stopped{getattr(stop, 'where', '')}" + "; run the same command with --resume" * resumable
+        message = f"stopped{getattr(stop, 'where', '')}" + f"; {advice}" * bool(advice)
         return _report(message, 128 + number, debug)
     except BrokenPipeError:
         # the reader has left (`tinylm eval | head`); a closed stdout must not fail again at exit
@@ -97,6 +102,13 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
             return _report(f"error: {_one_line(error)}", 2, debug)
         kind = "" if type(error) in (RuntimeError, OSError) else f"{type(error).__name__}: "
         return _report(f"error: {kind}{_one_line(error)}", 1, debug)
+
+
+def _open_closed_streams() -> None:
+    """Where a service or a shell has closed standard input or output, there is nothing to read and nobody to read."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -130,5 +142,11 @@ def _report(message: str, status: int, debug: bool) -> int:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         words = _ADVICE.get(error.errno or 0, error.strerror)
-        return f"{error.filename}: {words}" if error.filename is not None else words
+        return f"{_known_name(error.filename)}: {words}" if error.filename is not None else words
     return " ".join(str(error).split())
+
+
+def _known_name(name: str | bytes | int) -> str:
+    """A path that the user knows: of a temporary file the one that it would have become."""
+    path = Path(os.fsdecode(name)) if not isinstance(name, int) else Path(str(name))
+    return str(path.with_name(path.name[1:].rsplit(".", 2)[0]) if path.name.endswith(".tmp") else path)

@@ -18,12 +18,13 @@ from typing import Any
 from rich.markup import escape
 
 from tinylm.atomic_files import check_manifest
-from tinylm.checkpoint import load_model, resolve_model_path, weights_fingerprint
+from tinylm.checkpoint import adapter_base, load_model, resolve_model_path, weights_fingerprint
 from tinylm.code_version import code_version
 from tinylm.model.model_lora import unload_lora
 from tinylm.model.weights_file import read_json
 from tinylm.program import run_main
 from tinylm.settings import parse_settings
+from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.trainer_utils import make_console
 from tinylm.training_state import load_training_state, state_folders
 
@@ -96,7 +97,8 @@ def _check_weights(folder: Path) -> str:
 
 
 def _check_tokenizer(folder: Path, lineage: dict[str, Any]) -> str:
-    _, tokenizer, _ = load_model(folder)
+    own = (folder / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.load(folder if own else adapter_base(folder))
     promised = lineage.get("tokenizer_fingerprint")
     if promised is None:
         raise FileNotFoundError("lineage.json does not name the tokenizer")

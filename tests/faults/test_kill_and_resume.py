@@ -141,7 +141,7 @@ def test_killed_in_the_evaluation_that_a_stop_had_put_off(commands, stages, undi
     step = read_training_values(folder)["step"]
     assert status == 143
     line = json.dumps({"step": step, "validation_loss": 1.0, "validation_accuracy": 0.5, "sample_0": "of the killed"})
-    path = tmp_path / "pretrain_metrics.jsonl"
+    path = next(tmp_path.glob("pretrain_*_metrics.jsonl"))
     path.write_text(path.read_text() + line + "\n")
     commands.run(*stages.words("pretrain"), "--resume", "--output_dir", tmp_path)
     lost = differences(tmp_path, undisturbed("pretrain"))
@@ -153,7 +153,7 @@ def test_killed_in_the_evaluation_that_a_stop_had_put_off(commands, stages, undi
 def test_a_line_that_a_full_disk_has_cut_is_dropped(commands, stages, undisturbed, tmp_path):
     """A cut line that happened to end with a brace (texts are recorded too) made every resume fail."""
     assert killed_after(commands, stages.words("pretrain"), tmp_path, 10)[0] == -signal.SIGKILL
-    path = tmp_path / "pretrain_metrics.jsonl"
+    path = next(tmp_path.glob("pretrain_*_metrics.jsonl"))
     path.write_text(path.read_text() + '{"step": 3, "sample_0": "a {brace}')
     commands.run(*stages.words("pretrain"), "--resume", "--output_dir", tmp_path)
     assert not differences(tmp_path, undisturbed("pretrain"))

@@ -74,6 +74,6 @@ def interrupt_at(run: TrainingRun, step: int) -> None:
 
 
 def records(folder: Path) -> list[dict]:
-    lines = (folder / "pretrain_metrics.jsonl").read_text().splitlines()
+    lines = (folder / "pretrain_16_metrics.jsonl").read_text().splitlines()
     timing = ("tokens_per_second", "matmul_share")
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]

@@ -148,7 +148,7 @@ def test_the_plan_comes_before_and_the_movement_after(stages):
 @pytest.mark.slow
 def test_dpo_starts_at_log_2_whatever_the_model(stages):
     """The reference is the parent itself, scored by the same code: at the first step the policies are equal."""
-    first = json.loads((stages.root / "dpo" / "dpo_metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((stages.root / "dpo" / "dpo_32_metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 1
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["reward_margin"] == pytest.approx(0.0, abs=1e-5)
@@ -225,7 +225,7 @@ def test_dpo_takes_an_adapter_folder_too(stages, data, tmp_path):
     words = ["--model_path", stages.root / "lora", "--data_path", data / "pairs.jsonl", *SHARED, "--max_steps", "1"]
     status, text = tinylm("dpo", *words, "--output_dir", tmp_path)
     assert status == 0, text
-    first = json.loads((tmp_path / "dpo_metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((tmp_path / "dpo_32_metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert {path.name for path in (tmp_path / "dpo_32_epoch0").iterdir()} == FOLDER_FILES
 
@@ -298,7 +298,7 @@ def test_torchrun_in_the_original_place(repository, stages, data, tmp_path):
     assert status == 0, text
     one, two = (load_file(tmp_path / name / "pretrain_32_epoch0" / "model.safetensors") for name in ("one", "two"))
     metrics = [
-        [json.loads(line) for line in (tmp_path / name / "pretrain_metrics.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (tmp_path / name / "pretrain_32_metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     ]
     for mine, other in zip(*metrics, strict=True):

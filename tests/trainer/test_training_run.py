@@ -106,7 +106,7 @@ def test_folders_names_and_the_finished_flag(tmp_path):
     assert run.fit() == tmp_path / "pretrain_16_epoch2" == run.last_folder
     assert str(tmp_path / "pretrain_16_epoch2") in said(run).partition("pretrain: done")[0]  # the plan says so too
     names = ["pretrain_16_epoch0", "pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state"]
-    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [*names, "pretrain_metrics.jsonl"]
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {*names, "pretrain_16_metrics.jsonl"}
     lineages = [json.loads((tmp_path / name / "lineage.json").read_text()) for name in names[:3]]
     assert [(x["epoch"], x["step"], x["finished"]) for x in lineages] == [(0, 4, False), (1, 8, False), (2, 10, True)]
     assert all(x["stage"] == "pretrain" and x["parent"]["weights"] == "abc" for x in lineages)
@@ -318,11 +318,15 @@ def test_a_state_that_cannot_be_saved_is_a_warning_and_the_last_one_an_error(tmp
 
 def test_what_a_killed_run_has_left_half_written_goes_and_nothing_else(tmp_path):
     """A kill while the metrics file was rewritten, or the bad batch written, left its temporary file for good."""
-    for name in (".pretrain_metrics.jsonl.abc.tmp", ".pretrain_16_epoch0.def.tmp", ".full_sft_metrics.jsonl.abc.tmp"):
+    for name in (
+        ".pretrain_16_metrics.jsonl.abc.tmp",
+        ".pretrain_16_epoch0.def.tmp",
+        ".full_sft_16_metrics.jsonl.abc.tmp",
+    ):
         (tmp_path / name).write_text("half")
     make_run(tmp_path, max_steps=1).fit()
     hidden = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
-    assert hidden == [".full_sft_metrics.jsonl.abc.tmp", ".pretrain.lock"]  # the other is another run's
+    assert hidden == [".full_sft_16_metrics.jsonl.abc.tmp", ".pretrain.lock"]  # the other is another run's
 
 
 def test_starting_over_an_unfinished_run_is_said(tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); make room on the disk, then run it again") from None
+        raise OSError(f"{path} cannot be written ({error}); make room on the disk, then go on (--resume)") from None
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:

@@ -289,6 +289,8 @@ def main(argv: list[str]) -> int:
     rows = bars(board, untouched)
     console.print(board.to_table())
     show_bars(rows, console)
+    if settings.scale < 1:
+        console.print(f"a rehearsal with {settings.scale:.0%} of the data: the whole is needed to reach all of these")
     seconds = time.perf_counter() - started
     out = Path(settings.output_dir)
     report = {
@@ -314,4 +316,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(main, advice="run the same command again to go on"))

@@ -79,13 +79,18 @@ class Run:
     # --- files ---------------------------------------------------------------------------------------------------
 
     @property
+    def name(self) -> str:
+        """What the names of all its files begin with, as the original project's do: stage and width."""
+        return f"{self.stage}_{self.model.config.hidden_size}"
+
+    @property
     def state_folder(self) -> Path:
         """Training state lives beside the model folders, never inside one."""
-        return self.output_dir / f"{self.stage}_{self.model.config.hidden_size}_state"
+        return self.output_dir / f"{self.name}_state"
 
     def model_folder(self, epoch: int) -> Path:
         """Folder of the model after `epoch` (from 0), named as the original project names its files."""
-        return self.output_dir / f"{self.stage}_{self.model.config.hidden_size}_epoch{epoch}"
+        return self.output_dir / f"{self.name}_epoch{epoch}"
 
     @property
     def last_folder(self) -> Path:
@@ -199,13 +204,14 @@ class Run:
             self.deal_rows(rows)
 
     def note_unfinished(self) -> None:
-        """Say it when an unfinished run is about to be replaced by a new one."""
+        """Say it when a run is about to be replaced by a new one."""
         if self.start_step or not self.runtime.is_main:
             return
         with contextlib.suppress(FileNotFoundError):
             state = read_training_values(self.state_folder)
-            if state["step"] < state["identity"]["num_steps"]:
-                self.console.print(
-                    f"note: {self.output_dir} holds an unfinished {self.stage} run; starting over (--resume goes on)",
-                    markup=False,
-                )
+            is_finished = state["step"] >= state["identity"]["num_steps"]
+            what = "a finished" if is_finished else "an unfinished"
+            hint = "" if is_finished else " (--resume goes on)"
+            self.console.print(
+                f"note: {self.output_dir} holds {what} {self.stage} run; starting over{hint}", markup=False
+            )

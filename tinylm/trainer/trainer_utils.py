@@ -111,13 +111,14 @@ class MetricsLog:
     there once.
 
     Args:
+        name: of the run among those of its folder: stage and width, such as pretrain_512.
         is_pending: the evaluation of `start_step` is still to come; a line of it is one of a run killed behind it.
     """
 
     def __init__(
-        self, folder: Path, stage: str, start_step: int, tensorboard: bool = False, is_pending: bool = False
+        self, folder: Path, name: str, start_step: int, tensorboard: bool = False, is_pending: bool = False
     ) -> None:
-        self.path = folder / f"{stage}_metrics.jsonl"
+        self.path = folder / f"{name}_metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if start_step > 0 and self.path.exists():
@@ -126,7 +127,7 @@ class MetricsLog:
         with atomic_write(self.path) as file:
             file.writelines(f"{line}\n".encode() for line in kept)
         self.file: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
-        self.writer: Any = _tensorboard_writer(folder / "tensorboard" / stage, start_step) if tensorboard else None
+        self.writer: Any = _tensorboard_writer(folder / "tensorboard" / name, start_step) if tensorboard else None
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Record the values of one step; what is no number becomes null, since JSON has no NaN."""

@@ -65,7 +65,7 @@ class TrainingRun(Run):
             print_plan(self, flops, matmul_flops)
             self.note_unfinished()
             self.metrics = (
-                MetricsLog(self.output_dir, self.stage, self.start_step, self.settings.tensorboard, self.is_pending)
+                MetricsLog(self.output_dir, self.name, self.start_step, self.settings.tensorboard, self.is_pending)
                 if self.runtime.is_main
                 else None
             )
@@ -110,10 +110,7 @@ class TrainingRun(Run):
 
     @contextlib.contextmanager
     def _owned_folder(self) -> Iterator[None]:
-        """The stage's files in the run folder belong to this run; what a killed one has left half written goes.
-
-        The stage's, whatever its model's width: they share the metrics file.
-        """
+        """The stage's files in the run folder belong to this run; what a killed one has left half written goes."""
         # The process that had the folder before may have been lost with its machine: not as long as the others wait.
         patience = self.settings.timeout / 2 if self.is_restarted() else 0.0
         with contextlib.ExitStack() as stack:
@@ -180,7 +177,7 @@ class TrainingRun(Run):
         self.console.print(f"warning: {what}; nothing was updated", markup=False)
         if self.skips_in_a_row < MOST_SKIPS:
             return
-        name = f"{self.stage}_{self.model.config.hidden_size}_bad_batch_rank{self.runtime.rank}.jsonl"
+        name = f"{self.name}_bad_batch_rank{self.runtime.rank}.jsonl"
         write_bad_batch(self.output_dir / name, report.step, self.batches, self.decode)
         self.states.wait()
         if self.runtime.is_main:  # what the last update left computes no numbers
