@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests.model.small_models import random_ids, small_model
 from tinylm import training_state
+from tinylm.atomic_files import write_manifest
 from tinylm.checkpoint import weights_fingerprint
 from tinylm.training_state import (
     StateWriter,
@@ -244,3 +246,17 @@ def test_values_that_could_not_come_back_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"data\[1\] is a set"):
         save_training_state(tmp_path / "s", {"step": 1, "data": [1, {2}]})
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"step": "7"}, {"step": 7, "a": {"__tuple__": 5}}, {"step": 7, "a": {"__items__": [[1]]}},
+     {"step": 7, "a": {"__items__": [[{}, 1]]}}, {"step": 7, "a": {"__tensor__": "none"}}, []],
+)  # fmt: skip
+def test_a_record_that_nobody_here_wrote_is_refused_by_name(tmp_path, record):
+    """Found by the fuzzer: a TypeError, or an error that named no file."""
+    place = save_training_state(tmp_path, {"step": 7})
+    (place / "state.json").write_text(json.dumps({"format": 2, "state": record}))
+    write_manifest(place)
+    with pytest.raises(ValueError, match=r"state.json (is no record of a state|has format)"):
+        load_training_state(tmp_path)

@@ -173,7 +173,9 @@ def _default_mode(full: int) -> int:
 
 def write_manifest(folder: Path) -> None:
     """Write manifest.json: size and SHA-256 of every other file in `folder` (not of folders in it)."""
-    files = {path.name: _facts_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {
+        path.name: _facts_of(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST
+    }
     text = json.dumps({"format": 1, "files": files}, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tinylm.atomic_files import atomic_folder, atomic_write, check_manifest, remove_leftovers, write_manifest
 from tinylm.model.weights_file import read_header, read_json, read_tensors, write_tensors
+from tinylm.untrusted_files import shown
 
 _TENSORS, _VALUES, _LATEST = "state.safetensors", "state.json", "latest"
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
@@ -228,9 +229,9 @@ def load_training_state(
             check_manifest(place)
             record = _read_record(place)
             tensors = _read_all(place, place_for)
-            return TrainingState(place, _unflatten(record["state"], tensors), tuple(damaged))
-        except (ValueError, KeyError, OSError) as error:
-            damaged.append(f"{place} lacks {error}" if isinstance(error, KeyError) else str(error))
+            return TrainingState(place, _unflatten_checked(place, record["state"], tensors), tuple(damaged))
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
     if damaged:
         raise ValueError(f"no state in {folder} is whole: {'; '.join(damaged)}")
     raise FileNotFoundError(f"{folder} holds no training state to resume from")
@@ -262,8 +263,7 @@ def read_training_values(folder: str | Path) -> dict[str, Any]:
     """
     for place in state_folders(Path(folder)):
         with contextlib.suppress(ValueError, OSError):
-            values: dict[str, Any] = _unflatten(_read_record(place)["state"], None)
-            return values
+            return _unflatten_checked(place, _read_record(place)["state"], None)
     raise FileNotFoundError(f"{folder} holds no training state")
 
 
@@ -286,8 +286,20 @@ def state_folders(folder: Path) -> list[Path]:
 def _read_record(folder: Path) -> dict[str, Any]:
     record = read_json(folder / _VALUES)
     if record.get("format") != FORMAT or not isinstance(record.get("state"), dict):
-        raise ValueError(f"{folder / _VALUES} has format {record.get('format')!r}; expected {FORMAT}: it is not ours")
+        found = shown(record.get("format"))
+        raise ValueError(f"{folder / _VALUES} has format {found}; expected {FORMAT}: it is not ours")
     return record
+
+
+def _unflatten_checked(place: Path, value: Any, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
+    """What was saved; ValueError for a record that no `_flatten` has made, which may come from anybody."""
+    try:
+        state = _unflatten(value, tensors)
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise TypeError("no step")
+        return state
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place / _VALUES} is no record of a state ({shown(str(error))}): restore it") from None
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:

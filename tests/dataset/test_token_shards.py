@@ -139,7 +139,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no offsets": (lambda folder: (folder / "offsets.bin").unlink(), "no file offsets.bin"),
     "a pipe": (_replace_by_a_pipe, "no file tokens.bin"),
     "half a meta.json": (lambda folder: (folder / "meta.json").write_text("{"), "Expecting property name"),
-    "deep meta.json": (lambda folder: (folder / "meta.json").write_text("[" * 100_000), "recursion"),
+    "deep meta.json": (lambda folder: (folder / "meta.json").write_text("[" * 100_000), "deeper than 64"),
     "huge meta.json": (lambda folder: os.truncate(folder / "meta.json", 1 << 21), "too large"),
     "a list": (lambda folder: (folder / "meta.json").write_text("[]"), "holds no object"),
     "empty": (lambda folder: (folder / "meta.json").write_text("{}"), "no 'version'"),

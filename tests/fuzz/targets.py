@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.fuzz.mutations import NASTY, mutate_json, mutate_lines, mutate_pth, mutate_safetensors
+from tests.fuzz.mutations import NASTY, mutate_bytes, mutate_json, mutate_lines, mutate_pth, mutate_safetensors
+from tinylm.atomic_files import write_manifest
 from tinylm.checkpoint import load_model, save_adapter, save_model
+from tinylm.dataset.shard_cache import cached_token_shards
 from tinylm.dataset.sources import load_conversations, load_preferences, load_texts
+from tinylm.dataset.token_shards import open_shard
 from tinylm.export.pth import export_pth
 from tinylm.model.model_lora import LoRAConfig, apply_lora
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
@@ -23,6 +26,7 @@ from tinylm.model.weights_file import read_tensors
 from tinylm.settings import parse_settings
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.train_lora import LoRASettings
+from tinylm.training_state import load_training_state, save_training_state
 
 TEXT = "The cat sat on the mat, and 12 dogs saw it's red.\n\n  Again! "
 
@@ -61,6 +65,11 @@ def make_seeds(root: Path) -> None:
     # A manifest's checksums would refuse the damage before a loader saw it; whoever damages on purpose leaves it out.
     for folder in ("model", "yarn", "sharded", "adapter"):
         (root / folder / "manifest.json").unlink(missing_ok=True)
+    _save_shard(root, tokenizer)
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3)}
+    state = {"step": 7, "best": None, "weights": {"a.b": torch.ones(2, 3)}, "optimizers": [{"a.b": moments}]}
+    state |= {"identity": {"stage": "pretrain"}, "betas": (0.9, 0.95), "odd": {0: 1}}
+    save_training_state(root / "state", state)
     (root / "data").mkdir()
     call = {
         "role": "assistant",
@@ -92,6 +101,25 @@ def _save_sharded(root: Path) -> None:
         save_file({name: tensors[name] for name in names}, root / "sharded" / file)
     index = {"metadata": {}, "weight_map": {name: file for file, names in halves.items() for name in names}}
     (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _save_shard(root: Path, tokenizer: Tokenizer) -> None:
+    """Tokenised text, in the one folder that the cache makes for its file."""
+    (root / "text").mkdir()
+    (root / "text" / "a.jsonl").write_text(json.dumps({"text": TEXT}) + "\n" + json.dumps({"text": "a cat"}) + "\n")
+    cached_token_shards(str(root / "text" / "a.jsonl"), tokenizer, root / "cache")
+    (shard,) = (path for path in (root / "cache").iterdir() if path.is_dir())
+    shutil.copytree(shard, root / "tokens")
+
+
+def _read_shard(path: Path) -> None:
+    open_shard(path.parent, Tokenizer.load(path.parent.parent / "model"))
+
+
+def _read_state(path: Path) -> None:
+    """With a manifest that vouches for the damage: whoever damages on purpose writes one."""
+    write_manifest(path.parent)
+    load_training_state(path.parent.parent)
 
 
 def _run_model(path: Path) -> None:
@@ -148,6 +176,10 @@ TARGETS = {
     "lineage.json": Target("adapter", "lineage.json", mutate_json, lambda path: _run_model(path.parent)),
     "manifest.json": Target("manifest", "manifest.json", mutate_json, lambda path: _run_model(path.parent)),
     ".pth": Target("pth", "model.pth", mutate_pth, _run_model),
+    "token shard": Target("tokens", "meta.json", mutate_json, _read_shard),
+    "token shard, offsets": Target("tokens", "offsets.bin", mutate_bytes, _read_shard),
+    "training state": Target("state/step_00000007", "state.json", mutate_json, _read_state),
+    "training state, tensors": Target("state/step_00000007", "state.safetensors", mutate_safetensors, _read_state),
     "YAML": Target("data", "run.yaml", lambda rng, data: mutate_lines(rng, data, _YAML_SIGNS), _read_settings, False),
     "chats": Target("data", "chats.jsonl", _rows, _read_rows(load_conversations)),
     "preferences": Target("data", "pairs.jsonl", _rows, _read_rows(load_preferences)),

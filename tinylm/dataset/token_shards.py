@@ -21,6 +21,7 @@ import numpy as np
 from tinylm.atomic_files import atomic_folder
 from tinylm.dataset.sources import BadRow, BadRows
 from tinylm.dataset.text_chunks import Part, chunks_of, encode_chunk, token_dtype
+from tinylm.untrusted_files import parse_json, shown
 
 FORMAT_VERSION = 2
 
@@ -181,12 +182,14 @@ def _checked_shard(folder: Path, tokenizer: Any) -> Shard:
     for name in FILES:  # a pipe would be waited for
         _require((folder / name).is_file(), f"no file {name}")
     _require((folder / "meta.json").stat().st_size <= MAX_META_BYTES, "meta.json is too large")
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = parse_json((folder / "meta.json").read_bytes())
     _require(isinstance(meta, dict), "meta.json holds no object")
-    _require(meta["version"] == FORMAT_VERSION, f"format {meta['version']!r}; expected {FORMAT_VERSION}")
+    _require(meta["version"] == FORMAT_VERSION, f"format {shown(meta['version'])}; expected {FORMAT_VERSION}")
     _require(meta["tokenizer"] == tokenizer.fingerprint, "made with another tokenizer")
     numbers = [meta[name] for name in ("num_tokens", "num_documents", "num_rows", "num_bad")]
-    _require(all(type(number) is int and 0 <= number < 2**62 for number in numbers), f"impossible numbers {numbers}")
+    _require(
+        all(type(number) is int and 0 <= number < 2**62 for number in numbers), f"impossible numbers {shown(numbers)}"
+    )
     num_tokens, num_documents, num_rows, num_bad = numbers
     bad_lines = [(line, reason) for line, reason in meta["bad_lines"]]
     _require(all(type(line) is int and isinstance(reason, str) for line, reason in bad_lines), "bad_lines are others")
