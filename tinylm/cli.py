@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tinylm import __version__
+from tinylm.program import GO_ON, GO_ON_AGAIN
 
 
 class Command(NamedTuple):
@@ -19,21 +20,19 @@ class Command(NamedTuple):
     advice: str = ""
 
 
-RESUME, AGAIN = "run the same command with --resume", "run the same command again to go on"
-
 COMMANDS = {
-    "quickstart": Command("tinylm.trainer.quickstart:main", "train a small chat model from nothing", AGAIN),
+    "quickstart": Command("tinylm.trainer.quickstart:main", "train a small chat model from nothing", GO_ON_AGAIN),
     "tokenizer": Command("tinylm.trainer.train_tokenizer:main", "train a tokenizer on text"),
-    "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", RESUME),
-    "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", RESUME),
-    "lora": Command("tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", RESUME),
-    "dpo": Command("tinylm.trainer.train_dpo:main", "teach a model which of two answers is preferred", RESUME),
+    "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", GO_ON),
+    "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", GO_ON),
+    "lora": Command("tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", GO_ON),
+    "dpo": Command("tinylm.trainer.train_dpo:main", "teach a model which of two answers is preferred", GO_ON),
     "chat": Command("tinylm.inference:main", "talk with a model in the terminal"),
     "eval": Command("tinylm.evaluation.evaluate:main", "measure a model"),
     "merge": Command("tinylm.trainer.merge_adapter:main", "fold an adapter into its model"),
     "export": Command("tinylm.export.export_model:main", "write a model for other programs"),
     "verify": Command("tinylm.verify:main", "check a model's files and where it comes from"),
-    "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes", RESUME),
+    "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes", GO_ON),
 }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-GO_ON = "run the same command with --resume"
+GO_ON, GO_ON_AGAIN = "run the same command with --resume", "run the same command again to go on"
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 

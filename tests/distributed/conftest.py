@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from launch import SHAPE, SHARED, Outcome, run
 
+from tests.stage_files import write_stage_files
 from tinylm import cli
-from tinylm.dataset import tinyworld
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """texts.jsonl, chats.jsonl, pairs.jsonl and tokenizer/."""
     folder = tmp_path_factory.mktemp("data")
-    texts = [{"text": text} for text in tinyworld.pretrain_documents(60, "train")]
-    chats = [{"messages": list(item.messages)} for item in tinyworld.conversations(40, "train")]
-    pairs = [
-        {"prompt": list(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
-        for pair in tinyworld.preference_pairs(24, "train")
-    ]
-    for name, records in (("texts", texts), ("chats", chats), ("pairs", pairs)):
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    write_stage_files(folder)
     words = ["--data_path", folder / "texts.jsonl", "--vocab_size", "400", "--output_dir", folder / "tokenizer"]
     assert cli.main(["tokenizer", *map(str, words)]) == 0
     return folder

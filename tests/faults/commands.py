@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tinylm.dataset import tinyworld
 from tinylm.training_state import load_training_state
 
 HERE = Path(__file__).resolve().parent
@@ -124,15 +123,10 @@ class Stages:
     """Words of each stage's command. What a stage starts from is made at its first use."""
 
     def __init__(self, commands: Commands, root: Path) -> None:
+        from tests.stage_files import write_stage_files  # here: a child that runs this file does not see `tests`
+
         self.commands, self.root = commands, root
-        texts = [{"text": text} for text in tinyworld.pretrain_documents(60, "train")]
-        chats = [{"messages": list(item.messages)} for item in tinyworld.conversations(60, "train")]
-        pairs = [
-            {"prompt": list(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
-            for pair in tinyworld.preference_pairs(60, "train")
-        ]
-        for name, records in (("texts", texts), ("chats", chats), ("pairs", pairs)):
-            (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_stage_files(root, num_chats=60, num_pairs=60)
 
     def _folder(self, name: str, *words: object) -> Path:
         """Of a tokenizer, or of a model to start from."""

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.stage_files import write_stage_files
 from tinylm import cli
 from tinylm.checkpoint import load_model
-from tinylm.dataset import tinyworld
 from tinylm.model.model_lora import adapters_disabled, unload_lora
 
 FOLDER_FILES = {
@@ -74,14 +74,7 @@ class Stages:
 def data(tmp_path_factory) -> Path:
     """Small files in the shapes that users bring."""
     folder = tmp_path_factory.mktemp("data")
-    texts = [{"text": text} for text in tinyworld.pretrain_documents(60, "train")]
-    chats = [{"messages": list(item.messages)} for item in tinyworld.conversations(40, "train")]
-    pairs = [
-        {"prompt": list(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
-        for pair in tinyworld.preference_pairs(24, "train")
-    ]
-    for name, records in (("texts", texts), ("chats", chats), ("pairs", pairs)):
-        write_jsonl(folder / f"{name}.jsonl", records)
+    write_stage_files(folder)
     return folder
 
 

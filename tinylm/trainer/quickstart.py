@@ -29,7 +29,7 @@ from tinylm.evaluation.skills import MEAN, PERSONA, PERSONA_RIGHT, PREFERENCE, S
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_lora import unload_lora
 from tinylm.model.weights_file import read_json
-from tinylm.program import run_main
+from tinylm.program import GO_ON_AGAIN, run_main
 from tinylm.settings import parse_settings
 from tinylm.trainer import train_dpo, train_full_sft, train_lora, train_pretrain, train_tokenizer
 from tinylm.trainer.train_settings import TrainSettings
@@ -316,4 +316,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, advice="run the same command again to go on"))
+    sys.exit(run_main(main, advice=GO_ON_AGAIN))
