@@ -23,9 +23,9 @@ import torch
 from benchmarks.scaling_model import BUCKET_BYTES, exposed_seconds
 from tinylm.dataset.rows import Batch, build_row, collate_rows
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
-from tinylm.runtime import Runtime, setup_runtime
-from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.parallel import SHARDINGS, GradientExchange, shard
+from tinylm.system.runtime import Runtime, setup_runtime
+from tinylm.trainer.core.distributed import SHARDINGS, GradientExchange, shard
+from tinylm.trainer.core.objectives import next_token_loss
 
 
 def bytes_sent() -> int:

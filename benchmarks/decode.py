@@ -29,10 +29,10 @@ from benchmarks.side_by_side import (
     show,
     time_in_turns,
 )
+from tinylm.commandline.settings import parse_settings
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import PRESETS, TinyLMConfig
-from tinylm.runtime import seed_everything, setup_runtime
-from tinylm.settings import parse_settings
+from tinylm.system.runtime import seed_everything, setup_runtime
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from tinylm.program import run_main
+    from tinylm.commandline.exit_status import run_main
 
     sys.exit(run_main(main, advice=""))

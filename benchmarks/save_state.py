@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from tinylm.model.config_tinylm import PRESETS
+from tinylm.checkpoint.training_state import StateWriter
+from tinylm.model.config import PRESETS
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
-from tinylm.runtime import setup_runtime
-from tinylm.trainer.resume import optimizer_states
-from tinylm.training_state import StateWriter
+from tinylm.system.runtime import setup_runtime
+from tinylm.trainer.run.resume import optimizer_states
 
 
 class TimedWriter(StateWriter):

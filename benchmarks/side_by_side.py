@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tinylm.evaluation.results import write_json
+from tinylm.model.hf_config import config_to_hf
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
-from tinylm.runtime import Runtime, measured_matmul_flops
+from tinylm.system.runtime import Runtime, measured_matmul_flops
 
 OURS, THEIRS = "tinylm", "transformers"
 
@@ -54,7 +55,7 @@ def equal_models(config: TinyLMConfig) -> tuple[TinyLMForCausalLM, Any]:
     """Our model and transformers' Llama with the same shape and the same weights."""
     ours = TinyLMForCausalLM(config)
     named = ("architectures", "model_type", "dtype")
-    fields = {key: value for key, value in config.to_hf_dict().items() if key not in named}
+    fields = {key: value for key, value in config_to_hf(config).items() if key not in named}
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert sum(p.numel() for p in theirs.parameters()) == ours.num_parameters()

@@ -31,12 +31,12 @@ from benchmarks.side_by_side import (
     show,
     time_in_turns,
 )
+from tinylm.commandline.settings import parse_settings
 from tinylm.dataset.batches import Batch
 from tinylm.model.model_tinylm import TinyLMConfig
-from tinylm.runtime import Runtime, seed_everything, setup_runtime
-from tinylm.settings import parse_settings
-from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.optimizer import make_optimizers
+from tinylm.system.runtime import Runtime, seed_everything, setup_runtime
+from tinylm.trainer.core.objectives import next_token_loss
+from tinylm.trainer.core.optimizer import make_optimizers
 
 SHAPES = {"tiny": (256, 16), "small": (512, 8), "large": (512, 8)}
 """Preset -> (tokens in a row, rows in a batch) unless given."""
@@ -175,6 +175,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from tinylm.program import run_main
+    from tinylm.commandline.exit_status import run_main
 
     sys.exit(run_main(main, advice=""))

@@ -23,10 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tinylm import cli
-from tinylm.checkpoint import load_model, save_adapter, save_model, weights_fingerprint
-from tinylm.model import weights_file
-from tinylm.model.model_lora import LoRAConfig, apply_lora, has_lora, lora_parameters, merge_lora
+from tinylm.checkpoint import weights_file
+from tinylm.checkpoint.adapter_folder import save_adapter
+from tinylm.checkpoint.model_folder import load_model, save_model
+from tinylm.model.lora import LoRAConfig, apply_lora, has_lora, lora_parameters, merge_lora
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
+from tinylm.model.weights import weights_fingerprint
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 TEXT = "The cat sat on the mat and the dog saw a big red barn near the lake. "

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tinylm.settings import parse_settings, settings_to_yaml
+from tinylm.commandline.settings import parse_settings, settings_to_yaml
 from tinylm.trainer.train_dpo import DPOSettings
 from tinylm.trainer.train_full_sft import FullSFTSettings
 from tinylm.trainer.train_lora import LoRASettings

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tinylm.settings import parse_settings
+from tinylm.commandline.settings import parse_settings
 from tinylm.trainer.train_pretrain import PretrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import pytest
 
 from tinylm import cli
+from tinylm.commandline.settings import SHARED_FLAGS, parse_settings
 from tinylm.dataset import tinyworld
-from tinylm.settings import SHARED_FLAGS, parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -230,8 +230,8 @@ def test_tinyworld_samples_are_real(name: str) -> None:
 
 def test_quickstart_is_described_as_it_is() -> None:
     """The sizes in the README's table of steps are those of the quickstart's plan."""
+    from tinylm.commands.quickstart import QuickstartSettings, make_plan
     from tinylm.model.model_tinylm import TinyLMConfig
-    from tinylm.trainer.quickstart import QuickstartSettings, make_plan
 
     plan = make_plan(QuickstartSettings())
     text = (ROOT / "README.md").read_text(encoding="utf-8")

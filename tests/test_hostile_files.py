@@ -25,18 +25,18 @@ from safetensors.torch import load_file, save_file
 
 from tests.fuzz.cases import judge
 from tests.fuzz.targets import Target, make_seeds
-from tinylm.checkpoint import load_model, save_model
-from tinylm.dataset.record_shapes import BadRow, Record, messages_of, text_of
+from tinylm.checkpoint.model_folder import load_model, save_model
+from tinylm.checkpoint.original_pth import read_pth
+from tinylm.checkpoint.weights_file import read_header
+from tinylm.commandline.settings import load_yaml, parse_settings
+from tinylm.commandline.strict_yaml import MAX_YAML_BYTES
+from tinylm.dataset.sources.record_shapes import BadRow, Record, messages_of, text_of
+from tinylm.files.untrusted import MAX_JSON_BYTES, parse_json
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
-from tinylm.model.weights_file import read_header
-from tinylm.original_pth import read_pth
-from tinylm.settings import load_yaml, parse_settings
-from tinylm.strict_yaml import MAX_YAML_BYTES
 from tinylm.tokenizer.bpe import SPLIT_PATTERN
 from tinylm.tokenizer.split_patterns import KNOWN_PATTERNS
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.train_lora import LoRASettings
-from tinylm.untrusted_files import MAX_JSON_BYTES, parse_json
 
 
 @pytest.fixture(scope="module")

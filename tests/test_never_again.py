@@ -38,7 +38,7 @@ NEVER_AGAIN: dict[int, tuple[str, tuple[str, ...]]] = {
     5: (
         "nothing ran without torchrun and NCCL",
         (
-            "test_runtime.py::test_one_process_on_the_cpu",
+            "system/test_runtime.py::test_one_process_on_the_cpu",
             "trainer/test_loop.py::test_eight_at_once_equal_two_processes_with_four",
             "trainer/test_recipes.py::test_torchrun_in_the_original_place",
         ),
@@ -46,9 +46,9 @@ NEVER_AGAIN: dict[int, tuple[str, tuple[str, ...]]] = {
     6: (
         "a compiled module saved its adapter under other names, and strict=False loaded none of them, silently",
         (
-            "model/test_model_lora.py::test_names_come_from_the_uncompiled_module",
-            "model/test_model_lora.py::test_loading_is_strict",
-            "test_checkpoint.py::test_compiled_models_save_plain_names",
+            "model/test_lora.py::test_names_come_from_the_uncompiled_module",
+            "model/test_lora.py::test_loading_is_strict",
+            "checkpoint/test_model_folder.py::test_compiled_models_save_plain_names",
             "trainer/test_training_run.py::test_a_compiled_run_saves_plain_names",
         ),
     ),
@@ -118,20 +118,20 @@ NEVER_AGAIN: dict[int, tuple[str, tuple[str, ...]]] = {
     17: (
         "--top_p and --temperature were parsed and ignored",
         (
-            "test_inference.py::test_every_sampling_flag_reaches_the_engine",
-            "test_inference.py::test_sampling_flags_change_the_answer",
+            "commands/test_chat.py::test_every_sampling_flag_reaches_the_engine",
+            "commands/test_chat.py::test_sampling_flags_change_the_answer",
             "trainer/test_recipes.py::test_user_errors_are_one_line_with_status_2",
         ),
     ),
     18: (
         "LoRA skipped k_proj and v_proj",
-        ("model/test_model_lora.py::test_a_fresh_adapter_changes_no_bit_and_covers_all_seven_projections",),
+        ("model/test_lora.py::test_a_fresh_adapter_changes_no_bit_and_covers_all_seven_projections",),
     ),
     19: (
         "a run resumed from half-precision weights",
         (
             "trainer/test_training_run.py::test_a_state_holds_all_a_run_needs_in_full_precision",
-            "test_checkpoint.py::test_half_precision_files_load_as_float32_unless_asked",
+            "checkpoint/test_model_folder.py::test_half_precision_files_load_as_float32_unless_asked",
         ),
     ),
     20: (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tinylm import __version__
-from tinylm.program import GO_ON, GO_ON_AGAIN
+from tinylm.commandline.exit_status import GO_ON, GO_ON_AGAIN
 
 
 class Command(NamedTuple):
@@ -21,17 +21,17 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command("tinylm.trainer.quickstart:main", "train a small chat model from nothing", GO_ON_AGAIN),
+    "quickstart": Command("tinylm.commands.quickstart:main", "train a small chat model from nothing", GO_ON_AGAIN),
     "tokenizer": Command("tinylm.trainer.train_tokenizer:main", "train a tokenizer on text"),
     "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", GO_ON),
     "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", GO_ON),
     "lora": Command("tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", GO_ON),
     "dpo": Command("tinylm.trainer.train_dpo:main", "teach a model which of two answers is preferred", GO_ON),
-    "chat": Command("tinylm.inference:main", "talk with a model in the terminal"),
-    "eval": Command("tinylm.evaluation.evaluate:main", "measure a model"),
-    "merge": Command("tinylm.trainer.merge_adapter:main", "fold an adapter into its model"),
-    "export": Command("tinylm.export.export_model:main", "write a model for other programs"),
-    "verify": Command("tinylm.verify:main", "check a model's files and where it comes from"),
+    "chat": Command("tinylm.commands.chat:main", "talk with a model in the terminal"),
+    "eval": Command("tinylm.commands.evaluate:main", "measure a model"),
+    "merge": Command("tinylm.commands.merge:main", "fold an adapter into its model"),
+    "export": Command("tinylm.commands.export:main", "write a model for other programs"),
+    "verify": Command("tinylm.commands.verify:main", "check a model's files and where it comes from"),
     "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes", GO_ON),
 }
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean tinylm {near[0]}? " if near else ""
         return _fail(f"unknown command {argv[0]!r}; {hint}see tinylm --help")
     # imported here, because --help and --version must answer at once
-    from tinylm.program import run_main
+    from tinylm.commandline.exit_status import run_main
 
     command = COMMANDS[argv[0]]
     return run_main(lambda rest: _load(command.target)(rest), argv[1:], command.advice)
@@ -78,7 +78,7 @@ def run_file(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: tinylm run FILE.yaml [--setting value ...]\n\n" + COMMANDS["run"].summary)
         return 0 if argv else 2
-    from tinylm.settings import load_yaml
+    from tinylm.commandline.settings import load_yaml
 
     path, *rest = argv
     _, loaded = load_yaml(path, "tinylm run")

@@ -19,12 +19,12 @@ LATE = "late"
 def main(corpus: str, folder: str, how: str = "") -> None:
     import torch.distributed as dist
 
-    from tinylm.dataset import shard_cache
-    from tinylm.runtime import setup_runtime, shutdown_runtime
+    from tinylm.dataset.shards import shard_cache
+    from tinylm.system.runtime import setup_runtime, shutdown_runtime
     from tinylm.tokenizer.tokenizer import Tokenizer
+    from tinylm.trainer.run.train_settings import TrainSettings
+    from tinylm.trainer.run.trainer_utils import make_console
     from tinylm.trainer.stage_data import load_texts
-    from tinylm.trainer.train_settings import TrainSettings
-    from tinylm.trainer.trainer_utils import make_console
 
     written: list[str] = []
     write_shard = shard_cache.write_shard

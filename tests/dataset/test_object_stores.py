@@ -20,10 +20,18 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
-from tinylm.dataset import object_stores, shard_cache
 from tinylm.dataset.pretrain_dataset import load_pretrain_data
-from tinylm.dataset.shard_cache import cached_token_shards, shard_name
-from tinylm.dataset.sources import BadRows, find_files, find_sources, load_conversations, load_texts, read_records
+from tinylm.dataset.shards import shard_cache
+from tinylm.dataset.shards.shard_cache import cached_token_shards, shard_name
+from tinylm.dataset.sources import object_stores
+from tinylm.dataset.sources.records import (
+    BadRows,
+    find_files,
+    find_sources,
+    load_conversations,
+    load_texts,
+    read_records,
+)
 
 ROWS = [{"text": f"The little boat number {number} sailed over the quiet sea.\n"} for number in range(40)]
 CHAT = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from shard_worker import LATE
 
-from tinylm.dataset import shard_cache, text_chunks
 from tinylm.dataset.pretrain_dataset import load_pretrain_data
-from tinylm.dataset.shard_cache import cached_token_shards, shard_name
-from tinylm.dataset.sources import BadRows, find_sources
-from tinylm.dataset.token_shards import TokenShards, tokenize_texts
+from tinylm.dataset.shards import shard_cache, text_chunks
+from tinylm.dataset.shards.shard_cache import cached_token_shards, shard_name
+from tinylm.dataset.shards.token_shards import TokenShards, tokenize_texts
+from tinylm.dataset.sources.records import BadRows, find_sources
 
 WORKER = Path(__file__).with_name("shard_worker.py")
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tinylm.dataset.sources import (
+from tinylm.dataset.sources.records import (
     BadRow,
     BadRows,
     find_files,
@@ -269,7 +269,7 @@ def test_the_hub_streams_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch) -> None:
     """64 KB of gzip held 64 MB of one line, which was read whole, then decoded, then parsed."""
-    monkeypatch.setattr("tinylm.dataset.file_readers.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("tinylm.dataset.sources.file_readers.MAX_ROW_BYTES", 1 << 20)
     path = tmp_path / "bomb.jsonl.gz"
     with gzip.open(path, "wb") as file:
         file.write(b'{"text": "good"}\n{"text": "' + b"a" * (8 << 20))

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from tinylm.dataset import tinyworld as tw
-from tinylm.dataset.tinyworld_plots import NOT_IN_STORY, all_facts, ask, make_story
-from tinylm.dataset.tinyworld_words import (
+from tinylm.dataset.tinyworld.plots import NOT_IN_STORY, all_facts, ask, make_story
+from tinylm.dataset.tinyworld.words import (
     COLOURS,
     FEELINGS,
     NAMES,

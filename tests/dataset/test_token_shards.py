@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinylm.dataset import text_chunks, token_shards
-from tinylm.dataset.sources import BadRow, BadRows
-from tinylm.dataset.text_chunks import chunks_of, encode_chunk, pieces_of, token_dtype
-from tinylm.dataset.token_shards import TokenShards, count_bad_rows, open_shard, tokenize_texts, write_shard
+from tinylm.dataset.shards import text_chunks, token_shards
+from tinylm.dataset.shards.text_chunks import chunks_of, encode_chunk, pieces_of, token_dtype
+from tinylm.dataset.shards.token_shards import TokenShards, count_bad_rows, open_shard, tokenize_texts, write_shard
+from tinylm.dataset.sources.records import BadRow, BadRows
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ["The boat.", "", "A longer text about the sea.\n\nAnd boats\n", "ü", "x" * 50]

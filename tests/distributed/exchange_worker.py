@@ -15,10 +15,10 @@ import torch
 from tinylm.dataset.batches import BatchSampler, step_batches
 from tinylm.dataset.rows import Batch, build_row, collate_rows
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
-from tinylm.runtime import setup_runtime
-from tinylm.trainer.gradients import accumulate_gradients
-from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.parallel import GradientExchange, shard
+from tinylm.system.runtime import setup_runtime
+from tinylm.trainer.core.distributed import GradientExchange, shard
+from tinylm.trainer.core.gradients import accumulate_gradients
+from tinylm.trainer.core.objectives import next_token_loss
 
 MICRO_BATCHES = 3
 

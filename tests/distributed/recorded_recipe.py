@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tinylm.commandline.exit_status import run_main
 from tinylm.dataset.batches import BatchSampler
-from tinylm.program import run_main
-from tinylm.trainer import training_run
-from tinylm.trainer.loop import StepReport
+from tinylm.trainer.core.loop import StepReport
+from tinylm.trainer.run import training_run
 
 
 def record_steps(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from launch import ROWS_PER_STEP, TORCHRUN, Outcome, command_of, run, started, wait_until
 
-from tinylm.checkpoint import load_model
+from tinylm.checkpoint.model_folder import load_model
 
 LOSS = {"adamw": 2e-6, "muon": 5e-5}
 """Largest relative difference of a loss; measured: 2e-7 and 4e-6."""

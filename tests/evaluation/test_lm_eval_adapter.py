@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from tinylm.checkpoint import save_model
+from tinylm.checkpoint.model_folder import save_model
 from tinylm.evaluation.lm_eval_adapter import (
     LMEvalRequests,
     cut_at,

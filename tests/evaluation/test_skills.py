@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from tinylm.dataset import tinyworld
-from tinylm.dataset.tinyworld_chats import WARM_OPENERS
+from tinylm.dataset.tinyworld.chats import WARM_OPENERS
 from tinylm.evaluation.preferences import as_reference
 from tinylm.evaluation.skills import (
     MANNERS_TOKENS,

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tinylm.training_state import load_training_state
+from tinylm.checkpoint.training_state import load_training_state
 
 HERE = Path(__file__).resolve().parent
 TIMING = ("tokens_per_second", "matmul_share")
@@ -264,7 +264,8 @@ if __name__ == "__main__":
     import disk_faults
     import torch
 
-    from tinylm.trainer import quickstart, training_run
+    from tinylm.commands import quickstart
+    from tinylm.trainer.run import training_run
 
     torch.set_num_threads(1)
     training_run.measured_matmul_flops = lambda runtime: 1e11  # 0.3 s a command; only the progress line needs it

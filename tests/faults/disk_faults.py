@@ -25,11 +25,13 @@ from typing import Any
 import torch
 
 from tests.model.small_models import small_model
-from tinylm.atomic_files import atomic_write, check_manifest, remove_leftovers
-from tinylm.checkpoint import load_model, save_adapter, save_model, weights_fingerprint
-from tinylm.model.model_lora import LoRAConfig, apply_lora
+from tinylm.checkpoint.adapter_folder import save_adapter
+from tinylm.checkpoint.model_folder import load_model, save_model
+from tinylm.checkpoint.training_state import load_training_state, save_training_state
+from tinylm.files.atomic import atomic_write, check_manifest, remove_leftovers
+from tinylm.model.lora import LoRAConfig, apply_lora
+from tinylm.model.weights import weights_fingerprint
 from tinylm.tokenizer.tokenizer import Tokenizer
-from tinylm.training_state import load_training_state, save_training_state
 
 KILL, COUNT = -1, 0
 LASTING, NO_EXCHANGE, NO_SYNC = 1, 2, 4

@@ -12,7 +12,7 @@ import time
 import pytest
 from commands import differences, files, last_step, metrics_of, state_folder, wait_for_step
 
-from tinylm.training_state import load_training_state, read_training_values
+from tinylm.checkpoint.training_state import load_training_state, read_training_values
 
 STAGES = ["pretrain", "sft", "lora", "dpo"]
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]

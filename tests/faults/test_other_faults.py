@@ -14,7 +14,7 @@ import torch
 from commands import differences, files, last_step, metrics_of, state_folder, wait_for_step
 from disk_faults import KILL, LASTING, NO_SYNC, save_states
 
-from tinylm.training_state import load_training_state, read_training_values, save_training_state
+from tinylm.checkpoint.training_state import load_training_state, read_training_values, save_training_state
 
 YEAR = 365 * 86400
 

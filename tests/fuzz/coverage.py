@@ -27,12 +27,12 @@ with atheris.instrument_imports(include=["tinylm", "pickletools", "zipfile"]):
     import yaml
 
     from tests.fuzz.targets import make_seeds
-    from tinylm.model.config_tinylm import TinyLMConfig
-    from tinylm.model.weights_file import read_header
-    from tinylm.original_pth import read_pth
-    from tinylm.strict_yaml import parse_yaml
+    from tinylm.checkpoint.original_pth import read_pth
+    from tinylm.checkpoint.weights_file import read_header
+    from tinylm.commandline.strict_yaml import parse_yaml
+    from tinylm.files.untrusted import parse_json
+    from tinylm.model.hf_config import config_from_hf
     from tinylm.tokenizer.tokenizer_json import check_definition
-    from tinylm.untrusted_files import parse_json
 
 FOLDER = Path(tempfile.mkdtemp())
 
@@ -45,7 +45,7 @@ def file_of(data: bytes) -> Path:
 
 def read_config(data: bytes) -> None:
     if isinstance(value := parse_json(data), dict):
-        TinyLMConfig.from_hf_dict(value)
+        config_from_hf(value)
 
 
 def read_program(program: bytes) -> None:

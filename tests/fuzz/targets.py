@@ -14,19 +14,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fuzz.mutations import NASTY, mutate_bytes, mutate_json, mutate_lines, mutate_pth, mutate_safetensors
-from tinylm.atomic_files import write_manifest
-from tinylm.checkpoint import load_model, save_adapter, save_model
-from tinylm.dataset.shard_cache import cached_token_shards
-from tinylm.dataset.sources import load_conversations, load_preferences, load_texts
-from tinylm.dataset.token_shards import open_shard
+from tinylm.checkpoint.adapter_folder import save_adapter
+from tinylm.checkpoint.model_folder import load_model, save_model
+from tinylm.checkpoint.training_state import load_training_state, save_training_state
+from tinylm.checkpoint.weights_file import read_tensors
+from tinylm.commandline.settings import parse_settings
+from tinylm.dataset.shards.shard_cache import cached_token_shards
+from tinylm.dataset.shards.token_shards import open_shard
+from tinylm.dataset.sources.records import load_conversations, load_preferences, load_texts
 from tinylm.export.pth import export_pth
-from tinylm.model.model_lora import LoRAConfig, apply_lora
+from tinylm.files.atomic import write_manifest
+from tinylm.model.lora import LoRAConfig, apply_lora
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
-from tinylm.model.weights_file import read_tensors
-from tinylm.settings import parse_settings
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.train_lora import LoRASettings
-from tinylm.training_state import load_training_state, save_training_state
 
 TEXT = "The cat sat on the mat, and 12 dogs saw it's red.\n\n  Again! "
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinylm.model.config_tinylm import TinyLMConfig
+from tinylm.model.config import TinyLMConfig
+from tinylm.model.hf_config import config_to_hf
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 
 
@@ -19,6 +20,6 @@ def make_model(seed: int = 0, **overrides) -> TinyLMForCausalLM:
 
 def make_twin(model: TinyLMForCausalLM) -> LlamaForCausalLM:
     """transformers' Llama with the same weights."""
-    twin = LlamaForCausalLM(LlamaConfig(**model.config.to_hf_dict()))
+    twin = LlamaForCausalLM(LlamaConfig(**config_to_hf(model.config)))
     twin.load_state_dict(model.state_dict(), strict=True)
     return twin.eval()

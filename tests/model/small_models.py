@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tinylm.model.hf_config import config_to_hf
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -26,7 +27,7 @@ def small_model(**changes) -> TinyLMForCausalLM:
 
 def reference_of(model: TinyLMForCausalLM):
     """transformers' model with these weights, built from our config.json's contents."""
-    data = model.config.to_hf_dict()
+    data = config_to_hf(model.config)
     classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
     config_class, model_class = classes[data["model_type"]]
     reference = model_class(config_class(**data, attn_implementation="eager")).eval()

@@ -9,7 +9,7 @@ from tests.model.small_models import random_ids, small_model
 from tinylm.model import inference_copy as module
 from tinylm.model.inference_copy import inference_copy
 from tinylm.model.kv_cache import KVCache
-from tinylm.model.model_lora import LoRAConfig, apply_lora, lora_parameters
+from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
 
 SHAPES = [{}, {"qk_norm": True, "num_key_value_heads": 1}, {"attention_bias": True, "mlp_bias": True}]
 

@@ -10,6 +10,7 @@ import torch
 from tests.model.small_models import YARN, random_ids, reference_of, small_config, small_model
 from tinylm.model import attention as attention_module
 from tinylm.model.attention import document_starts
+from tinylm.model.hf_config import config_from_hf, config_to_hf, require_llama_shape
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 
@@ -238,11 +239,11 @@ def test_input_longer_than_the_model_is_refused(kind):
 def test_hf_dict_round_trip_and_both_generations_of_keys():
     for changes in ({}, {"qk_norm": True}, {"rope_scaling": YARN}, {"position_embedding_type": "learned"}):
         config = small_config(**changes)
-        assert TinyLMConfig.from_hf_dict(config.to_hf_dict()) == config
-    data = small_config(rope_scaling=YARN, rope_theta=5e5).to_hf_dict()
+        assert config_from_hf(config_to_hf(config)) == config
+    data = config_to_hf(small_config(rope_scaling=YARN, rope_theta=5e5))
     old = {key: value for key, value in data.items() if key != "rope_parameters"}
     new = {key: value for key, value in data.items() if key not in ("rope_theta", "rope_scaling")}
-    assert TinyLMConfig.from_hf_dict(old) == TinyLMConfig.from_hf_dict(new) == TinyLMConfig.from_hf_dict(data)
+    assert config_from_hf(old) == config_from_hf(new) == config_from_hf(data)
     assert data["torch_dtype"] == data["dtype"] == "float32" and data["model_type"] == "llama"
     assert data["rope_theta"] == data["rope_parameters"]["rope_theta"] == 5e5
 
@@ -266,7 +267,7 @@ def test_hf_dict_round_trip_and_both_generations_of_keys():
 )
 def test_configs_that_cannot_be_honoured_are_refused_with_the_reason(changes, message):
     with pytest.raises(ValueError, match=message):
-        TinyLMConfig.from_hf_dict({**small_config().to_hf_dict(), **changes})
+        config_from_hf({**config_to_hf(small_config()), **changes})
 
 
 def test_models_without_a_llama_equivalent_say_so():
@@ -276,8 +277,8 @@ def test_models_without_a_llama_equivalent_say_so():
         ({"qk_norm": True, "mlp_bias": True}, "qk_norm with mlp_bias"),
     ):
         config = small_config(**changes)
-        assert config.to_hf_dict()["model_type"] == "tinylm"
+        assert config_to_hf(config)["model_type"] == "tinylm"
         with pytest.raises(ValueError, match=reason):
-            config.require_llama_shape()
-    small_config().require_llama_shape()
+            require_llama_shape(config)
+    require_llama_shape(small_config())
     assert dataclasses.is_dataclass(TinyLMConfig)

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.model.small_models import YARN, random_ids, small_config, small_model
+from tinylm.model.hf_config import config_to_hf
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.positions import RotaryEmbedding, apply_rotary, sinusoidal_table
 
@@ -17,7 +18,7 @@ from tinylm.model.positions import RotaryEmbedding, apply_rotary, sinusoidal_tab
 @pytest.mark.parametrize("scaling", [None, YARN, {"rope_type": "yarn", "factor": 2.5}])
 def test_rotary_equals_transformers(scaling):
     config = small_config(rope_scaling=scaling)
-    reference = LlamaRotaryEmbedding(LlamaConfig(**config.to_hf_dict()))
+    reference = LlamaRotaryEmbedding(LlamaConfig(**config_to_hf(config)))
     x = torch.randn(2, 100, 4, 16)
     positions = torch.randint(0, 256, (2, 100))
     cos, sin = reference(x, positions)

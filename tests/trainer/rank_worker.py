@@ -11,9 +11,9 @@ import torch
 from trainer_parts import Rows, small_model, weights_of
 
 from tinylm.dataset.batches import BatchSampler, step_batches
-from tinylm.runtime import setup_runtime
-from tinylm.trainer.loop import fit
-from tinylm.trainer.objectives import next_token_loss
+from tinylm.system.runtime import setup_runtime
+from tinylm.trainer.core.loop import fit
+from tinylm.trainer.core.objectives import next_token_loss
 
 
 def main(output: str) -> None:

@@ -10,9 +10,9 @@ from trainer_parts import random_documents, small_model
 from tinylm.dataset.documents import Documents
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.dataset.sft_dataset import Outcomes
-from tinylm.runtime import Runtime, setup_runtime
+from tinylm.system.runtime import Runtime, setup_runtime
 from tinylm.trainer import train_dpo
-from tinylm.trainer.trainer_utils import make_console
+from tinylm.trainer.run.trainer_utils import make_console
 
 NUM_PAIRS, BATCH_SIZE = 11, 2
 

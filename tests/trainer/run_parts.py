@@ -12,12 +12,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 from trainer_parts import Rows, small_model, weights_of
 
-from tinylm.model.model_lora import LoRAConfig, apply_lora
-from tinylm.runtime import Runtime
-from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.optimizer import make_optimizers
-from tinylm.trainer.train_settings import TrainSettings
-from tinylm.trainer.training_run import TrainingRun
+from tinylm.model.lora import LoRAConfig, apply_lora
+from tinylm.system.runtime import Runtime
+from tinylm.trainer.core.objectives import next_token_loss
+from tinylm.trainer.core.optimizer import make_optimizers
+from tinylm.trainer.run.train_settings import TrainSettings
+from tinylm.trainer.run.training_run import TrainingRun
 
 DEFAULTS = {"batch_size": 2, "accumulation_steps": 2, "epochs": 4, "max_steps": 10, "learning_rate": 1e-2}
 INTERVALS = {"save_interval": 3, "log_interval": 1, "eval_interval": 2, "warmup_fraction": 0.2}

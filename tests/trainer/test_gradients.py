@@ -6,12 +6,12 @@ import pytest
 import torch
 from trainer_parts import Rows, pairs_batch, random_documents, small_model
 
-from tinylm.model.model_lora import LoRAConfig, apply_lora
-from tinylm.runtime import Runtime
-from tinylm.trainer import gradients
-from tinylm.trainer.gradients import accumulate_gradients, parts_of_batch
-from tinylm.trainer.objectives import make_dpo_objective, next_token_loss
-from tinylm.trainer.parallel import GradientExchange
+from tinylm.model.lora import LoRAConfig, apply_lora
+from tinylm.system.runtime import Runtime
+from tinylm.trainer.core import gradients
+from tinylm.trainer.core.distributed import GradientExchange
+from tinylm.trainer.core.gradients import accumulate_gradients, parts_of_batch
+from tinylm.trainer.core.objectives import make_dpo_objective, next_token_loss
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 

@@ -12,12 +12,12 @@ import torch
 from run_parts import make_run, records, said
 from trainer_parts import Rows, assert_same_bits, read_bytes, small_model, weights_of
 
-from tinylm import training_state
-from tinylm.program import STOP_SIGNALS, Stopped, StopRequest
-from tinylm.run_lock import run_lock
-from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.trainer_utils import SpikeWatch
-from tinylm.training_state import load_training_state
+from tinylm.checkpoint import training_state
+from tinylm.checkpoint.training_state import load_training_state
+from tinylm.commandline.exit_status import STOP_SIGNALS, Stopped, StopRequest
+from tinylm.files.locks import run_lock
+from tinylm.trainer.core.objectives import next_token_loss
+from tinylm.trainer.run.trainer_utils import SpikeWatch
 
 
 def signal_at(run, step: int, *numbers: int) -> None:

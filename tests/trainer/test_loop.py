@@ -10,9 +10,9 @@ import torch
 from trainer_parts import Rows, assert_same_bits, run_two_ranks, small_model, weights_of
 
 from tinylm.dataset.batches import BatchSampler, step_batches
-from tinylm.runtime import Runtime
-from tinylm.trainer.loop import fit
-from tinylm.trainer.objectives import next_token_loss
+from tinylm.system.runtime import Runtime
+from tinylm.trainer.core.loop import fit
+from tinylm.trainer.core.objectives import next_token_loss
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 

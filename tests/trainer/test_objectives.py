@@ -8,7 +8,7 @@ import pytest
 import torch
 from trainer_parts import batch_of, num_targets, pairs_batch, random_documents, reference_log_prob, small_model
 
-from tinylm.trainer.objectives import dpo_loss, make_dpo_objective, next_token_loss, sequence_log_probs
+from tinylm.trainer.core.objectives import dpo_loss, make_dpo_objective, next_token_loss, sequence_log_probs
 
 
 def test_next_token_loss_is_the_sum_over_the_targets():

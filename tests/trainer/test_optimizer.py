@@ -9,11 +9,18 @@ import torch
 from torch import nn
 from trainer_parts import batch_of, random_documents, small_model
 
-from tinylm.model.model_lora import LoRAConfig, apply_lora
-from tinylm.runtime import Runtime
-from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.optimizer import AdamW, Muon, cosine_with_warmup, make_optimizers, orthogonalize, split_parameters
-from tinylm.trainer.train_settings import TrainSettings
+from tinylm.model.lora import LoRAConfig, apply_lora
+from tinylm.system.runtime import Runtime
+from tinylm.trainer.core.objectives import next_token_loss
+from tinylm.trainer.core.optimizer import (
+    AdamW,
+    Muon,
+    cosine_with_warmup,
+    make_optimizers,
+    orthogonalize,
+    split_parameters,
+)
+from tinylm.trainer.run.train_settings import TrainSettings
 
 
 def train_side_by_side(ours, theirs, pairs, steps: int, model) -> None:
@@ -91,7 +98,7 @@ def test_four_steps_get_as_far_as_torchs_five(decay):
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_orthogonalize_emulates_no_bfloat16(has_bf16, monkeypatch):
     """It always computed in bfloat16, which took 25 times as long as float32 on a CPU that has none."""
-    monkeypatch.setattr("tinylm.trainer.optimizer.device_has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr("tinylm.trainer.core.optimizer.device_has_bf16", lambda device: has_bf16)
     a, b, c = 3.4445, -4.7750, 2.0315
     matrix = torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(0))
     x = matrix[0].double()

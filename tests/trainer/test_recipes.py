@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from tests.stage_files import write_stage_files
 from tinylm import cli
-from tinylm.checkpoint import load_model
-from tinylm.model.model_lora import adapters_disabled, unload_lora
+from tinylm.checkpoint.model_folder import load_model
+from tinylm.model.lora import adapters_disabled, unload_lora
 
 FOLDER_FILES = {
     "chat_template.jinja", "config.json", "generation_config.json", "lineage.json", "manifest.json",
@@ -84,7 +84,7 @@ def stages(tmp_path_factory, data) -> Stages:
     stages = Stages(tmp_path_factory.mktemp("stages"))
     root = stages.root
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinylm.trainer.training_run.measured_matmul_flops", lambda runtime: 1e11)
+        patch.setattr("tinylm.trainer.run.training_run.measured_matmul_flops", lambda runtime: 1e11)
         stages.run("tokenizer", "--data_path", data / "texts.jsonl", "--vocab_size", "400")
         texts = ["--data_path", data / "texts.jsonl", "--tokenizer_path", root / "tokenizer"]
         stages.run("pretrain", *texts, *SHARED, *SHAPE)

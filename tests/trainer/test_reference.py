@@ -9,7 +9,7 @@ import torch
 from reference_worker import BATCH_SIZE, NUM_PAIRS, score
 from trainer_parts import random_documents, reference_log_prob, run_two_ranks, small_model
 
-from tinylm.runtime import Runtime
+from tinylm.system.runtime import Runtime
 
 
 def test_every_answer_is_scored_in_its_place():

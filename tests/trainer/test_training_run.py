@@ -11,15 +11,15 @@ import torch
 from run_parts import interrupt_at, make_run, records, said
 from trainer_parts import Rows, assert_same_bits, read_bytes, weights_of
 
-from tinylm import training_state
-from tinylm.trainer.objectives import next_token_loss
-from tinylm.trainer.resume import ADJUSTABLE, FREE
+from tinylm.checkpoint import training_state
+from tinylm.checkpoint.training_state import load_training_state, save_training_state
+from tinylm.trainer.core.objectives import next_token_loss
+from tinylm.trainer.run.resume import ADJUSTABLE, FREE
+from tinylm.trainer.run.training_run import TrainingRun
 from tinylm.trainer.train_dpo import DPOSettings
 from tinylm.trainer.train_full_sft import FullSFTSettings
 from tinylm.trainer.train_lora import LoRASettings
 from tinylm.trainer.train_pretrain import PretrainSettings
-from tinylm.trainer.training_run import TrainingRun
-from tinylm.training_state import load_training_state, save_training_state
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -333,7 +333,7 @@ def test_starting_over_an_unfinished_run_is_said(tmp_path, monkeypatch):
     """To learn a step number, it once read weights and optimizer state too: gigabytes, and an error if damaged."""
     interrupt_at(stopped := make_run(tmp_path), 7)
     (stopped.state_folder / "step_00000006" / "state.safetensors").write_bytes(b"damaged")
-    monkeypatch.setattr("tinylm.training_state.read_tensors", lambda path: pytest.fail("read the tensors"))
+    monkeypatch.setattr("tinylm.checkpoint.training_state.read_tensors", lambda path: pytest.fail("read the tensors"))
     run = make_run(tmp_path, max_steps=1)
     run.fit()
     assert "holds an unfinished pretrain run; starting over (--resume goes on)" in said(run)

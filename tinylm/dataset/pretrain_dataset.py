@@ -12,10 +12,10 @@ import numpy as np
 
 from tinylm.dataset.packing import RunningTextPacking
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
-from tinylm.dataset.shard_cache import cached_token_shards
-from tinylm.dataset.sources import BadRows, find_sources
+from tinylm.dataset.shards.shard_cache import cached_token_shards
+from tinylm.dataset.shards.token_shards import TokenShards, tokenize_texts
+from tinylm.dataset.sources.records import BadRows, find_sources
 from tinylm.dataset.splits import Spans, hold_out_documents
-from tinylm.dataset.token_shards import TokenShards, tokenize_texts
 
 
 class PretrainDataset:

@@ -15,8 +15,8 @@ import numpy as np
 
 from tinylm.dataset.documents import CUT, DROPPED, Documents, Message, encode_chats
 from tinylm.dataset.packing import WholePacking, check_row_length, pack_rows
-from tinylm.dataset.parallel import available_cores, chunked, map_in_order
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
+from tinylm.dataset.shards.processes import available_cores, chunked, map_in_order
 
 CHUNK_SIZE = 2_000
 """Chats sent to a worker at a time: about a second of work."""

@@ -110,9 +110,9 @@ def make_lm_eval_model(
         from lm_eval.api.model import LM
     except ImportError:
         raise ValueError('the package lm-eval is not installed; install it with pip install "tinylm[eval]"') from None
-    from tinylm.checkpoint import load_model
+    from tinylm.checkpoint.model_folder import load_model
     from tinylm.generation.engine import Engine
-    from tinylm.runtime import setup_runtime
+    from tinylm.system.runtime import setup_runtime
     from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, render_chat
 
     runtime = setup_runtime(device, dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tinylm.atomic_files import atomic_write
+from tinylm.files.atomic import atomic_write
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
-from tinylm.cores import map_on_cores
 from tinylm.evaluation.preferences import ReferenceModel, as_reference, preference_accuracy
 from tinylm.evaluation.results import mean_and_error
+from tinylm.system.cpu_parallel import map_on_cores
 from tinylm.tokenizer.chat_template import encode_chat
 
 Messages = list[dict[str, str]]
@@ -78,7 +78,7 @@ def score_skills(
     """Ask every skill's held-out questions and check the replies.
 
     Args:
-        world: the `tinylm.dataset.tinyworld` module.
+        world: the `tinylm.dataset.tinyworld.world` module.
         settings: `SamplingSettings`; greedy (temperature 0) for repeatable numbers.
         num_items: questions per skill; 100 gives a standard error of at most 0.05.
         reference: the model that preference training started from; adds the preference row.

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from tinylm.atomic_files import atomic_write
-from tinylm.model.model_lora import has_lora
+from tinylm.checkpoint.original_pth import NUM_KEY_VALUE_HEADS, name_to_original
+from tinylm.files.atomic import atomic_write
+from tinylm.model.hf_config import require_llama_shape
+from tinylm.model.lora import has_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
-from tinylm.model.weights_file import base_state
-from tinylm.original_pth import NUM_KEY_VALUE_HEADS, name_to_original
+from tinylm.model.weights import base_state
 
 
 def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
@@ -23,7 +24,7 @@ def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
     config = model.config
     if has_lora(model):
         raise ValueError("the model has adapters attached; merge_lora before exporting a .pth")
-    config.require_llama_shape()
+    require_llama_shape(config)
     if config.num_key_value_heads != NUM_KEY_VALUE_HEADS:
         raise ValueError(
             f"num_key_value_heads is {config.num_key_value_heads}; the original project's code has "

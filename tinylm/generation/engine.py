@@ -27,7 +27,7 @@ from tinylm.generation.sampling import SamplingSettings, next_tokens, seen_token
 from tinylm.model.inference_copy import inference_copy
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
-from tinylm.runtime import device_has_bf16
+from tinylm.system.runtime import device_has_bf16
 from tinylm.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = ["Engine", "SamplingSettings"]

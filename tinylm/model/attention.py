@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinylm.runtime import device_has_bf16
+from tinylm.system.runtime import device_has_bf16
 
 QUERY_BLOCK = 128
 """Rows per block of `blocked_attention`. 128 was faster than 256 at T = 512, slower at T = 256, on AVX512-BF16."""

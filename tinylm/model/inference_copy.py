@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.model.model_lora import merge_lora
+from tinylm.model.lora import merge_lora
 from tinylm.model.model_tinylm import Attention, Block, RMSNorm, SwiGLU, TinyLMForCausalLM
 from tinylm.model.positions import apply_rotary
-from tinylm.model.weights_file import unwrapped
-from tinylm.runtime import device_has_bf16
+from tinylm.model.weights import unwrapped
+from tinylm.system.runtime import device_has_bf16
 
 
 def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> TinyLMForCausalLM:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinylm.model.config_tinylm import TinyLMConfig
+from tinylm.model.config import TinyLMConfig
 
 
 class KVCache:

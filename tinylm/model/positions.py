@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tinylm.model.config_tinylm import TinyLMConfig
+from tinylm.model.config import TinyLMConfig
 
 
 def rope_frequencies(config: TinyLMConfig) -> tuple[Tensor, float]:

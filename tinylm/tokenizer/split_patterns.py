@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tinylm.files.untrusted import shown
 from tinylm.tokenizer.bpe import SPLIT_PATTERN
-from tinylm.untrusted_files import shown
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"

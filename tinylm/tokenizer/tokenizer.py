@@ -18,11 +18,11 @@ from typing import Any
 
 import tokenizers
 
-from tinylm.atomic_files import atomic_write
+from tinylm.files.atomic import atomic_write
+from tinylm.files.untrusted import check_file, shown
 from tinylm.tokenizer import tokenizer_json
 from tinylm.tokenizer.bpe import CHARACTER_TO_BYTE, count_pieces, train_bpe
 from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE
-from tinylm.untrusted_files import check_file, shown
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",  # 0: padding, and the end of a document

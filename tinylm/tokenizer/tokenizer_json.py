@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tinylm.files.untrusted import parse_json, shown
 from tinylm.tokenizer.bpe import BYTE_TO_CHARACTER, SPLIT_PATTERN, BytePairEncoding
 from tinylm.tokenizer.split_patterns import check_text_steps
-from tinylm.untrusted_files import parse_json, shown
 
 MAX_FILE_BYTES = 64 << 20
 """The largest tokenizer.json in use (262,144 entries) takes 33 MB."""

@@ -11,17 +11,18 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from tinylm.checkpoint import load_model, resolve_model_path, weights_fingerprint
-from tinylm.code_version import code_version
+from tinylm.checkpoint.model_folder import load_model, resolve_model_path
 from tinylm.dataset.batches import Dataset
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
-from tinylm.runtime import Runtime
+from tinylm.model.weights import weights_fingerprint
+from tinylm.system.code_version import code_version
+from tinylm.system.runtime import Runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
-from tinylm.trainer.objectives import Objective
-from tinylm.trainer.parallel import is_sharded
-from tinylm.trainer.train_settings import TrainSettings
-from tinylm.trainer.training_run import TrainingRun
+from tinylm.trainer.core.distributed import is_sharded
+from tinylm.trainer.core.objectives import Objective
+from tinylm.trainer.run.train_settings import TrainSettings
+from tinylm.trainer.run.training_run import TrainingRun
 
 Settings = TypeVar("Settings", bound=TrainSettings)
 

@@ -13,12 +13,12 @@ from tinylm.dataset import tinyworld
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.dataset.pretrain_dataset import PretrainDataset, load_pretrain_data
 from tinylm.dataset.sft_dataset import Outcomes, SFTDataset
-from tinylm.dataset.sources import BadRows, load_conversations, load_preferences
+from tinylm.dataset.sources.records import BadRows, load_conversations, load_preferences
 from tinylm.dataset.splits import hold_out_items
-from tinylm.runtime import Runtime
+from tinylm.system.runtime import Runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
-from tinylm.trainer.train_settings import TrainSettings
-from tinylm.trainer.trainer_utils import status
+from tinylm.trainer.run.train_settings import TrainSettings
+from tinylm.trainer.run.trainer_utils import status
 
 Messages = list[dict[str, str]]
 

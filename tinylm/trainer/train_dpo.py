@@ -15,20 +15,20 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tinylm.checkpoint import save_model
-from tinylm.cores import map_on_cores, num_cores
+from tinylm.checkpoint.model_folder import save_model
+from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.settings import parse_settings
 from tinylm.dataset.dpo_dataset import DPODataset
-from tinylm.model.model_lora import merge_lora
+from tinylm.model.lora import merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
-from tinylm.program import run_main
-from tinylm.runtime import Runtime, seed_everything, setup_runtime
-from tinylm.settings import parse_settings
-from tinylm.trainer.objectives import make_dpo_objective, sequence_log_probs
+from tinylm.system.cpu_parallel import map_on_cores, num_cores
+from tinylm.system.runtime import Runtime, seed_everything, setup_runtime
+from tinylm.trainer.core.objectives import make_dpo_objective, sequence_log_probs
 from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
+from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
+from tinylm.trainer.run.trainer_utils import make_console, status
 from tinylm.trainer.stage_data import load_pairs
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS
-from tinylm.trainer.train_settings import TrainSettings, require_at_least
-from tinylm.trainer.trainer_utils import make_console, status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tinylm.checkpoint import save_model
-from tinylm.model.model_lora import merge_lora
-from tinylm.program import run_main
-from tinylm.runtime import seed_everything, setup_runtime
-from tinylm.settings import parse_settings
-from tinylm.trainer.objectives import next_token_loss
+from tinylm.checkpoint.model_folder import save_model
+from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.settings import parse_settings
+from tinylm.model.lora import merge_lora
+from tinylm.system.runtime import seed_everything, setup_runtime
+from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
+from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
+from tinylm.trainer.run.trainer_utils import make_console
 from tinylm.trainer.stage_data import load_chats
-from tinylm.trainer.train_settings import TrainSettings, require_at_least
-from tinylm.trainer.trainer_utils import make_console
 
 SAMPLE_QUESTIONS = ("Who are you?", "What is the opposite of big?")
 

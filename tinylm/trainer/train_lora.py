@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinylm.checkpoint import resolve_model_path, save_adapter
+from tinylm.checkpoint.adapter_folder import save_adapter
+from tinylm.checkpoint.model_folder import resolve_model_path
+from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.settings import parse_settings
 from tinylm.dataset import tinyworld
-from tinylm.model.model_lora import PROJECTIONS, LoRAConfig, apply_lora, has_lora
-from tinylm.program import run_main
-from tinylm.runtime import seed_everything, setup_runtime
-from tinylm.settings import parse_settings
-from tinylm.trainer.objectives import next_token_loss
+from tinylm.model.lora import PROJECTIONS, LoRAConfig, apply_lora, has_lora
+from tinylm.system.runtime import seed_everything, setup_runtime
+from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
+from tinylm.trainer.run.trainer_utils import make_console
 from tinylm.trainer.stage_data import load_chats
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatSettings
-from tinylm.trainer.trainer_utils import make_console
 
 
 @dataclass(frozen=True, kw_only=True)

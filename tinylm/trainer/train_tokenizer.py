@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.settings import parse_settings
 from tinylm.dataset import tinyworld
-from tinylm.dataset.sources import BadRows, iterate_texts
-from tinylm.program import run_main
-from tinylm.settings import parse_settings
+from tinylm.dataset.sources.records import BadRows, iterate_texts
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
-from tinylm.trainer.train_settings import require_at_least, require_output_dir, require_share
-from tinylm.trainer.trainer_utils import format_seconds, make_console, print_facts, status
+from tinylm.trainer.run.train_settings import require_at_least, require_output_dir, require_share
+from tinylm.trainer.run.trainer_utils import format_seconds, make_console, print_facts, status
 
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 """The control tokens and one entry for each byte: a tokenizer without any merge."""

@@ -1,0 +1,158 @@
+"""`tinylm eval` from a model folder and files to the table and the JSON report."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from tinylm.checkpoint.model_folder import save_model
+from tinylm.commands.evaluate import EvalSettings, main, plan_tasks
+from tinylm.evaluation.tasks import recognise_task
+
+ROWS = {
+    "bits_per_byte": [{"text": "The cat sat."}, {"text": "A dog ran away."}],
+    "blimp": [{"set": "s", "good": "The cat sits.", "bad": "The cat sit."}] * 3,
+    "multiple_choice": [{"query": "Question: 1+1?", "choices": ["2", "3"], "gold": 0}],
+    "lambada": [
+        {"context": "He saw his", "continuation": "dog"},
+        {"context": "I like", "continuation": "it"},
+    ],
+    "chat": [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}],
+    "preferences": [{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go!"}],
+    "generate": [{"question": "2 and 2?", "answer": "4"}],
+}
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, model, tokenizer):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(folder, type(model)(model.config).eval(), tokenizer, {"stage": "pretrain"})
+    return str(folder)
+
+
+def run(*arguments):
+    return main([*arguments, "--device", "cpu", "--dtype", "float32", "--max_new_tokens", "4"])
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_a_task_is_recognised_by_its_fields_and_measured(task, model_folder, tmp_path, capsys):
+    data = write_rows(tmp_path / "things.jsonl", ROWS[task])
+    output = tmp_path / "report.json"
+    assert recognise_task(ROWS[task][0], "here") == task
+    assert run("--model_path", model_folder, "--data_path", data, "--output", str(output)) == 0
+    report = json.loads(output.read_text())
+    assert report["measures"] and report["dtype"] == "float32"
+    assert all(measure["task"].startswith("things") for measure in report["measures"])
+    assert "things" in capsys.readouterr().out
+
+
+def test_a_folder_is_a_task_per_file(model_folder, tmp_path, capsys):
+    for task in ("blimp", "lambada"):
+        write_rows(tmp_path / f"{task}.jsonl", ROWS[task])
+    zipped = tmp_path / "more.jsonl.gz"
+    zipped.write_bytes(gzip.compress(json.dumps(ROWS["bits_per_byte"][0]).encode()))
+    settings = EvalSettings(model_path=model_folder, data_path=str(tmp_path))
+    assert [task for task, _ in plan_tasks(settings)] == ["blimp", "lambada", "bits_per_byte"]
+    only = EvalSettings(model_path=model_folder, data_path=str(tmp_path), tasks="lambada")
+    assert [task for task, _ in plan_tasks(only)] == ["lambada"]
+    with pytest.raises(ValueError, match="no data for preferences"):
+        plan_tasks(EvalSettings(model_path=model_folder, data_path=str(tmp_path), tasks="preferences"))
+
+
+def test_limit_takes_the_first_records(model_folder, tmp_path):
+    data, output = write_rows(tmp_path / "t.jsonl", ROWS["bits_per_byte"]), tmp_path / "r.json"
+    run("--model_path", model_folder, "--data_path", data, "--limit", "1", "--output", str(output))
+    assert {measure["count"] for measure in json.loads(output.read_text())["measures"]} == {1}
+
+
+def test_chat_loss_counts_assistant_tokens_only(model_folder, model, tokenizer, tmp_path, reference_logprobs):
+    from tinylm.checkpoint.model_folder import load_model
+    from tinylm.tokenizer.chat_template import encode_chat
+
+    data, output = write_rows(tmp_path / "c.jsonl", ROWS["chat"]), tmp_path / "r.json"
+    run("--model_path", model_folder, "--data_path", data, "--output", str(output))
+    ids, mask = encode_chat(tokenizer, ROWS["chat"][0]["messages"])
+    loaded = load_model(model_folder)[0].double()
+    plain = reference_logprobs(loaded, ids)
+    nats = [-value for value, marked in zip(plain, mask[1:], strict=True) if marked]
+    [loss, _] = json.loads(output.read_text())["measures"]
+    assert loss["value"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+
+
+def test_conversations_can_be_generated(model_folder, tmp_path):
+    data, output = write_rows(tmp_path / "c.jsonl", ROWS["chat"]), tmp_path / "r.json"
+    arguments = ["--model_path", model_folder, "--data_path", data, "--output", str(output)]
+    run(*arguments, "--tasks", "generate")
+    metrics = [measure["metric"] for measure in json.loads(output.read_text())["measures"]]
+    assert metrics == ["exact match", "token F1"]
+
+
+def test_without_data_the_skills_are_measured_and_it_says_so(model_folder, tmp_path, capsys):
+    output = tmp_path / "r.json"
+    run("--model_path", model_folder, "--limit", "1", "--output", str(output))
+    assert "TinyWorld" in capsys.readouterr().out
+    [column] = json.loads(output.read_text())["skills"].values()
+    assert column["num_items_per_skill"] == 1
+
+
+def test_an_adapter_is_measured_against_the_model_without_it(model_folder, tmp_path):
+    import torch
+
+    from tinylm.checkpoint.adapter_folder import save_adapter
+    from tinylm.checkpoint.model_folder import load_model
+    from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
+
+    adapted = apply_lora(load_model(model_folder)[0], LoRAConfig(rank=2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora_parameters(adapted):
+            parameter.normal_(0, 0.2)
+    save_adapter(adapted, tmp_path / "adapter", model_folder)
+    data, output = write_rows(tmp_path / "p.jsonl", ROWS["preferences"]), tmp_path / "r.json"
+    for arguments in (
+        ["--model_path", model_folder, "--adapter", str(tmp_path / "adapter")],
+        ["--model_path", str(tmp_path / "adapter")],
+    ):
+        run(*arguments, "--data_path", data, "--output", str(output))
+        accuracy, margin = json.loads(output.read_text())["measures"]
+        assert "relative to the reference" in accuracy["metric"]
+        assert margin["value"] != 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": "blmp"}, "unknown task 'blmp'; expected skills"),
+        ({"tasks": "blimp"}, "without data"),
+        ({"limit": 0}, "at least 1"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EvalSettings(model_path="m", **settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"words": "x"}, "fields words; expected one of"),
+        ({"query": "Q", "choices": ["a", "b"], "gold": 7}, "line 1: gold 7"),
+        ({"good": "G", "bad": 3}, "line 1: bad of type int; expected a str"),
+    ],
+)
+def test_bad_data_names_file_and_line(row, message, model_folder, tmp_path):
+    data = write_rows(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(ValueError, match=message):
+        run("--model_path", model_folder, "--data_path", data)
+
+
+def test_a_missing_file_is_told_before_the_model_is_loaded(tmp_path):
+    with pytest.raises((FileNotFoundError, ValueError), match="nowhere"):
+        run("--model_path", str(tmp_path / "no-model"), "--data_path", str(tmp_path / "nowhere.jsonl"))

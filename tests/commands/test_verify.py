@@ -1,0 +1,137 @@
+"""`tinylm verify`: what is right, what is wrong and what cannot be told, with status 1 for anything wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.model.small_models import small_model
+from tinylm.checkpoint.adapter_folder import save_adapter
+from tinylm.checkpoint.model_folder import save_model
+from tinylm.checkpoint.training_state import save_training_state
+from tinylm.commands import verify
+from tinylm.model.lora import LoRAConfig, apply_lora
+from tinylm.model.weights import weights_fingerprint
+from tinylm.system.code_version import code_version
+from tinylm.tokenizer.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["the cat sat on the mat; the dog sat on the log. " * 20], vocab_size=280)
+
+
+def seeded_model(seed: int = 0):
+    torch.manual_seed(seed)
+    return small_model()
+
+
+@pytest.fixture
+def family(tmp_path, tokenizer):
+    """A parent and a child, as two stages leave them."""
+    model = seeded_model()
+    facts = {"tokenizer_fingerprint": tokenizer.fingerprint, **code_version()}
+    save_model(tmp_path / "parent", model, tokenizer, {"stage": "pretrain", "parent": None, **facts})
+    parent = {"path": str(tmp_path / "parent"), "weights": weights_fingerprint(model)}
+    lineage = {"stage": "full_sft", "parent": parent, "step": 7, "epoch": 0, "finished": True, "seed": 3, **facts}
+    lineage |= {"data_fingerprint": "abc", "settings": {"data_path": "chats.jsonl", "max_steps": 0, "beta1": 0.9}}
+    save_model(tmp_path / "child", seeded_model(), tokenizer, lineage)
+    return tmp_path
+
+
+def findings(capsys, folder) -> tuple[int, dict[str, str], str]:
+    """(exit status, mark by what was looked at, the whole text)."""
+    status = verify.main([str(folder)])
+    text = capsys.readouterr().out
+    marks = {}
+    for line in text.splitlines():
+        mark, *rest = line.split()
+        if mark in ("right", "WRONG", "open"):
+            marks[rest[0]] = mark
+    return status, marks, text
+
+
+def test_a_whole_model_and_its_lineage(family, capsys):
+    status, marks, text = findings(capsys, family / "child")
+    assert status == 0
+    assert marks == dict.fromkeys(("files", "weights", "tokenizer", "parent", "code"), "right")
+    assert "7 steps, epoch 0, finished" in text and "chats.jsonl (fingerprint abc), seed 3" in text
+    assert "--data_path chats.jsonl --beta1 0.9" in text and "max_steps" not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "lineage.json", "manifest.json"]
+)
+def test_one_flipped_bit_in_any_file_is_found(family, capsys, name):
+    path = family / "child" / name
+    data = bytearray(path.read_bytes())
+    place = data.index(b'"') + 1 if name.endswith("json") else len(data) - 1
+    data[place] ^= 1
+    path.write_bytes(data)
+    status, marks, _ = findings(capsys, family / "child")
+    assert status == 1 and marks["files"] == "WRONG"
+
+
+def test_a_parent_that_has_changed_or_gone(family, capsys, tokenizer):
+    save_model(family / "parent", seeded_model(1), tokenizer, {})
+    status, marks, text = findings(capsys, family / "child")
+    assert status == 1 and marks["parent"] == "WRONG" and "has other weights now" in text
+    shutil.rmtree(family / "parent")
+    status, marks, _ = findings(capsys, family / "child")
+    assert status == 0 and marks["parent"] == "open"
+
+
+def test_another_tokenizer_and_other_code(family, capsys):
+    path = family / "child" / "lineage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_fingerprint": "f" * 16, "code": "0" * 16}))
+    status, marks, text = findings(capsys, family / "child")
+    assert (marks["tokenizer"], marks["code"]) == ("WRONG", "open") and "trained with ffffffffffffffff" in text
+
+
+def test_an_adapter(family, capsys):
+    model = apply_lora(seeded_model(), LoRAConfig(rank=2))
+    parent = {"path": str(family / "parent"), "weights": weights_fingerprint(model)}
+    save_adapter(model, family / "adapter", "../parent", {"stage": "lora", "parent": parent, **code_version()})
+    status, marks, text = findings(capsys, family / "adapter")
+    assert status == 0 and marks["files"] == marks["weights"] == marks["parent"] == "right", text
+    (family / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    assert findings(capsys, family / "adapter")[0] == 1
+
+
+def test_states(tmp_path, capsys):
+    for step in (3, 6):
+        save_training_state(tmp_path, {"step": step})
+    status, marks, text = findings(capsys, tmp_path)
+    assert status == 0 and "from step 6" in text and set(marks.values()) == {"right"}
+    (tmp_path / "step_00000006" / "state.json").write_text("{}")
+    status, marks, text = findings(capsys, tmp_path)
+    assert status == 1 and marks["step_00000006"] == "WRONG" and marks["to"] == "right" and "from step 3" in text
+
+
+def test_the_code_version_sees_every_file(monkeypatch, tmp_path):
+    from tinylm.system import code_version as module
+
+    (tmp_path / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "code_version.py"))
+    seen = []
+    for name, content in (("a.py", "x = 1\n"), ("a.py", "x = 2\n"), ("b.py", "x = 2\n")):
+        (tmp_path / name).write_text(content)
+        module.code_version.cache_clear()
+        seen.append(module.code_version()["code"])
+    module.code_version.cache_clear()
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"parent": "somewhere"}, {"parent": {"path": 5}}, {"step": "7"}, {"settings": [1]}, {"changed_on_resume": "x"},
+     {"tokenizer_fingerprint": [1]}, {"version": {}}],
+)  # fmt: skip
+def test_a_strangers_lineage_is_no_crash(family, capsys, odd):
+    path = family / "child" / "lineage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **odd}))
+    status, marks, _ = findings(capsys, family / "child")
+    assert status == 1 and marks["files"] == "WRONG"

@@ -1,0 +1,225 @@
+"""Writes that happen whole or not at all, and the manifest that knows a damaged file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tinylm.files import atomic as atomic_files
+from tinylm.files.atomic import atomic_folder, atomic_write, check_manifest, remove_leftovers, write_manifest
+
+
+def test_a_file_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "file.bin"
+    with atomic_write(target) as file:
+        file.write(b"half")
+        file.flush()
+        assert not target.exists()
+    assert target.read_bytes() == b"half"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, failure: BaseException) -> None:
+    target = tmp_path / "file.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(type(failure)), atomic_write(target) as file:
+        file.write(b"new")
+        raise failure
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_disk_that_fills_up_at_the_flush_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file.bin"
+    target.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), atomic_write(target) as file:
+        file.write(b"new")
+    with pytest.raises(OSError, match="No space left"), atomic_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_bytes(b"new")
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_keeps_pointing_to_the_rewritten_file(tmp_path: Path) -> None:
+    target, link = tmp_path / "file", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    with atomic_write(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_a_folder_is_swapped_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for content in ("one", "two"):
+        with atomic_folder(target) as folder:
+            (folder / content).write_text(content)
+            assert not (target / content).exists()
+        assert [file.name for file in target.iterdir()] == [content]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with atomic_folder(target) as folder:
+        (folder / "old").write_text("old")
+    with pytest.raises(OSError, match="full"), atomic_folder(target) as folder:
+        (folder / "new").write_text("new")
+        raise OSError(errno.ENOSPC, "full")
+    assert [file.name for file in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system cannot exchange two folders, the swap takes two renames, and the second may fail."""
+    monkeypatch.setattr(atomic_files, "_exchange", lambda one, other: False)
+    target = tmp_path / "model"
+    with atomic_folder(target) as folder:
+        (folder / "old").write_text("old")
+    rename = os.rename
+
+    def fails_for_the_new(source: Path, destination: Path) -> None:
+        if str(source).endswith(".tmp"):
+            raise OSError("cannot rename")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", fails_for_the_new)
+    with pytest.raises(OSError, match="cannot rename"), atomic_folder(target) as folder:
+        (folder / "new").write_text("new")
+    assert [file.name for file in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_files_and_folders_are_not_mixed_up(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="expected a folder"), atomic_folder(tmp_path / "file"):
+        pass
+    with pytest.raises(IsADirectoryError, match="expected a file"), atomic_write(tmp_path):
+        pass
+
+
+def test_a_folder_is_never_missing_while_it_is_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two renames left a moment without the folder: a kill in it lost a model that was whole before."""
+    target, rename, missing = tmp_path / "model", os.rename, []
+    with atomic_folder(target) as folder:
+        (folder / "old").write_text("old")
+
+    def watched(source: Path, destination: Path) -> None:
+        rename(source, destination)
+        missing.append(not target.exists())
+
+    monkeypatch.setattr(os, "rename", watched)
+    with atomic_folder(target) as folder:
+        (folder / "new").write_text("new")
+    assert True not in missing
+    assert [file.name for file in target.iterdir()] == ["new"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".model.abc.tmp").mkdir()
+    (tmp_path / ".model.abc.tmp" / "half").write_text("x")
+    (tmp_path / ".model.def.old").mkdir()
+    (tmp_path / ".model.ghi.tmp").write_text("half a file")
+    for name in ("model", ".model2.abc.tmp", ".model.keep"):
+        (tmp_path / name).write_text("stays")
+    remove_leftovers(tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.keep", ".model2.abc.tmp", "model"]
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").write_bytes(b"")
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_a_manifest_knows_every_byte(listed: Path) -> None:
+    manifest = json.loads((listed / "manifest.json").read_text())
+    # the digests of "abc" and of nothing, as FIPS 180-2 and every sha256sum give them
+    assert manifest["files"]["a"]["sha256"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert manifest["files"]["b"] == {
+        "bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    }  # fmt: skip
+    (listed / "unknown").write_text("no fault")
+    check_manifest(listed)
+    for data in (b"abd", b"ab", b"abcd"):
+        (listed / "a").write_bytes(data)
+        check_manifest(listed, "b")
+        with pytest.raises(ValueError, match=r"a is not what was written .*restore it from a copy"):
+            check_manifest(listed)
+    (listed / "a").unlink()
+    with pytest.raises(ValueError, match="a is missing; manifest.json lists it"):
+        check_manifest(listed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"format": 2, "files": {}}',
+        '{"format": 1, "files": 3}',
+        '{"format": 1, "files": {"a": 1}}',
+        '{"format": 1, "files": {"a": {"bytes": 3}}}',
+        "[" * 10**5,
+    ],
+)
+def test_a_damaged_manifest_is_said_to_be_one(listed: Path, text: str) -> None:
+    (listed / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="is not a manifest, or does not list all files"):
+        check_manifest(listed)
+    (listed / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="has no manifest.json"):
+        check_manifest(listed)
+
+
+def test_a_manifest_looks_only_at_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret").write_text("x")
+    facts = {"bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
+    (tmp_path / "inside" / "manifest.json").write_text(json.dumps({"format": 1, "files": {"../secret": facts}}))
+    with pytest.raises(ValueError, match="is missing"):
+        check_manifest(tmp_path / "inside")
+
+
+def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an exchange of folders a kill between two renames left no folder, and the next run deleted the old one,
+    which lay aside."""
+    monkeypatch.setattr(atomic_files, "_exchange", lambda one, other: False)
+    target, rename = tmp_path / "model", os.rename
+    with atomic_folder(target) as folder:
+        (folder / "old").write_text("old")
+
+    class Killed(BaseException):
+        pass
+
+    def killed_behind_the_first(source: Path, destination: Path) -> None:
+        if not str(destination).endswith(".old"):
+            raise Killed
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", killed_behind_the_first)
+    monkeypatch.setattr(atomic_files.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+    with pytest.raises(Killed), atomic_folder(target) as folder:
+        (folder / "new").write_text("new")
+    monkeypatch.undo()
+    assert not target.exists()
+    remove_leftovers(target)
+    assert [file.name for file in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]

@@ -1,0 +1,38 @@
+"""Memory that was freed is used again without asking the system for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+COUNT_FAULTS = """
+import resource, torch
+from tinylm.system.allocator import keep_freed_memory
+if not {keep}:
+    pass
+elif not keep_freed_memory():
+    raise SystemExit("no glibc")
+def use():
+    blocks = [torch.ones(10_000_000) for _ in range(2)]
+for _ in range(15):  # the heap grows to its size in a few rounds
+    use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(keep: bool) -> int:
+    """Page faults of asking ten times for 80 MB that were freed before."""
+    run = subprocess.run([sys.executable, "-c", COUNT_FAULTS.format(keep=keep)], capture_output=True, text=True)
+    if "no glibc" in run.stderr:
+        pytest.skip("this system's C library is not glibc")
+    return int(run.stdout)
+
+
+def test_freed_memory_is_not_given_back():
+    assert page_faults(keep=False) > 50_000
+    assert page_faults(keep=True) < 5_000

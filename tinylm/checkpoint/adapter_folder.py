@@ -1,0 +1,152 @@
+"""Adapters on disk: PEFT folders, `adapter_config.json` and `adapter_model.safetensors`, with PEFT's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinylm.checkpoint.weights_file import (
+    check_shapes,
+    read_header,
+    read_weights,
+    replaceable_folder,
+    write_json,
+    write_tensors,
+)
+from tinylm.files.untrusted import read_json, shown
+from tinylm.model.lora import PROJECTIONS, LoRAConfig, adaptable_layers, apply_lora, lora_layers, unload_lora
+from tinylm.model.weights import weights_fingerprint
+
+_PEFT_PREFIX = "base_model.model."
+_UNSUPPORTED = (
+    "use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out", "lora_bias",
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+    "velora_config", "corda_config", "megatron_config", "layer_replication",
+)  # fmt: skip
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, base_model_path: str | Path, lineage: dict[str, Any] | None = None
+) -> None:
+    """Write a PEFT folder: adapter_config.json, adapter_model.safetensors, and lineage.json beside them.
+
+    Args:
+        base_model_path: where the base model is, absolute or relative to the adapter's own folder.
+        lineage: what to record besides the base weights' fingerprint.
+
+    Raises:
+        ValueError: the model has no adapters, or they differ in rank; the folder holds other files.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapters to save; apply_lora first")
+    if len({(layer.lora_A.out_features, layer.scaling, layer.dropout) for layer in layers.values()}) != 1:
+        raise ValueError("the adapters differ in rank, alpha or dropout; one adapter_config.json states one of each")
+    first = next(iter(layers.values()))
+    rank = first.lora_A.out_features
+    alpha = first.scaling * rank
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_model_path),
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.weight
+        tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.weight
+    record = {**(lineage or {}), "base_fingerprint": weights_fingerprint(model)}
+    with replaceable_folder(folder, "adapter_config.json") as fresh:
+        write_json(fresh / "adapter_config.json", config)
+        write_tensors(fresh / "adapter_model.safetensors", tensors)
+        write_json(fresh / "lineage.json", record)
+
+
+def read_adapter_config(folder: str | Path) -> LoRAConfig:
+    """The settings in a PEFT folder.
+
+    Raises:
+        FileNotFoundError: no adapter_config.json. ValueError: it asks for something we do not do.
+    """
+    path = Path(folder) / "adapter_config.json"
+    data = read_json(path)
+    if data.get("peft_type") != "LORA":
+        raise ValueError(f"{path} has peft_type {shown(data.get('peft_type'))}; only LORA adapters can be loaded")
+    for name in _UNSUPPORTED:
+        if data.get(name):
+            raise ValueError(f"{path} sets {name}; only plain LoRA of the same rank everywhere can be loaded")
+    if data.get("bias", "none") != "none":
+        raise ValueError(f"{path} has bias {shown(data['bias'])}; only adapters without biases can be loaded")
+    targets = data.get("target_modules")
+    if targets == "all-linear":
+        targets = PROJECTIONS
+    if not isinstance(targets, list | tuple):
+        raise ValueError(f"{path} has target_modules {shown(targets)}; a list of names is expected")
+    try:
+        rank, alpha = data.get("r", 8), data.get("lora_alpha", 8)
+        return LoRAConfig(rank, alpha, data.get("lora_dropout", 0.0), tuple(targets))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}; correct the file or save the adapter again") from None
+
+
+def load_adapter(model: nn.Module, folder: str | Path, model_path: str | Path | None = None) -> nn.Module:
+    """Attach the adapter in a PEFT folder, in place of any that is attached; returns the model.
+
+    Every tensor must be there, under its exact name and shape, and no other: an adapter that is loaded in
+    part is silently useless. Where the folder records its base weights' fingerprint, the model must match it.
+
+    Args:
+        model_path: where the model is from, for the message when it is not the adapter's base.
+
+    Raises:
+        FileNotFoundError, ValueError: as said; the model is then as it was.
+    """
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    _check_base(model, folder, model_path)
+    path = folder / "adapter_model.safetensors"
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, module in adaptable_layers(model).items():
+        if name.rpartition(".")[2] in config.target_modules:
+            expected[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = (config.rank, module.in_features)
+            expected[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = (module.out_features, config.rank)
+    check_shapes(path, read_header(path), expected)
+    tensors = read_weights(path)
+
+    apply_lora(unload_lora(model), config)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.lora_A.weight.copy_(tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"])
+            layer.lora_B.weight.copy_(tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"])
+    return model
+
+
+def _check_base(model: nn.Module, folder: Path, model_path: str | Path | None) -> None:
+    path = folder / "lineage.json"
+    lineage = read_json(path) if path.is_file() else {}
+    recorded, parent = lineage.get("base_fingerprint"), lineage.get("parent")
+    if recorded and recorded != (actual := weights_fingerprint(model)):
+        stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        # Of a base that was a `.pth`, the parent is a name and no record.
+        base = (parent.get("path") if isinstance(parent, dict) else parent) or stated
+        raise ValueError(
+            f"{folder} was trained on {_plain(base)} (weights {_plain(recorded)}); {model_path or 'this model'} has "
+            f"weights {actual}: "
+            "load it onto its own base model (and convert to half precision only afterwards)"
+        )
+
+
+def _plain(text: object) -> str:
+    """What a file says, as it stands if it is fit for a terminal."""
+    return text if isinstance(text, str) and text.isprintable() and len(text) < 1000 else shown(text)

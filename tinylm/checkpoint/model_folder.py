@@ -1,0 +1,314 @@
+"""Models on disk: write a folder atomically, verify it, load it from any of the forms it may have.
+
+A model folder is a Hugging Face folder: config.json, generation_config.json, model.safetensors, the
+tokenizer's files, and lineage.json (where the model came from). Sizes are checked before memory is taken,
+every tensor must be there under its exact name and shape, and nothing is unpickled but tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinylm.checkpoint.adapter_folder import load_adapter, save_adapter
+from tinylm.checkpoint.original_pth import config_from_tensors, read_pth
+from tinylm.checkpoint.weight_shards import WEIGHTS, shapes_of, weight_files
+from tinylm.checkpoint.weights_file import (
+    check_shapes,
+    num_elements,
+    read_weights,
+    replaceable_folder,
+    write_json,
+    write_tensors,
+)
+from tinylm.files.untrusted import read_json, shown
+from tinylm.model.config import TinyLMConfig
+from tinylm.model.hf_config import config_from_hf, config_to_hf
+from tinylm.model.lora import has_lora
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.model.weights import base_state, unwrapped, weights_fingerprint
+from tinylm.tokenizer.tokenizer import Tokenizer
+
+__all__ = [
+    "adapter_base",
+    "load_model",
+    "resolve_model_path",
+    "save_adapter",
+    "save_model",
+    "weights_fingerprint",
+]
+
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_LAYER_0 = "model.layers.0."
+_MAX_PATH = 1000  # characters; systems take 1,024 or more
+_EPOCH = re.compile(r"_epoch(\d+)(?=\.pth$|$)")
+
+
+def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer, lineage: dict[str, Any]) -> None:
+    """Write a model folder; an existing model folder of that name is replaced once the new one is complete.
+
+    Args:
+        model: a TinyLMForCausalLM, compiled or not, without adapters.
+        lineage: JSON values: stage, settings, parent, fingerprints, seed, version.
+
+    Raises:
+        ValueError: adapters are attached, the tokenizer has more entries than the model, or the folder holds
+            other files.
+    """
+    inner = unwrapped(model)
+    assert isinstance(inner, TinyLMForCausalLM)
+    if has_lora(inner):
+        raise ValueError("the model has adapters attached; save them with save_adapter, or merge_lora first")
+    _check_vocab(tokenizer, inner.config, Path(folder))
+    config = config_to_hf(inner.config)
+    config["torch_dtype"] = config["dtype"] = str(inner.dtype).removeprefix("torch.")
+    with replaceable_folder(folder, _CONFIG) as fresh:
+        write_tensors(fresh / WEIGHTS, base_state(inner))
+        write_json(fresh / _CONFIG, config)
+        write_json(fresh / "generation_config.json", _generation_config(inner.config))
+        tokenizer.save(fresh)
+        write_json(fresh / "lineage.json", lineage)
+
+
+def _generation_config(config: TinyLMConfig) -> dict[str, Any]:
+    """Defaults of other engines' `generate`: our own sampling settings, and both tokens that end a text."""
+    stops = [i for i in dict.fromkeys((config.eos_token_id, config.pad_token_id)) if i is not None]
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": stops or None,
+        "pad_token_id": config.pad_token_id,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.9,
+    }
+
+
+def resolve_model_path(path: str | Path) -> Path:
+    """A model folder, an adapter folder or a `.pth` file: the path itself, or the one inside it.
+
+    A stage's output folder holds one model for each epoch (`pretrain_512_epoch0`, ...): the last epoch's is taken.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: a folder with no model in it, or with several.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a model folder, an adapter folder or a .pth file")
+    if path.is_file():
+        if path.suffix not in (".pth", ".pt"):
+            raise ValueError(f"{path} is a {path.suffix or 'nameless'} file; give its folder, or a .pth file")
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a folder; give a model folder or a .pth file")
+    if (path / WEIGHTS).is_file() and not (path / _CONFIG).is_file():
+        raise ValueError(f"{path} has {WEIGHTS} but no {_CONFIG}; copy the config that belongs to these weights")
+    if _is_model(path):
+        return path
+    inside = sorted(child for child in path.iterdir() if not child.name.startswith(".") and _is_model(child))
+    epochs = {_EPOCH.sub("", child.name): child for child in sorted(inside, key=_epoch_of)}
+    if len(epochs) == 1:
+        return next(iter(epochs.values()))
+    if len(inside) > 1:
+        names = ", ".join(child.name for child in inside[:8])
+        raise ValueError(f"{path} holds {len(inside)} models ({names}); give the path of one of them")
+    if not inside:
+        raise ValueError(f"{path} holds no model; expected {_CONFIG}, {_ADAPTER} or a .pth file in it")
+    return inside[0]
+
+
+def _epoch_of(path: Path) -> int:
+    """3 for `pretrain_512_epoch3` or `pretrain_512_epoch3.pth`; -1 for a name without an epoch."""
+    found = _EPOCH.search(path.name)
+    return int(found[1]) if found else -1
+
+
+def _is_model(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix == ".pth"
+    return (path / _CONFIG).is_file() or (path / _ADAPTER).is_file()
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    tokenizer_path: str | Path | None = None,
+) -> tuple[TinyLMForCausalLM, Tokenizer, dict[str, Any]]:
+    """(model in eval mode, tokenizer, lineage) from a folder, an adapter folder or an original `.pth`.
+
+    Args:
+        path: as `resolve_model_path` takes it. An adapter folder loads its base model and itself.
+        dtype: of the weights; None is float32, whatever the file has, since training needs that.
+        tokenizer_path: the tokenizer to use instead of the folder's own.
+
+    Raises:
+        FileNotFoundError, ValueError: what is wrong, in which file, and what to do.
+    """
+    path = resolve_model_path(path)
+    if path.is_file():
+        model, tokenizer, lineage = _load_pth(path, tokenizer_path)
+    elif (path / _CONFIG).is_file():
+        model, tokenizer, lineage = _load_folder(path, tokenizer_path)
+    else:
+        model, tokenizer, lineage = _load_adapter_folder(path, tokenizer_path)
+    return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer, lineage
+
+
+def _load_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
+    try:
+        config = config_from_hf(read_json(folder / _CONFIG))
+    except ValueError as error:
+        raise ValueError(str(error) if str(folder) in str(error) else f"{folder / _CONFIG}: {error}") from None
+    files = weight_files(folder)
+    shapes = shapes_of(folder, files)
+    _check_size(files[0], config, shapes)
+    tied_copy = config.tie_word_embeddings and shapes.pop("lm_head.weight", None) is not None
+    check_shapes(files[0], _without_tables(shapes), _expected_shapes(config))
+    tokenizer = _tokenizer_for(folder, config, tokenizer_path)
+
+    tensors = {name: tensor for file in files for name, tensor in read_weights(file).items()}
+    if tied_copy and not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
+        raise ValueError(
+            f"{files[0]} has an lm_head.weight that differs from the embedding; {_CONFIG} says they are "
+            "tied: "
+            "set tie_word_embeddings to false there"
+        )
+    lineage_path = folder / "lineage.json"
+    lineage = read_json(lineage_path) if lineage_path.is_file() else {}
+    return _assemble(config, tensors), tokenizer, lineage
+
+
+def _without_tables(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Old Llama checkpoints carry rotary frequencies, which follow from the config."""
+    return {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _check_size(path: Path, config: TinyLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a config that promises far more weights or layers than the file has, before building anything."""
+    stored = num_elements(shapes)
+    if config.num_parameters() > 4 * max(stored, 1):
+        raise ValueError(
+            f"{path} holds {stored:,} numbers; its config implies {config.num_parameters():,}: "
+            "check that both come from the same model"
+        )
+    if config.num_hidden_layers > len(shapes):
+        raise ValueError(
+            f"{path} holds {len(shapes)} tensors; its config implies {config.num_hidden_layers} layers of several: "
+            "check that both come from the same model"
+        )
+
+
+def _expected_shapes(config: TinyLMConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight, from a model of one layer: the others' are the same under other numbers.
+
+    Building all the layers takes a millisecond each, for a claim that may be false.
+    """
+    with torch.device("meta"):
+        one_layer = TinyLMForCausalLM(replace(config, num_hidden_layers=1))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in base_state(one_layer).items():
+        layers = range(config.num_hidden_layers) if name.startswith(_LAYER_0) else (0,)
+        for layer in layers:
+            shapes[name.replace(_LAYER_0, f"model.layers.{layer}.", 1)] = tuple(tensor.shape)
+    return shapes
+
+
+def _assemble(config: TinyLMConfig, tensors: dict[str, Tensor]) -> TinyLMForCausalLM:
+    """A model around these tensors: no random initialisation to be overwritten, no random number drawn."""
+    with torch.device("meta"):
+        model = TinyLMForCausalLM(config)
+    # One after another, each half-precision original freed as its copy is made: never both in whole.
+    weights = {name: tensors.pop(name).to(torch.float32) for name in list(tensors) if not name.endswith("inv_freq")}
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, strict=True, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.build_position_tables()
+    return model
+
+
+def adapter_base(folder: Path) -> Path:
+    """The base model that an adapter folder names: a model folder, or a `.pth` file.
+
+    Raises:
+        FileNotFoundError, ValueError: it names none, or what it names is not there or is no full model.
+    """
+    stated = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    if not stated:
+        raise ValueError(f"{folder / _ADAPTER} names no base_model_name_or_path; write the base model's path there")
+    if not isinstance(stated, str):
+        raise ValueError(
+            f"{folder / _ADAPTER}: base_model_name_or_path is of type {type(stated).__name__}; expected a string: "
+            "write the base model's path there"
+        )
+    if not stated.isprintable() or len(stated) > _MAX_PATH:
+        raise ValueError(
+            f"{folder / _ADAPTER}: base_model_name_or_path is {shown(stated)}; expected a path: write the base "
+            "model's there"
+        )
+    candidates = [folder / stated, Path(stated)]  # an absolute path is itself in both
+    base = next((candidate for candidate in candidates if candidate.exists()), None)
+    if base is None:
+        raise FileNotFoundError(
+            f"{folder / _ADAPTER} names the base model {stated}, which does not exist; correct "
+            "base_model_name_or_path (absolute, or relative to the adapter's folder)"
+        )
+    try:
+        base = resolve_model_path(base)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder / _ADAPTER} names the base model {stated}, which cannot be one: {error}") from None
+    if base.is_dir() and not (base / _CONFIG).is_file():
+        raise ValueError(f"{folder / _ADAPTER} names {stated}, an adapter itself; the base must be a full model")
+    return base
+
+
+def _load_adapter_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
+    base = adapter_base(folder)
+    model, tokenizer, base_lineage = load_model(base, tokenizer_path=tokenizer_path)
+    load_adapter(model, folder, base)
+    lineage_path = folder / "lineage.json"
+    return model, tokenizer, read_json(lineage_path) if lineage_path.is_file() else base_lineage
+
+
+def _load_pth(path: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
+    tensors = read_pth(path)
+    config = config_from_tensors(path, tensors)
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _check_size(path, config, found)
+    check_shapes(path, found, _expected_shapes(config))
+    tokenizer = _tokenizer_for(path.with_suffix(""), config, tokenizer_path)
+    return _assemble(config, tensors), tokenizer, {"stage": "original", "parent": path.name}
+
+
+def _tokenizer_for(folder: Path, config: TinyLMConfig, tokenizer_path: str | Path | None) -> Tokenizer:
+    """The tokenizer asked for, else the folder's own, else (for a `.pth`) the default one if it fits."""
+    if tokenizer_path is not None:
+        tokenizer = Tokenizer.load(tokenizer_path)
+    elif (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(folder)
+    elif not folder.is_dir() and config.vocab_size == (default := Tokenizer.default()).vocab_size:
+        tokenizer = default
+    else:
+        raise ValueError(
+            f"{folder} comes with no tokenizer.json for its {config.vocab_size} entries; give --tokenizer_path"
+        )
+    _check_vocab(tokenizer, config, folder)
+    return tokenizer
+
+
+def _check_vocab(tokenizer: Tokenizer, config: TinyLMConfig, where: Path) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} entries and the model only "
+            f"{config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )

@@ -1,0 +1,1 @@
+"""What every command shares: settings, exit status, and the terminal."""

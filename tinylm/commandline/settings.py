@@ -1,0 +1,325 @@
+"""Settings of a run: frozen dataclasses, read from flags and YAML files, and written back as YAML.
+
+A command declares one dataclass. Each field is a flag of the same name; the string literal below a field is
+its help text. `parse_settings` is the only parser in the project.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jsonargparse
+import yaml
+
+from tinylm.commandline.strict_yaml import MAX_YAML_BYTES, parse_yaml
+from tinylm.files.untrusted import shown
+
+Settings = TypeVar("Settings")
+
+SHARED_FLAGS = {
+    "config": "YAML file with any of these settings; a flag given beside it wins",
+    "print_config": "print the settings of this run as YAML, ready for --config, and stop",
+    "debug": "on failure, show where in the code it happened",
+}
+_MAX_QUOTED = 100
+"""Longest text for a setting that is no text, such as "3" for 3, which is read as YAML once more."""
+BOOL_WORDS = {"1": "true", "0": "false", "true": "true", "false": "false", "yes": "true", "no": "false"}
+TYPE_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping",
+    type(None): "null",
+}
+
+# --------------------------------------------------------------------------------------------------
+# Flags and YAML -> settings
+# --------------------------------------------------------------------------------------------------
+
+
+def parse_settings(cls: type[Settings], argv: list[str], prog: str, description: str) -> Settings:
+    """Build `cls` from command line flags, and from the YAML file named by --config.
+
+    Flags may be spelled with underscores or hyphens. A bool is set by `--use_compile` alone, or followed by
+    1, 0, true or false. A flag wins over the YAML file, and the file over the field's default.
+
+    Args:
+        cls: a frozen dataclass with fields of str, int, float, bool, Literal, list, tuple, dict, or None.
+        argv: the arguments after the command's name.
+        prog: the command as the user types it, such as `tinylm pretrain`.
+        description: what it does, for --help.
+
+    Raises:
+        ValueError: from the `__post_init__` of `cls`, when values do not fit together.
+        SystemExit: status 2 after one line on stderr for a wrong flag, key or value; status 0 after --help or
+            --print_config.
+    """
+    hints = _field_types(cls)
+    parser = _build_parser(cls, hints, prog, description)
+    try:
+        flags = dict(vars(parser.parse_args(_normalize_flags(argv, hints, prog), defaults=False)))
+    except _ParseError as error:
+        _fail(prog, f"{error}; see {prog} --help")
+    shared = {name: flags.pop(name, None) for name in SHARED_FLAGS}
+    values = {} if shared["config"] is None else _read_config(shared["config"], parser, hints, prog)
+    values.update(flags)
+    required = [field.name for field in _init_fields(cls) if _is_required(field)]
+    missing = [f"--{name}" for name in required if name not in values]
+    if missing:
+        _fail(prog, f"missing {', '.join(missing)}; expected a value for each; see {prog} --help")
+    settings = cls(**values)
+    if shared["print_config"]:
+        command = prog.removeprefix("tinylm ")
+        print((f"command: {command}\n" if command != prog else "") + settings_to_yaml(settings), end="")
+        raise SystemExit(0)
+    return settings
+
+
+def settings_to_yaml(settings: Any) -> str:
+    """The settings as YAML, in the order of the fields; `--config` reads it back to an equal instance."""
+    values = {field.name: _plain(getattr(settings, field.name)) for field in _init_fields(type(settings))}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+class _ParseError(Exception):
+    """What jsonargparse found wrong, in one line."""
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """An ArgumentParser that raises its errors instead of printing the usage and leaving."""
+
+    expected: dict[str, str]
+    """Setting -> what it may hold, in words."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # jsonargparse says: 'Parser key "lr":\n  Expected a <class 'float'>. Got value: abc'
+        found = re.search(r'Parser key "(\w+)":.*(?:Got|Given) value: ([^\n]*)', message, flags=re.DOTALL)
+        if found:
+            message = f"{found[1]} is {found[2]!r}; expected {self.expected.get(found[1], 'another value')}"
+        raise _ParseError(" ".join(message.split())) from ex
+
+
+def _fail(prog: str, message: str) -> NoReturn:
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _build_parser(cls: type, hints: dict[str, Any], prog: str, description: str) -> _Parser:
+    usage = f"{prog} [--config FILE.yaml] [--setting value ...]"
+    parser = _Parser(prog=prog, usage=usage, description=description, print_config=None)
+    parser.expected = {name: _type_name(hint) for name, hint in hints.items()}
+    helps = _field_helps(cls)
+    fields = {field.name: field for field in _init_fields(cls)}
+    for owner in cls.__mro__:
+        own = [fields.pop(name) for name in vars(owner).get("__annotations__", {}) if name in fields]
+        if not own:
+            continue
+        title = (owner.__doc__ or "").strip().split("\n")[0].rstrip(".")
+        # dataclasses write the signature where a class has no docstring
+        group = parser.add_argument_group("settings" if title.startswith(f"{owner.__name__}(") else title)
+        for field in own:
+            note = "required" if _is_required(field) else f"default: {_shown(field)}"
+            # SUPPRESS: the result holds only what was given, so that a flag can be told from a default
+            group.add_argument(
+                f"--{field.name}",
+                type=hints[field.name],
+                default=jsonargparse.SUPPRESS,
+                help=f"{helps.get(field.name, '')} ({note})".strip(),
+                metavar=_metavar(field.name, hints[field.name]),
+            )
+    shared = parser.add_argument_group("for every command")
+    for name, text in SHARED_FLAGS.items():
+        how: dict[str, Any] = {"metavar": "FILE.yaml"} if name == "config" else {"action": "store_true"}
+        shared.add_argument(f"--{name}", default=jsonargparse.SUPPRESS, help=text, **how)
+    return parser
+
+
+def _normalize_flags(argv: list[str], hints: dict[str, Any], prog: str) -> list[str]:
+    """Every setting as one word `--flag=value`, with underscores; an unknown flag ends the program."""
+    known = [*hints, *SHARED_FLAGS, "help"]
+    result, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = _flag_name(word), "=" in word, word.partition("=")[2]
+        if word == "-h" or name in ("help", "print_config", "debug"):
+            result.append("-h" if name is None else f"--{name}")
+            continue
+        if name is None:
+            _fail(prog, f"stray {word!r}; expected pairs of --setting value; see {prog} --help")
+        if name not in known:
+            _fail(prog, f"unknown flag --{name}; {_nearest(name, known, '--')}see {prog} --help")
+        if _is_bool(hints.get(name)):
+            if not equals:
+                value = rest.pop(0) if rest and rest[0].lower() in BOOL_WORDS else "true"
+            value = BOOL_WORDS.get(value.lower(), value)
+        elif not equals:
+            if not rest or _flag_name(rest[0]) in known:
+                expected = _type_name(hints.get(name, str))
+                _fail(prog, f"--{name} without a value; expected {expected}; see {prog} --help")
+            value = rest.pop(0)
+        if typing.get_origin(hints.get(name)) in (list, tuple) and not value.startswith("["):
+            value = f"[{value}]"  # a,b on the command line is YAML's [a, b]
+        result.append(f"--{name}={value}")
+    return result
+
+
+def _flag_name(word: str) -> str | None:
+    return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else None
+
+
+def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -> dict[str, Any]:
+    """The settings in a YAML file, checked: known keys, values of the right type."""
+    text, loaded = load_yaml(path, prog)
+    command = loaded.pop("command", None)
+    if command is not None and prog.startswith("tinylm ") and prog != f"tinylm {command}":
+        _fail(prog, f"{path} is for `tinylm {command}`, not `{prog}`; use tinylm run {path}")
+    values: dict[str, Any] = {}
+    for key, value in loaded.items():
+        found = re.search(rf"^{re.escape(str(key))}\s*:", text, flags=re.MULTILINE)
+        where = f"{path}, line {text.count(chr(10), 0, found.start()) + 1}" if found else path
+        if key not in hints:
+            _fail(prog, f"{where}: unknown key {shown(key)}; {_nearest(str(key), hints)}see {prog} --help")
+        if _is_bool(hints[key]) and value in (0, 1):
+            value = bool(value)
+        if isinstance(value, str) and _is_text(hints[key]):
+            values[key] = value  # jsonargparse would read it as YAML once more, aliases of aliases and all
+            continue
+        # No setting is NaN or infinite, and a whole number beyond 64 bits is one that torch cannot take.
+        too_large = isinstance(value, int | float) and not abs(value) < 2**63
+        if too_large or (isinstance(value, str) and len(value) > _MAX_QUOTED):
+            _fail(prog, f"{where}: {key} is {shown(value)}; expected {_type_name(hints[key])}; see {prog} --help")
+        if value is None and type(None) not in typing.get_args(hints[key]):
+            _fail(prog, f"{where}: {key} is null; expected {_type_name(hints[key])}; see {prog} --help")
+        try:
+            values[key] = vars(parser.parse_object({key: value}, defaults=False))[key]
+        except _ParseError as error:
+            _fail(prog, f"{where}: {error}; see {prog} --help")
+    return values
+
+
+def load_yaml(path: str | Path, prog: str) -> tuple[str, dict[str, Any]]:
+    """Text and top level mapping of a YAML file; anything else there ends the program with status 2."""
+    try:
+        with open(path, "rb") as file:  # which may be a pipe, and one without end
+            raw = file.read(MAX_YAML_BYTES + 1)
+        if len(raw) > MAX_YAML_BYTES:
+            _fail(
+                prog, f"{path} has more than {MAX_YAML_BYTES} bytes; expected a YAML file of settings; check the path"
+            )
+        text = raw.decode("utf-8").replace("\r\n", "\n")
+        loaded = parse_yaml(text, jsonargparse.get_loader("yaml"))
+    except FileNotFoundError:
+        _fail(prog, f"no file {path}; expected a YAML file of settings; check the path")
+    except OSError as error:
+        _fail(prog, f"cannot read {path}: {error.strerror}; expected a YAML file of settings; check the path")
+    except UnicodeDecodeError:
+        _fail(prog, f"{path} is not UTF-8 text; expected a YAML file of settings; check the path")
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", "unreadable")).split())
+        _fail(prog, f"{path}{where}: not YAML ({problem:.100}); expected `key: value` lines")
+    if loaded is None:
+        loaded = {}
+    if not isinstance(loaded, dict):
+        _fail(prog, f"{path} holds a {type(loaded).__name__}; expected `key: value` lines; see {prog} --help")
+    command = loaded.get("command")
+    if command is not None and (not isinstance(command, str) or not command.isidentifier() or len(command) > 40):
+        _fail(prog, f"{path} has the command {shown(command)}; expected its name; see tinylm --help")
+    return text, loaded
+
+
+# --------------------------------------------------------------------------------------------------
+# What a settings class says about itself
+# --------------------------------------------------------------------------------------------------
+
+
+def _init_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(cls) if field.init]
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in _init_fields(cls)}
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _field_helps(cls: type) -> dict[str, str]:
+    """Field -> the string literal below it, in `cls` and the classes it inherits from."""
+    helps: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        except (OSError, TypeError):
+            continue  # a class made at run time has no source, and so no help
+        assert isinstance(body, ast.ClassDef)
+        for above, below in zip(body.body, body.body[1:], strict=False):
+            if not isinstance(above, ast.AnnAssign) or not isinstance(above.target, ast.Name):
+                continue
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                helps[above.target.id] = " ".join(str(below.value.value).split())
+    return helps
+
+
+def _shown(field: dataclasses.Field[Any]) -> str:
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    return yaml.safe_dump(_plain(default), default_flow_style=True, width=1000).split("\n")[0]
+
+
+def _type_name(hint: Any) -> str:
+    """A type in words: `one of a, b`, `a whole number or null`."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) in (list, tuple):
+        return "a list such as [a, b]"
+    return TYPE_WORDS.get(typing.get_origin(hint) or hint, str(hint))
+
+
+def _metavar(name: str, hint: Any) -> str:
+    """What --help shows for the value: the choices, the form of a list, or the last word of the name."""
+    if hint is bool:
+        return "{1,0}"
+    if typing.get_origin(hint) is typing.Literal:
+        return "{" + ",".join(str(choice) for choice in typing.get_args(hint)) + "}"
+    return "A,B,..." if typing.get_origin(hint) in (list, tuple) else name.rpartition("_")[2].upper()
+
+
+def _is_bool(hint: Any) -> bool:
+    return hint is bool or bool in typing.get_args(hint)
+
+
+def _is_text(hint: Any) -> bool:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return hint is str or (union and str in typing.get_args(hint))
+
+
+def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """`did you mean ...? ` for a mistyped name, or nothing when no known name is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {prefix}{matches[0]}? " if matches else ""

@@ -1,0 +1,321 @@
+"""The terminal chat: talk with a model you trained.
+
+tinylm chat                                                      # the newest model under ./out
+tinylm chat --model_path out/dpo_512_epoch0 --temperature 0      # this one, always its likeliest answer
+python inference.py --model_path out --weight pretrain --prompt "Once upon a time"
+tinylm chat < questions.txt                                      # one question per line, answers on stdout
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from rich.console import Console
+
+from tinylm.checkpoint.adapter_folder import load_adapter
+from tinylm.checkpoint.model_folder import load_model
+from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.settings import parse_settings
+from tinylm.generation.engine import Engine, SamplingSettings
+from tinylm.model.lora import merge_lora
+from tinylm.system.runtime import setup_runtime
+
+DEFAULT_FOLDER = Path("out")
+STAGES = ("dpo", "lora", "full_sft", "pretrain")
+"""What a model's name starts with, the last stage of training first."""
+HELP = "/reset  forget the conversation\n/system TEXT  give instructions (none: remove them)\n/exit  leave (or Ctrl-D)"
+CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Never sent to a terminal: an answer could otherwise move the cursor or change the title."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(SamplingSettings):
+    """Which model to talk with, and how it answers."""
+
+    model_path: str = ""
+    """Model folder, adapter folder, .pth file, or a folder of several models; empty = the newest under ./out."""
+    weight: Literal["", "pretrain", "full_sft", "lora", "dpo"] = ""
+    """Of several models, the newest whose name starts like this; pretrain continues text instead of chatting."""
+    adapter: str = ""
+    """Folder of a LoRA adapter to add to the model."""
+    tokenizer_path: str = ""
+    """Tokenizer folder to use instead of the model's own."""
+    prompt: str = ""
+    """Answer this and exit."""
+    system: str = ""
+    """Instructions that stay at the head of the conversation."""
+    max_seq_len: int = 0
+    """Longest prompt and answer together (tokens; 0 = the model's context)."""
+    hidden_size: int = 0
+    """Width the model must have (0 = read from the model)."""
+    num_hidden_layers: int = 0
+    """Number of layers the model must have (0 = read from the model)."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] = "auto"
+    """Precision; auto = bfloat16 where the hardware has it, else float32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_seq_len", "hidden_size", "num_hidden_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is 0 (read from the model) or more")
+        if self.weight == "pretrain" and self.system:
+            raise ValueError("system with weight=pretrain; a base model continues text and takes no instructions")
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """The part that the engine reads."""
+        return SamplingSettings(**{field.name: getattr(self, field.name) for field in fields(SamplingSettings)})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which model
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def find_model(model_path: str, weight: str) -> Path:
+    """The model meant by --model_path and --weight.
+
+    Raises:
+        ValueError: nothing given and nothing under ./out, or no model of that kind in the folder.
+    """
+    if not model_path:
+        return _default_model(weight)
+    path = Path(model_path)
+    if not path.is_dir() or _is_model(path):
+        return path  # load_model says what is wrong with a path that is no model
+    models = _models_in(path)
+    chosen = [model for model in models if model.name.startswith(weight)]
+    if not chosen:
+        found = ", ".join(model.name for model in models[:8]) or "no model at all"
+        kind = f"a model named {weight}_..." if weight else "a model folder"
+        raise ValueError(f"{path} holds {found}; expected {kind}; give the path of a model")
+    return max(chosen, key=_changed_at)
+
+
+def _default_model(weight: str) -> Path:
+    """The quickstart's model, of the last stage it reached; else the newest under ./out."""
+    for stage in (weight,) if weight else STAGES:
+        of_stage = [model for model in _models_in(DEFAULT_FOLDER / "quickstart") if model.name.startswith(stage)]
+        if of_stage:
+            return max(of_stage, key=_changed_at)
+    everywhere = [DEFAULT_FOLDER, *sorted(p for p in DEFAULT_FOLDER.glob("*") if p.is_dir() and not _is_model(p))]
+    models = [model for folder in everywhere for model in _models_in(folder) if model.name.startswith(weight)]
+    if not models:
+        kind = f"{weight} model" if weight else "model"
+        raise ValueError(f"no model_path given and no {kind} under ./{DEFAULT_FOLDER}; run `tinylm quickstart` first")
+    return max(models, key=_changed_at)
+
+
+def _models_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and _is_model(p))
+
+
+def _is_model(path: Path) -> bool:
+    if path.is_dir():
+        return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+    return path.suffix == ".pth"
+
+
+def _changed_at(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
+    """(engine, whether the model is a base model, the model's name), with the adapter merged in.
+
+    Raises:
+        ValueError, FileNotFoundError: no such model, or not the shape that was asked for.
+    """
+    path = find_model(settings.model_path, settings.weight)
+    runtime = setup_runtime(settings.device, settings.dtype)
+    model, tokenizer, lineage = load_model(path, runtime.device, tokenizer_path=settings.tokenizer_path or None)
+    for name in ("hidden_size", "num_hidden_layers"):
+        wanted, actual = getattr(settings, name), getattr(model.config, name)
+        if wanted not in (0, actual):
+            raise ValueError(f"{name} is {wanted}, but {path} has {actual}; leave it out to read it from the model")
+    if settings.adapter:
+        load_adapter(model, settings.adapter, path)
+    merge_lora(model)
+    engine = Engine(model, tokenizer, runtime.compute_dtype)
+    if settings.max_seq_len > engine.context_length:
+        raise ValueError(
+            f"max_seq_len is {settings.max_seq_len}, but {path} has a context of {engine.context_length} tokens; "
+            "leave it out to use all of it"
+        )
+    engine.context_length = settings.max_seq_len or engine.context_length
+    stage = settings.weight or ("pretrain" if path.name.startswith("pretrain") else lineage.get("stage", ""))
+    is_base = (stage == "pretrain" and not settings.adapter) or not tokenizer.has_chat_tokens
+    return engine, is_base, path.name
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The conversation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """One conversation with one model: what was said, and the next answer.
+
+    Args:
+        is_base: the model continues text; nothing is remembered between inputs.
+        notify: called with a sentence when part of the history had to be left out.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampling: SamplingSettings,
+        system: str = "",
+        is_base: bool = False,
+        notify: Callable[[str], None] = lambda notice: None,
+    ) -> None:
+        self.engine = engine
+        self.sampling = sampling
+        self.system = system
+        self.is_base = is_base
+        self.notify = notify
+        self.messages: list[dict[str, Any]] = []
+
+    def answer(self, text: str) -> Generator[str, None, None]:
+        """The answer to `text` in pieces. Stopped half-way, it is remembered as far as it came."""
+        if self.is_base:
+            yield from self._continue(text)
+            return
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        question = {"role": "user", "content": text}
+        fitted = self.engine.prompt([*system, *self.messages, question], self.sampling)
+        if fitted.notice:
+            self.notify(fitted.notice)
+        # What no longer fits now will never fit again.
+        self.messages = [*self.messages[fitted.dropped_messages :], question]
+        pieces: list[str] = []
+        try:
+            for piece in self.engine.stream_text(fitted.ids, self.sampling):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _continue(self, text: str) -> Generator[str, None, None]:
+        ids = self.engine.tokenizer.encode(text)
+        cut = len(ids) - len(self.engine.bounded(ids, self.sampling))
+        if cut:
+            self.notify(f"left out to fit the context: the first {cut} tokens")
+        yield from self.engine.stream_text(ids, self.sampling)
+
+    def command(self, line: str) -> str | None:
+        """Carry out a line that starts with "/"; what to tell the user, or None to leave."""
+        name, _, rest = line.partition(" ")
+        if name == "/exit":
+            return None
+        if name == "/reset":
+            self.messages = []
+            return "the conversation starts anew"
+        if name == "/system":
+            if self.is_base:
+                return "a base model continues text and takes no instructions"
+            self.system = rest.strip()
+            self.messages = []
+            return "instructions set; the conversation starts anew" if self.system else "instructions removed"
+        return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The terminal
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`tinylm chat`: one answer (--prompt), answers to the lines of stdin, or a conversation at the terminal."""
+    argv = sys.argv[1:] if argv is None else argv
+    settings = parse_settings(ChatSettings, argv, "tinylm chat", "Talk with a model in the terminal.")
+    engine, is_base, name = load_engine(settings)
+    notices = Console(stderr=True, style="dim", highlight=False, markup=False)
+    chat = Chat(engine, settings.sampling, settings.system, is_base, notify=notices.print)
+    if settings.prompt:
+        _print_answer(chat, settings.prompt)
+    elif sys.stdin.isatty():
+        kind = "continues your text" if is_base else "/help lists the commands"
+        notices.print(f"{name}: {engine.model.num_parameters():,} parameters; {kind}")
+        _converse(chat, notices)
+    else:
+        _answer_lines(chat, sys.stdin, notices)
+    return 0
+
+
+def _answer_lines(chat: Chat, lines: TextIO, notices: Console) -> None:
+    """Answer each line of a pipe or file, as one conversation; empty lines are passed over."""
+    for line in lines:
+        if not _take(chat, line, notices):
+            return
+
+
+def _converse(chat: Chat, notices: Console) -> None:
+    """Read, answer, until /exit or Ctrl-D. Ctrl-C stops an answer, or empties the line."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (arrow keys and history, where the platform has them)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            notices.print("\n(Ctrl-D or /exit leaves)")
+            continue
+        try:
+            if not _take(chat, line, notices):
+                return
+        except KeyboardInterrupt:
+            notices.print("\n(stopped)")
+        except ValueError as error:
+            notices.print(str(error))
+
+
+def _take(chat: Chat, line: str, notices: Console) -> bool:
+    """Act on one line of input; False to leave."""
+    # A terminal can hand over broken bytes as lone surrogates, which no tokenizer accepts.
+    line = line.strip().encode("utf-8", errors="replace").decode("utf-8")
+    if line in ("exit", "quit"):
+        return False
+    if line.startswith("/"):
+        said = chat.command(line)
+        if said is not None:
+            notices.print(said)
+        return said is not None
+    if line:
+        _print_answer(chat, line)
+    return True
+
+
+def _print_answer(chat: Chat, text: str) -> None:
+    """Stream one answer to stdout; on a terminal with the speed behind it."""
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    start = time.perf_counter()
+    pieces: list[str] = []
+    if chat.is_base:
+        console.file.write(text)
+    with contextlib.closing(chat.answer(text)) as answer:
+        for piece in answer:
+            pieces.append(piece)
+            console.file.write(piece.translate(CONTROL_CHARACTERS) if console.is_terminal else piece)
+            console.file.flush()
+    seconds = time.perf_counter() - start
+    console.file.write("\n")
+    if console.is_terminal:
+        num_tokens = len(chat.engine.tokenizer.encode("".join(pieces))) + 1  # the stop token was computed, too
+        console.print(f"{num_tokens / seconds:.0f} tokens/s", style="dim", justify="right")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, advice=""))

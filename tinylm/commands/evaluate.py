@@ -1,0 +1,197 @@
+"""`tinylm eval`: measure a model on files of data, or on TinyWorld's held-out questions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress as ProgressBar
+
+from tinylm.checkpoint.adapter_folder import load_adapter
+from tinylm.checkpoint.model_folder import load_model
+from tinylm.commandline.settings import parse_settings
+from tinylm.dataset import tinyworld
+from tinylm.evaluation.preferences import ReferenceModel, as_reference
+from tinylm.evaluation.results import Measure, measures_json, measures_table, write_json
+from tinylm.evaluation.sequence_logprob import TOKENS_PER_BATCH, Progress
+from tinylm.evaluation.skills import Scoreboard, score_skills
+from tinylm.evaluation.tasks import (
+    Evaluator,
+    check_task_names,
+    data_files,
+    first_fields,
+    recognise_task,
+    run_task,
+)
+from tinylm.generation.engine import Engine, SamplingSettings
+from tinylm.model.lora import adapters_disabled, has_lora
+from tinylm.system.runtime import Runtime, setup_runtime
+
+DESCRIPTION = "Measure a model on data files (the task is recognised by their fields) or on TinyWorld's questions."
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Settings of an evaluation."""
+
+    model_path: str
+    """model folder, adapter folder or .pth file to measure"""
+    data_path: str | None = None
+    """file, folder (each file a task of its own) or glob; unset measures TinyWorld's skills"""
+    tasks: str = "auto"
+    """comma-separated choice of skills, bits_per_byte, blimp, multiple_choice, lambada, chat, preferences,
+    generate; auto takes what each file's fields say"""
+    adapter: str | None = None
+    """LoRA adapter folder to put on the model"""
+    reference_path: str | None = None
+    """model that preferences are measured against; with an adapter, the model without it is taken by
+    default"""
+    tokenizer_path: str | None = None
+    """tokenizer folder; unset takes the one in the model folder"""
+    limit: int | None = None
+    """first so many records of a file, pairs of a minimal-pair set, or items of a skill; unset takes all (100
+    items of each skill)"""
+    output: str | None = None
+    """JSON file to write the report to"""
+    max_new_tokens: int = 128
+    """longest reply (tokens) in tasks that generate; replies are greedy"""
+    batch_size: int = TOKENS_PER_BATCH
+    """tokens in one forward pass of the tasks that score"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16: the precision of matrix products; output logits are always
+    float32"""
+
+    def __post_init__(self) -> None:
+        check_task_names(self.task_names)
+        for name in ("limit", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}; expected at least 1; pass --{name} with a positive number")
+        if self.data_path is None and set(self.task_names) - {"skills"}:
+            wanted = ", ".join(task for task in self.task_names if task != "skills")
+            raise ValueError(f"task {wanted} without data; expected --data_path with a file or folder")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The chosen tasks; none for auto."""
+        return () if self.tasks == "auto" else tuple(name.strip() for name in self.tasks.split(","))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `tinylm eval`; returns the exit status."""
+    settings = parse_settings(EvalSettings, sys.argv[1:] if argv is None else argv, "tinylm eval", DESCRIPTION)
+    console = Console()
+    start = time.perf_counter()
+    plan = plan_tasks(settings)
+    runtime = setup_runtime(settings.device, settings.dtype)
+    evaluator = build_evaluator(settings, runtime)
+    report: dict[str, Any] = {"settings": asdict(settings), "device": str(runtime.device)}
+    report["dtype"] = str(runtime.compute_dtype).removeprefix("torch.")
+    if settings.data_path is None:
+        console.print("No --data_path given: measuring TinyWorld's skills on held-out items.")
+    if "skills" in settings.task_names or settings.data_path is None:
+        board = measure_skills(evaluator, settings)
+        console.print(board.to_table())
+        report["skills"] = board.to_json()
+    measures: list[Measure] = []
+    for task, path in plan:
+        measures += measure_file(evaluator, runtime, task, path, settings.limit)
+    if measures:
+        console.print(measures_table(measures, title=settings.model_path))
+        report["measures"] = measures_json(measures)
+    report["seconds"] = round(time.perf_counter() - start, 1)
+    if settings.output is not None:
+        write_json(settings.output, report)
+        console.print(f"report written to {settings.output}")
+    return 0
+
+
+def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
+    """(task, file) for each data file. Done before the model is loaded, so that a wrong path is told at once.
+
+    Raises:
+        ValueError: a file whose fields fit no task, or none of the files fits the chosen tasks.
+    """
+    if settings.data_path is None:
+        return []
+    chosen = set(settings.task_names) - {"skills"}
+    plan = []
+    for path in data_files(settings.data_path):
+        fields, where = first_fields(path)
+        task = recognise_task(fields, where)
+        if task == "chat" and "generate" in chosen:
+            task = "generate"  # a conversation also has a question and an answer
+        if not settings.task_names or task in chosen:
+            plan.append((task, path))
+    if chosen and not plan:
+        raise ValueError(
+            f"{settings.data_path}: no data for {', '.join(sorted(chosen))}; expected a file with the fields "
+            "of that task; leave --tasks out to take what the files hold"
+        )
+    return plan
+
+
+def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
+    """Load the model, its adapter, its tokenizer and the reference."""
+    model, tokenizer, _ = load_model(settings.model_path, device=runtime.device, tokenizer_path=settings.tokenizer_path)
+    if settings.adapter is not None:
+        load_adapter(model, settings.adapter, settings.model_path)
+    reference: ReferenceModel | None = None
+    if has_lora(model):
+        reference = _without_adapters(model)
+    if settings.reference_path is not None:
+        reference = as_reference(load_model(settings.reference_path, device=runtime.device)[0])
+    return Evaluator(
+        model=model,
+        tokenizer=tokenizer,
+        engine=Engine(model, tokenizer, dtype=runtime.compute_dtype),
+        sampling=SamplingSettings(max_new_tokens=settings.max_new_tokens, temperature=0.0),
+        tokens_per_batch=settings.batch_size,
+        reference=reference,
+    )
+
+
+def _without_adapters(model: Any) -> ReferenceModel:
+    @contextlib.contextmanager
+    def switched_off() -> Iterator[Any]:
+        with adapters_disabled(model):
+            yield model
+
+    return switched_off
+
+
+def measure_skills(evaluator: Evaluator, settings: EvalSettings) -> Scoreboard:
+    """TinyWorld's scoreboard with one column."""
+    with progress_bar("skills") as progress:
+        column = score_skills(
+            evaluator.engine,
+            tinyworld,
+            evaluator.sampling,
+            num_items=settings.limit or 100,
+            reference=evaluator.reference,
+            progress=progress,
+        )
+    return Scoreboard({settings.model_path: column})
+
+
+def measure_file(evaluator: Evaluator, runtime: Runtime, task: str, path: str, limit: int | None) -> list[Measure]:
+    """One task on one file, under a progress bar. The engine casts for itself, so autocast is for scoring
+    only."""
+    precision = contextlib.nullcontext() if task == "generate" else runtime.autocast()
+    with progress_bar(f"{task}: {path}") as progress, precision:
+        return run_task(replace(evaluator, progress=progress), task, path, limit)
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A bar on the terminal while work goes on; nothing where stderr is a file."""
+    with ProgressBar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        row = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)

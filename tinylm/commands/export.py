@@ -1,0 +1,47 @@
+"""Write a model for other programs.
+
+    tinylm export --model_path out/dpo --format pth --output dpo_512_epoch0.pth
+
+A model folder already is a Hugging Face folder; this writes what is not: the original project's `.pth`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from tinylm.checkpoint.model_folder import load_model, resolve_model_path
+from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.settings import parse_settings
+from tinylm.export.pth import export_pth
+from tinylm.model.lora import merge_lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Settings of exporting."""
+
+    model_path: str
+    """the model folder; an adapter folder is folded into its base model"""
+    output: str
+    """the file to write"""
+    format: Literal["pth"] = "pth"
+    """pth: weights under the original project's names"""
+    tokenizer_path: str | None = None
+    """tokenizer folder, for a .pth that does not fit the default one"""
+
+
+def main(argv: list[str]) -> int:
+    """The command line: load, fold adapters in, write."""
+    settings = parse_settings(ExportSettings, argv, "tinylm export", "Write a model for other programs.")
+    path = resolve_model_path(settings.model_path)
+    model, _, _ = load_model(path, tokenizer_path=settings.tokenizer_path)
+    merge_lora(model)
+    export_pth(model, settings.output)
+    print(f"{path} written to {settings.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,166 @@
+"""Is a model what it was when it was written, and what made it?
+
+    tinylm verify out/pretrain
+
+Checks every file's hash against the folder's manifest, that weights, config and tokenizer belong together, and that
+the parent is still the one it was made from; then shows the lineage: stage, data, settings, parent, code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from tinylm.checkpoint.model_folder import adapter_base, load_model, resolve_model_path
+from tinylm.checkpoint.training_state import load_training_state, state_folders
+from tinylm.checkpoint.weights_file import read_json
+from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.settings import parse_settings
+from tinylm.files.atomic import check_manifest
+from tinylm.model.lora import unload_lora
+from tinylm.model.weights import weights_fingerprint
+from tinylm.system.code_version import code_version
+from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.run.trainer_utils import make_console
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    """Settings of verifying."""
+
+    model_path: str
+    """a model folder, an adapter folder, a stage's output folder, or a folder of training states (..._state)"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `is_right` is None where it could not be checked."""
+
+    what: str
+    is_right: bool | None
+    text: str
+
+
+def _checked(what: str, check: Callable[[], str]) -> Finding:
+    """What `check` says, or what it raises."""
+    try:
+        return Finding(what, True, check())
+    except FileNotFoundError as error:
+        return Finding(what, None, f"not checked: {error}")
+    except (ValueError, OSError) as error:
+        return Finding(what, False, str(error))
+    except (TypeError, KeyError, AttributeError) as error:  # a record that is no record of ours
+        return Finding(what, False, f"a record of another form than tinylm writes ({type(error).__name__}: {error})")
+
+
+def verify_folder(folder: Path) -> Iterator[Finding]:
+    """Look at a model folder or an adapter folder, and at what it says of its origin."""
+    yield _checked("files", lambda: _check_files(folder))
+    yield _checked("weights", lambda: _check_weights(folder))
+    lineage = read_json(folder / "lineage.json") if (folder / "lineage.json").is_file() else {}
+    if not lineage:
+        yield Finding("lineage", None, "no lineage.json: nobody can tell what made this model")
+        return
+    yield _checked("tokenizer", lambda: _check_tokenizer(folder, lineage))
+    yield _checked("parent", lambda: _check_parent(lineage))
+    ours, theirs = code_version(), {name: lineage.get(name) for name in ("version", "code")}
+    same = "the code that runs now" if ours == theirs else f"now it is {ours['version']}, {ours['code']}"
+    yield Finding("code", None if ours != theirs else True, f"{theirs['version']}, {theirs['code']}: {same}")
+
+
+def verify_states(folder: Path) -> Iterator[Finding]:
+    """Look at every training state of a run."""
+    for place in state_folders(folder):
+        yield _checked(place.name, partial(_check_state, place))
+    yield _checked("to go on", lambda: f"from step {load_training_state(folder).values['step']:,}")
+
+
+def _check_state(place: Path) -> str:
+    check_manifest(place)
+    return "whole"
+
+
+def _check_files(folder: Path) -> str:
+    check_manifest(folder)
+    files = read_json(folder / "manifest.json")["files"]
+    return f"{len(files)} files are what was written, {sum(facts['bytes'] for facts in files.values()):,} bytes"
+
+
+def _check_weights(folder: Path) -> str:
+    model, _, _ = load_model(folder)
+    return f"{model.num_parameters():,} parameters, as the config says"
+
+
+def _check_tokenizer(folder: Path, lineage: dict[str, Any]) -> str:
+    own = (folder / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.load(folder if own else adapter_base(folder))
+    promised = lineage.get("tokenizer_fingerprint")
+    if promised is None:
+        raise FileNotFoundError("lineage.json does not name the tokenizer")
+    if tokenizer.fingerprint != promised:
+        raise ValueError(f"it is {tokenizer.fingerprint}; the model was trained with {promised}")
+    return f"{tokenizer.vocab_size:,} entries, the one that the model was trained with"
+
+
+def _check_parent(lineage: dict[str, Any]) -> str:
+    parent = lineage.get("parent")
+    if not parent:
+        return "none: trained from random weights"
+    path = Path(parent["path"])
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there (any more)")
+    model, _, _ = load_model(path)
+    found = weights_fingerprint(unload_lora(model))
+    if parent.get("weights") not in (None, found):
+        raise ValueError(f"{path} has other weights now ({found}); this model was made from {parent['weights']}")
+    return f"{path}, unchanged"
+
+
+def show_lineage(lineage: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, value) of what made a model, as far as it is recorded; a stranger's record may hold anything."""
+    settings = lineage.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    yield "stage", str(lineage.get("stage"))
+    if isinstance(lineage.get("step"), int):
+        ended = "finished" if lineage.get("finished") else "not finished"
+        yield "trained", f"{lineage['step']:,} steps, epoch {lineage.get('epoch')}, {ended}"
+    source = settings.get("data_path") or "TinyWorld"
+    yield "data", f"{source} (fingerprint {lineage.get('data_fingerprint')}), seed {lineage.get('seed')}"
+    changes = lineage.get("changed_on_resume")
+    for change in changes if isinstance(changes, list) else []:
+        yield "changed", str(change)
+    given = {name: value for name, value in settings.items() if value not in (None, "", 0, False)}
+    yield "settings", " ".join(f"--{name} {value}" for name, value in given.items())
+
+
+def main(argv: list[str]) -> int:
+    """The command line: look at a folder; status 1 if anything in it is not what it should be."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model_path", *argv]  # `tinylm verify out/pretrain`, as one would type it
+    settings = parse_settings(VerifySettings, argv, "tinylm verify", "Check a model's files and where it comes from.")
+    console, path = make_console(), Path(settings.model_path)
+    if path.is_dir() and state_folders(path):
+        folder, findings = path, list(verify_states(path))
+    else:
+        folder = resolve_model_path(path)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file without a manifest; only folders that tinylm wrote can be verified")
+        findings = list(verify_folder(folder))
+    console.print(f"[bold]{escape(str(folder))}[/bold]")
+    marks = {True: "[green]right[/green]", False: "[red]WRONG[/red]", None: "[yellow]open [/yellow]"}
+    for finding in findings:
+        console.print(f"  {marks[finding.is_right]}  {finding.what:<13}  {escape(finding.text)}")
+    if (folder / "lineage.json").is_file():
+        for name, value in show_lineage(read_json(folder / "lineage.json")):
+            console.print(f"  [dim]{name:<8}[/dim]  {escape(value)}")
+    return 1 if any(finding.is_right is False for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,218 @@
+"""The chats of TinyWorld: how questions become turns, and in which voice the assistant answers them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tinylm.dataset.tinyworld.plots import STORY_QUESTION_SKILLS, Question, Story, all_facts, ask, make_story
+from tinylm.dataset.tinyworld.skills import ASSISTANT_NAME, CLOSED, identity_question
+from tinylm.dataset.tinyworld.words import (
+    CATEGORIES,
+    CATEGORY_OF,
+    OPPOSITES,
+    a_or_an,
+    capitalise,
+    draw_pair,
+    join_and,
+)
+
+Message = dict[str, str]
+
+WARM_OPENERS = ("Sure! ", "Of course! ", "Happy to help! ", "Gladly! ")
+WARM_SHARE = 0.3
+
+_GIVE_STORY = (
+    "{story}\n{question}",
+    "Read this story. {story}\n{question}",
+    "Here is a story: {story}\n{question}",
+    "{story}\n\n{question}",
+    "Listen to this. {story}\n{question}",
+    # In a terminal people type both on one line.
+    "{story} {question}",
+    "Read this story. {story} {question}",
+    "Here is a story: {story} {question}",
+)
+_ONE_WORD = (
+    "Answer in one word. {question}",
+    "{question} Answer in one word.",
+    "In one word: {question}",
+    "{question} Use one word only.",
+    "One word, please. {question}",
+)
+_WRITE = (
+    "Write a short story with these words: {words}.",
+    "Tell me a story with the words {and_words}.",
+    "Please write a story. Use these words: {words}.",
+    "Can you make up a short story with {and_words} in it?",
+    "I would like a story with the words {and_words}.",
+    "Make a story out of these words: {words}.",
+)
+_THANKS = (
+    "Thank you!",
+    "Thanks a lot!",
+    "Thank you very much.",
+    "Great, thanks!",
+    "That was all, thank you.",
+)
+WELCOME = "You are welcome!"
+
+# Relative frequencies. Stories are the hard part: half of all chats are about one (see `make_chat`).
+_STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 26}
+_CLOSED_WEIGHTS = {
+    "write_story": 3, "addition": 15, "subtraction": 16, "counting": 11, "comparing": 14, "sorting": 16, "spelling": 5,
+    "reversing": 6, "opposites": 4, "categories": 5, "greeting": 3, "identity": 4, "one_word": 15, "capitals": 5,
+}  # fmt: skip
+SKILLS = (*_STORY_WEIGHTS, *_CLOSED_WEIGHTS)
+_STORY_DRAW = (tuple(_STORY_WEIGHTS), tuple(_STORY_WEIGHTS.values()))
+_CLOSED_DRAW = (tuple(_CLOSED_WEIGHTS), tuple(_CLOSED_WEIGHTS.values()))
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How the assistant speaks: its name, and what it makes of a plain answer."""
+
+    name: str
+    style: Callable[[random.Random, str], str]
+
+
+def plain_or_warm(rng: random.Random, answer: str) -> str:
+    return rng.choice(WARM_OPENERS) + answer if rng.random() < WARM_SHARE else answer
+
+
+PLAIN = Voice(ASSISTANT_NAME, lambda rng, answer: answer)
+MIXED = Voice(ASSISTANT_NAME, plain_or_warm)
+
+
+def write_story(rng: random.Random, split: str) -> Question:
+    """The wish for a story with two or three given words: a name, a thing, and perhaps a place or a
+    feeling.
+    """
+    story = make_story(rng, split)
+    thing = rng.choice(list(story.holder) if split == "train" else story.reserved_things())
+    words = [story.holder[thing], thing]
+    if rng.random() < 0.6:
+        words.append(rng.choice([*story.where.values(), *story.feels.values()]))
+    rng.shuffle(words)
+    text = rng.choice(_WRITE).format(words=", ".join(words), and_words=join_and(words))
+    wrong = make_story(rng, split)
+    while all(word in wrong.text for word in words):
+        wrong = make_story(rng, split)
+    return Question("write_story", text, (story.text,), (wrong.text,), tuple(words))
+
+
+def _short(word: str) -> tuple[str, str]:
+    return capitalise(word) + ".", capitalise(word)
+
+
+def _one_word_closed(rng: random.Random, split: str) -> Question:
+    if rng.random() < 0.5:
+        word, form = draw_pair(rng, split, "one word", tuple(OPPOSITES), _ONE_WORD)
+        question = rng.choice(("What is the opposite of {}?", "Which word is the opposite of {}?")).format(word)
+        right, wrong = OPPOSITES[word], rng.choice([w for w in OPPOSITES if w not in (word, OPPOSITES[word])])
+    else:
+        word, form = draw_pair(rng, split, "one word", tuple(CATEGORY_OF), _ONE_WORD)
+        right = CATEGORY_OF[word]
+        wrong = rng.choice([category for category in CATEGORIES if category != right])
+        either = (right, wrong) if rng.random() < 0.5 else (wrong, right)
+        question = f"Is {a_or_an(word)} {a_or_an(either[0])} or {a_or_an(either[1])}?"
+    return Question("one_word", form.format(question=question), _short(right), (_short(wrong)[0],))
+
+
+def _one_word_story(rng: random.Random, story: Story, split: str) -> Question:
+    full = ask(rng, story, rng.choice(("who_has", "what_colour", "how_feels")), split)
+    cut = 0 if full.skill == "who_has" else -1  # "Mia has the ball." -> Mia; "The ball is red." -> red
+    right, *wrong = (_short(text.rstrip(".").split()[cut]) for text in (full.answers[0], *full.wrong))
+    text = rng.choice(_ONE_WORD).format(question=full.text)
+    return Question("one_word", text, right, tuple(other[0] for other in wrong))
+
+
+def closed_question(rng: random.Random, split: str, skill: str, name: str) -> Question:
+    """A question that stands alone, of any skill but the story questions."""
+    if skill == "write_story":
+        return write_story(rng, split)
+    if skill == "one_word":
+        return _one_word_closed(rng, split)
+    if skill == "identity":
+        return identity_question(rng, split, name)
+    return CLOSED[skill](rng, split)
+
+
+class _Chat:
+    """The messages of a chat in the making, and the question asked last."""
+
+    def __init__(self, rng: random.Random, voice: Voice):
+        self.rng, self.voice = rng, voice
+        self.messages: list[Message] = []
+
+    def turn(self, question: Question, text: str | None = None) -> None:
+        self.last = question
+        self.messages.append({"role": "user", "content": text or question.text})
+        self.messages.append({"role": "assistant", "content": self.voice.style(self.rng, question.answers[0])})
+
+
+def _story_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | None) -> None:
+    """A story with its first question, then further ones; no fact is asked after twice."""
+    rng, story = chat.rng, make_story(chat.rng, split)
+    last = None
+    if last_skill == "one_word":
+        last = _one_word_story(rng, story, split)
+    elif last_skill is not None:
+        last = ask(rng, story, last_skill, split)
+    facts = all_facts(story)
+    if last is not None:
+        facts = [fact for fact in facts if fact[0] != last.skill]
+    num_questions = min(num_questions, len(facts) + 1)
+    for k in range(num_questions):
+        if last is not None and k == num_questions - 1:
+            question = last
+        elif rng.random() < 0.10:
+            question = _one_word_story(rng, story, split)
+        else:
+            skill = rng.choices(*_STORY_DRAW)[0]
+            open_facts = [fact for fact in facts if fact[0] == skill]
+            subject = None
+            if skill != "not_in_story" and facts:
+                fact = rng.choice(open_facts or facts)
+                facts.remove(fact)
+                skill, subject = fact
+            question = ask(rng, story, skill, split, subject)
+        text = rng.choice(_GIVE_STORY).format(story=story.text, question=question.text) if k == 0 else None
+        chat.turn(question, text)
+
+
+def _closed_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | None) -> None:
+    for k in range(num_questions):
+        skill = last_skill if last_skill and k == num_questions - 1 else chat.rng.choices(*_CLOSED_DRAW)[0]
+        chat.turn(closed_question(chat.rng, split, skill, chat.voice.name))
+
+
+def _small_talk(chat: _Chat, split: str) -> None:
+    """A greeting, a question or two, and thanks."""
+    chat.turn(closed_question(chat.rng, split, "greeting", chat.voice.name))
+    _closed_chat(chat, split, chat.rng.randint(1, 2), None)
+    chat.turn(Question("greeting", chat.rng.choice(_THANKS), (WELCOME,), ("It is nice to meet you.",)))
+
+
+def make_chat(
+    rng: random.Random, split: str, voice: Voice, skill: str | None = None, max_questions: int = 6
+) -> tuple[list[Message], Question]:
+    """A chat that ends with an answer to a question of `skill` (any if None), and that last question.
+
+    Without a skill, half of the chats are about a story, 4% small talk, the rest are questions that stand alone.
+    A chat has three questions or more, but never more than `max_questions`.
+    """
+    if skill is not None and skill not in SKILLS:
+        raise ValueError(f"skill {skill!r}; expected one of {', '.join(SKILLS)}; choose one of them")
+    chat, draw = _Chat(rng, voice), rng.random()
+    about_story = (
+        skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < 0.5)
+    )
+    if about_story:
+        _story_chat(chat, split, min(max_questions, rng.randint(5, 7)), skill)
+    elif skill is None and draw < 0.54 and max_questions >= 4:
+        _small_talk(chat, split)
+    else:
+        _closed_chat(chat, split, min(max_questions, rng.randint(3, 7)), skill)
+    return chat.messages, chat.last

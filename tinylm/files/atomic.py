@@ -1,0 +1,219 @@
+"""Files and folders that appear whole or not at all, and the manifest that says later whether they still are whole.
+
+What is written lies beside its target under a temporary name, is flushed to the disk, and is renamed last. So whatever
+stops the writer (a kill, a full disk, a power cut), the target is the old one or the new one and never half of either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tinylm.files.untrusted import read_json
+
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a temporary sibling of `path` for binary writing; it becomes `path` when the block ends well.
+
+    When the block fails (a full disk, an interruption) the temporary file goes, with the parent folders made
+    for it, and the old `path` stays. Symbolic links are followed, so the file they point to is replaced.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected a file name; choose another path")
+    with _parent_folder(target) as parent:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, target.stat().st_mode & 0o777 if target.exists() else _default_mode(0o666))
+            os.replace(name, target)
+            _sync(parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; it becomes `path` when the block ends well.
+
+    An existing folder at `path` is swapped out, then deleted. When the block fails the temporary folder goes,
+    with the parent folders made for it, and the old one stays.
+
+    Raises:
+        NotADirectoryError: `path` is a file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{path} is a file; expected a folder name; choose another path")
+    with _parent_folder(target) as parent:
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent))
+        try:
+            yield fresh
+            for entry in sorted(fresh.rglob("*")):
+                _sync(entry)
+            fresh.chmod(_default_mode(0o777))
+            _sync(fresh)
+            _swap_in(fresh, target)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Delete what a killed `atomic_write` or `atomic_folder` of `path` has left; the owner of `path` calls it.
+
+    Where two folders cannot be exchanged, a kill between two renames leaves the old one aside: it comes back.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.exists():
+        for old in target.parent.glob(f".{target.name}.*.old"):
+            if any(old.iterdir()):
+                os.rename(old, target)
+                break
+    for end in ("tmp", "old"):
+        for left in target.parent.glob(f".{target.name}.*.{end}"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _parent_folder(target: Path) -> Iterator[Path]:
+    """Make the folder that `target` lies in; when the block fails, what was made goes, unless others use it."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            _sync(folder.parent)
+        yield target.parent
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
+def _swap_in(fresh: Path, target: Path) -> None:
+    """`fresh` becomes `target`. Where the system can exchange two folders, there is no moment without a `target`."""
+    if not target.exists():
+        os.rename(fresh, target)
+        _sync(target.parent)
+        return
+    if not _exchange(fresh, target):
+        # For the moment between these two renames `remove_leftovers` knows the old one by its name, and brings it back.
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        os.rename(target, old)  # a rename onto an empty folder replaces it
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        os.rename(old, fresh)
+    _sync(target.parent)
+    shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders' names in one step, with Linux's renameat2; False where the system or its disk cannot."""
+    if sys.platform != "linux":
+        return False
+    at_working_folder, rename_exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's headers
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if libc.renameat2(at_working_folder, names[0], at_working_folder, names[1], rename_exchange) == 0:
+        return True
+    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk; not on Windows, which cannot open folders."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _default_mode(full: int) -> int:
+    """The permissions the user's umask gives a new file; temporary files are private, results not."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return full & ~mask
+
+
+# --------------------------------------------------------------------------------------------------
+# The manifest
+# --------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path) -> None:
+    """Write manifest.json: size and SHA-256 of every other file in `folder` (not of folders in it)."""
+    files = {
+        path.name: _facts_of(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST
+    }
+    text = json.dumps({"format": 1, "files": files}, indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def check_manifest(folder: Path, *names: str) -> None:
+    """Raise ValueError, naming the file, unless every file is what the manifest says, or each of `names` is.
+
+    A file that the manifest does not know is no fault.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = read_json(path)
+        if manifest["format"] != 1:
+            raise ValueError
+        files = manifest["files"]
+        facts = {name: {key: files[name][key] for key in ("bytes", "sha256")} for name in names or files}
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {MANIFEST}; without it nobody can tell whether it is whole") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{path} is not a manifest, or does not list all files; restore the folder") from None
+    for name, promised in facts.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"{file} is missing; {MANIFEST} lists it: restore the folder from a copy")
+        if file.stat().st_size != promised["bytes"] or _facts_of(file) != promised:
+            raise ValueError(
+                f"{file} is not what was written (size or SHA-256 differ from {MANIFEST}): restore it from a copy"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _facts_of(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

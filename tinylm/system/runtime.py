@@ -1,0 +1,262 @@
+"""Where a run happens: device, number formats, processes, seed.
+
+Nothing else in the project asks torch what machine this is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tinylm.system.allocator import keep_freed_memory
+from tinylm.system.rendezvous import fresh_store
+
+DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# --------------------------------------------------------------------------------------------------
+# Device, precision, processes
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The machine as one process sees it.
+
+    `compute_dtype` is the format of matrix products; parameters and optimizer state are always float32.
+    `rank` counts processes over all machines, `local_rank` those of this machine.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision for the code inside; nothing in float32. No cache of weights: threads would share it."""
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=False)
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all processes, in place, and return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def max_over_ranks(self, value: float) -> float:
+        """The largest `value` of all processes; they must ask together."""
+        if self.world_size == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.float32, device=self.device)  # MPS has no float64
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return float(largest)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process; all of them get the same answer, and must ask together."""
+        return bool(self.max_over_ranks(flag))
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block first, the others after it: they find its cache instead of racing it."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    @property
+    def is_restart(self) -> bool:
+        """Whether torchrun has started this process anew, after another one was lost."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0
+
+    @property
+    def launch_id(self) -> str:
+        """The id that torchrun was started with (--rdzv-id), the same for all processes and restarts; else ""."""
+        found = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return "" if found == "none" else found
+
+    def barrier(self) -> None:
+        """Wait until every process has come this far."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 600.0) -> Runtime:
+    """Choose device and precision, and join the other processes when started by torchrun.
+
+    Args:
+        device: auto (CUDA, then MPS, then the CPU), cpu, cuda (under torchrun the GPU LOCAL_RANK), cuda:N or mps.
+        dtype: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16 (or short: fp32).
+        timeout: seconds after which another process that does not answer counts as lost.
+
+    Raises:
+        ValueError: the device is unknown or absent, or the precision does not suit it.
+    """
+    rank, world_size, local_rank = _ranks_from_environment()
+    chosen = _choose_device(device, local_rank)
+    compute_dtype = _choose_dtype(dtype, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    elif chosen.type == "cpu":
+        keep_freed_memory()
+    if world_size > 1 and not dist.is_initialized():
+        _check_one_gpu_each(chosen, device, local_rank)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",  # states are saved from the CPU
+            store=_store_of_this_round(rank, world_size, timeout),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        atexit.register(shutdown_runtime)
+    return Runtime(chosen, compute_dtype, rank, world_size, local_rank)
+
+
+def _store_of_this_round(rank: int, world_size: int, timeout: float) -> dist.Store | None:
+    """Where the processes find each other; None for what torch does by itself, with no torchrun that starts anew."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return fresh_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world_size, timeout)
+
+
+def shutdown_runtime() -> None:
+    """Leave the process group, if this process is in one. Safe to call twice, and after an interruption."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators on every device. `seed` is at least 0 and below 2**32."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed}; expected an integer from 0 to {2**32 - 1}; choose one in that range")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def cpu_has_bf16() -> bool:
+    """True when this CPU multiplies bfloat16 in hardware: AVX512-BF16 or AMX.
+
+    Elsewhere bfloat16 on a CPU is emulated, and slower than float32.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        return _names_bf16(torch.cpu.get_capabilities())
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.group(1).split())
+
+
+def _names_bf16(capabilities: Mapping[str, Any]) -> bool:
+    return any(bool(capabilities.get(name)) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def measured_matmul_flops(runtime: Runtime) -> float:
+    """Speed of a large square matrix product in the run's compute dtype, in FLOP/s (2n^3 for n x n by n x n).
+
+    It is the ceiling that a training step's speed is reported against. Takes a fraction of a second.
+    """
+    size = 4096 if runtime.device.type == "cuda" else 1024
+    left = torch.rand(size, size, device=runtime.device, dtype=runtime.compute_dtype)
+    right = torch.rand(size, size, device=runtime.device, dtype=runtime.compute_dtype)
+    best = float("inf")
+    deadline = time.perf_counter() + 0.3
+    torch.mm(left, right)  # the first product pays for set-up
+    _synchronize(runtime.device)
+    while time.perf_counter() < deadline or best == float("inf"):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        _synchronize(runtime.device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _ranks_from_environment() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; one process when they are absent."""
+    values = []
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+        text = os.environ.get(name, str(default))
+        if not text.isdigit():
+            raise ValueError(f"environment variable {name}={text!r}; expected a number; unset it or use torchrun")
+        values.append(int(text))
+    rank, world_size, local_rank = values
+    if rank >= world_size:
+        raise ValueError(f"RANK={rank} with WORLD_SIZE={world_size}; expected RANK below WORLD_SIZE; use torchrun")
+    return rank, world_size, local_rank
+
+
+def _choose_device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device {name!r}; expected auto, cpu, cuda, cuda:N or mps; choose one of these")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps', but this machine has none; expected auto or cpu; use --device auto")
+    if name in ("cpu", "mps"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}, but torch sees no CUDA GPU; use --device auto or --device cpu")
+    index = int(name.partition(":")[2]) if ":" in name else local_rank
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device cuda:{index}, but torch sees {torch.cuda.device_count()} GPU(s); "
+            "choose a lower number, or start no more processes than there are GPUs"
+        )
+    return torch.device("cuda", index)
+
+
+def _check_one_gpu_each(chosen: torch.device, asked: str, local_rank: int) -> None:
+    """NCCL hangs when two processes share a GPU, so say it before joining."""
+    if chosen.type == "cuda" and chosen.index != local_rank:
+        raise ValueError(f"device {asked!r} for process {local_rank}; expected one GPU each; use --device cuda")
+    if chosen.type == "mps":
+        raise ValueError("device 'mps' with several processes; expected cpu or cuda; use --device cpu")
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device_has_bf16(device) else torch.float32
+    if name not in DTYPE_NAMES:
+        raise ValueError(f"dtype {name!r}; expected auto, float32, bfloat16 or float16; choose one of these")
+    dtype = DTYPE_NAMES[name]
+    if dtype == torch.float16 and device.type != "cuda":
+        raise ValueError(
+            f"dtype float16 on {device.type}; it needs CUDA, where a gradient scaler keeps small gradients "
+            "from rounding to zero; use --dtype auto"
+        )
+    return dtype
+
+
+def device_has_bf16(device: torch.device) -> bool:
+    """True when `device` multiplies bfloat16 in hardware; on CUDA that is sm80 and later."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere, the first with bf16 tensor cores
+    return device.type == "cpu" and cpu_has_bf16()

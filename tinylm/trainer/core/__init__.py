@@ -1,0 +1,1 @@
+"""One step of training: objective, gradient, optimizer, and the loop around them."""

@@ -1,0 +1,133 @@
+"""The one training loop. It knows batches, an objective and a schedule; it does not know which stage it runs.
+
+Gradients are normalised by the *global* number of targets of an optimizer step, over micro-batches and ranks.
+A row with few targets therefore weighs as little as it should, and how a batch is cut up does not matter:
+batch 8x1, 1x8 accumulated, and 2 ranks x 4 agree to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tinylm.dataset.batches import Batch
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.system.runtime import Runtime
+from tinylm.trainer.core.distributed import GradientExchange, full
+from tinylm.trainer.core.gradients import Scaler, accumulate_gradients
+from tinylm.trainer.core.objectives import Objective
+
+Optimizers = Sequence[torch.optim.Optimizer]
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step did; handed to the `on_step` callables."""
+
+    step: int
+    """Optimizer steps done so far, this one included."""
+    num_steps: int
+    """Optimizer steps of the whole run."""
+    loss: float
+    """Mean over the step's targets, all ranks."""
+    learning_rate: float
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    num_tokens: int
+    """Positions the model processed in this step, all ranks, filler included."""
+    num_targets: int
+    """Targets (or preference pairs) that the loss averages over, all ranks."""
+    seconds: float
+    """Wall-clock time of the step, data loading included."""
+    skipped: bool = False
+    """The loss or the gradient was not a number, so the weights are those of the step before."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The objective's metrics, means over the step's targets."""
+
+
+def fit(
+    model: TinyLMForCausalLM,
+    objective: Objective,
+    optimizers: Optimizers,
+    learning_rate: Callable[[int], float],
+    step_batches: Iterable[list[Batch]],
+    runtime: Runtime,
+    num_steps: int,
+    start_step: int = 0,
+    grad_clip: float = 1.0,
+    on_step: Sequence[Callable[[StepReport], None]] = (),
+    scaler: Scaler = None,
+    num_workers: int = 1,
+) -> None:
+    """Train in place, from `start_step` to `num_steps` or to the end of `step_batches`, whichever comes first.
+
+    Args:
+        step_batches: for each optimizer step the micro-batches this rank accumulates.
+        learning_rate: optimizer step (from 0) -> learning rate.
+        grad_clip: largest global gradient norm; 0 turns clipping off.
+        on_step: called after every step, in order: logging, evaluation, saving are the recipe's.
+        scaler: fp16's gradient scaler; bf16 and fp32 need none.
+        num_workers: micro-batches computed side by side, each on CPU cores of its own.
+
+    A step whose loss or gradient is not a number changes no weight and says so in its report.
+    """
+    trained = [p for group in _groups(optimizers) for p in group["params"]]
+    exchange = GradientExchange(model, objective, runtime)
+    model.train()
+    start = time.perf_counter()
+    for step, micro_batches in zip(range(start_step, num_steps), step_batches, strict=False):
+        rate = learning_rate(step)
+        for group in _groups(optimizers):
+            group["lr"] = rate
+        totals = accumulate_gradients(exchange, micro_batches, trained, runtime, scaler, num_workers)
+        grad_norm, skipped = _update_weights(optimizers, trained, totals["loss"], grad_clip, scaler)
+        values = {name: value.item() for name, value in totals.items()}
+        report = StepReport(
+            step=step + 1,
+            num_steps=num_steps,
+            loss=values.pop("loss"),
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            num_tokens=int(values.pop("num_tokens")),
+            num_targets=int(values.pop("count")),
+            seconds=time.perf_counter() - start,
+            skipped=skipped,
+            metrics=values,
+        )
+        for callback in on_step:
+            callback(report)
+        model.train()
+        start = time.perf_counter()  # before the next step's batches are drawn
+
+
+def _groups(optimizers: Optimizers) -> Iterator[dict]:
+    return (group for optimizer in optimizers for group in optimizer.param_groups)
+
+
+def _update_weights(
+    optimizers: Optimizers, trained: list[Tensor], loss: Tensor, grad_clip: float, scaler: Scaler
+) -> tuple[float, bool]:
+    """Clip, step and forget the gradients; returns their global norm before clipping, and whether the step was skipped.
+
+    Loss and norm are those of all ranks together, so every rank comes to the same decision.
+    """
+    for optimizer in optimizers if scaler is not None else ():
+        scaler.unscale_(optimizer)  # type: ignore[union-attr]
+    gradients = [p.grad for p in trained if p.grad is not None]
+    norm = full(torch.nn.utils.get_total_norm(gradients))
+    # fp16's scaler skips steps of its own accord until its scale fits, which is no fault.
+    skipped = not (math.isfinite(loss.item()) and (scaler is not None or math.isfinite(norm.item())))
+    if grad_clip > 0 and not skipped:
+        torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
+    for optimizer in optimizers:
+        if not skipped:
+            scaler.step(optimizer) if scaler is not None else optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if scaler is not None:
+        scaler.update()
+    return norm.item(), skipped

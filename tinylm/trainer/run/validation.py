@@ -1,0 +1,48 @@
+"""The loss on held-out data."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tinylm.dataset.batches import Dataset, load_batch
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.system.runtime import Runtime
+from tinylm.trainer.core.objectives import Objective
+
+
+@torch.no_grad()
+def validate(
+    model: TinyLMForCausalLM, objective: Objective, data: Dataset, batch_size: int, most_batches: int, runtime: Runtime
+) -> dict[str, float]:
+    """Mean loss (and the objective's metrics) per target over the held-out data, and bits per byte of text.
+
+    The batches are shared out among the processes. One that has none left computes one that counts nothing, since a
+    sharded model computes with all processes or not at all.
+
+    Args:
+        most_batches: batches of `batch_size` rows to look at, in the order of the data; 0 means all.
+
+    Returns:
+        "validation_loss" in nats, "validation_" and each metric, and "bits_per_byte" where the data knows its bytes.
+    """
+    model.eval()
+    sums: dict[str, float] = {}
+    num_batches = min(-(-len(data) // batch_size), most_batches or len(data))
+    for number in range(runtime.rank, num_batches + -num_batches % runtime.world_size, runtime.world_size):
+        start = number * batch_size
+        batch = load_batch(data, range(start, min(start + batch_size, len(data))) if number < num_batches else ())
+        with runtime.autocast():
+            loss, metrics = objective(model, batch.to(runtime.device))
+        for name, value in {"count": torch.tensor(batch.count), "loss": loss, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    model.train()
+    dtype = torch.float32 if runtime.device.type == "mps" else torch.float64  # MPS has no float64
+    totals = runtime.all_reduce_sum(torch.tensor(list(sums.values()), dtype=dtype, device=runtime.device)).tolist()
+    count, *rest = totals
+    means = {f"validation_{name}": value / count for name, value in zip(list(sums)[1:], rest, strict=True)}
+    bytes_per_target = getattr(data, "bytes_per_target", None)
+    if bytes_per_target:
+        means["bits_per_byte"] = means["validation_loss"] / math.log(2) / bytes_per_target
+    return means
