@@ -131,13 +131,12 @@ def test_pairs_share_a_batch_and_only_answers_are_scored(tokenizer) -> None:
     for batch in batches(dataset, 4, seed=5):
         found = scored(batch)
         assert sorted(found) == list(range(2 * batch.count))
-        assert batch.reference_log_probs is not None
         for number in range(batch.count):
             source = int(order[seen])
             prompt, chosen, rejected = pairs[source]
             assert found[2 * number] == expected_targets(tokenizer, chosen)
             assert found[2 * number + 1] == expected_targets(tokenizer, rejected)
-            assert batch.reference_log_probs[number].tolist() == reference[source].tolist()
+            assert batch.extras["reference_log_probs"][number].tolist() == reference[source].tolist()
             inside = batch.document_ids == 2 * number
             ids = encode_chat(tokenizer, prompt + chosen)[0]
             assert batch.input_ids[inside].tolist() == ids[: int(inside.sum())]

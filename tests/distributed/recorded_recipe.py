@@ -21,7 +21,7 @@ from typing import Any
 from tinylm.commandline.exit_status import run_main
 from tinylm.dataset.batches import BatchSampler
 from tinylm.trainer.core.loop import StepReport
-from tinylm.trainer.run import training_run
+from tinylm.trainer.run import run as run_module
 
 
 def record_steps(folder: Path) -> None:
@@ -29,7 +29,7 @@ def record_steps(folder: Path) -> None:
     rank = int(os.environ.get("RANK", "0"))
     path = folder / f"{time.time_ns()}_{rank}.jsonl"
     drawn: list[list[int]] = []
-    deal, after_step = BatchSampler.steps, training_run.TrainingRun._after_step
+    deal, after_step = BatchSampler.steps, run_module.Run._after_step
     seconds = float(os.environ.get("SECONDS_PER_STEP", "0"))
 
     def steps(sampler: BatchSampler, *place: int) -> Iterator[Any]:
@@ -37,8 +37,8 @@ def record_steps(folder: Path) -> None:
             drawn.append([int(row) for rows in micro_batches for row in rows])
             yield micro_batches
 
-    def record(run: training_run.TrainingRun, report: StepReport) -> None:
-        facts = {"step": report.step, "rows": drawn.pop(), "rank": rank, "world_size": run.runtime.world_size}
+    def record(run: run_module.Run, report: StepReport) -> None:
+        facts = {"step": report.step, "rows": drawn.pop(), "rank": rank, "world_size": run.stage.runtime.world_size}
         facts |= {"loss": report.loss, "time": time.time(), "pid": os.getpid(), "host": os.environ.get("HOST", "")}
         with path.open("a") as file:
             file.write(json.dumps(facts) + "\n")
@@ -46,8 +46,8 @@ def record_steps(folder: Path) -> None:
         after_step(run, report)
 
     BatchSampler.steps = steps  # type: ignore[assignment, method-assign]
-    training_run.TrainingRun._after_step = record  # type: ignore[method-assign]
-    training_run.measured_matmul_flops = lambda runtime: 1e11  # type: ignore[assignment]
+    run_module.Run._after_step = record  # type: ignore[method-assign]
+    run_module.measured_matmul_flops = lambda runtime: 1e11  # type: ignore[assignment]
 
 
 def main(words: list[str]) -> int:

@@ -41,6 +41,8 @@ class DPODataset:
         pad_id: token id of filler positions.
     """
 
+    unit = "pairs"
+
     def __init__(self, documents: Documents, max_seq_len: int, outcomes: Outcomes, pad_id: int = 0) -> None:
         assert len(documents) % 2 == 0
         self.documents = documents
@@ -117,8 +119,5 @@ class DPODataset:
         packed = [build_row(documents[number] for number in row) for row in numbers]
         batch = collate_rows(packed, width, self.pad_id, numbers)
         reference = [pair.reference_log_probs for pair in rows if pair.reference_log_probs is not None]
-        return replace(
-            batch,
-            count=len(rows),
-            reference_log_probs=torch.from_numpy(np.stack(reference)) if reference else None,
-        )
+        extras = {"reference_log_probs": torch.from_numpy(np.stack(reference))} if reference else {}
+        return replace(batch, count=len(rows), extras=extras)

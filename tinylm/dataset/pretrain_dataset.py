@@ -31,6 +31,8 @@ class PretrainDataset:
         ValueError: if there is not a single target.
     """
 
+    unit = "rows"
+
     def __init__(self, shards: TokenShards, tokenizer: Any, max_seq_len: int, spans: Spans | None = None) -> None:
         self.shards = shards
         self.tokenizer = tokenizer

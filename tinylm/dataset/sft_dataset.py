@@ -91,6 +91,8 @@ class SFTDataset:
         pad_id: token id of filler positions.
     """
 
+    unit = "rows"
+
     def __init__(self, documents: Documents, max_seq_len: int, outcomes: Outcomes, pad_id: int = 0) -> None:
         self.documents = documents
         self.max_seq_len = max_seq_len

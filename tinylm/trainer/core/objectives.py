@@ -77,7 +77,7 @@ def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Te
 
 
 def make_dpo_objective(beta: float) -> Objective:
-    """DPO as a training objective; needs `batch.reference_log_probs` [P, 2], computed once before training.
+    """DPO as a training objective; needs the extra "reference_log_probs" [P, 2], computed once before training.
 
     Raises:
         ValueError: if beta is not positive.
@@ -86,10 +86,9 @@ def make_dpo_objective(beta: float) -> Objective:
         raise ValueError(f"beta is {beta}; expected a positive number such as 0.1; pass --beta 0.1")
 
     def objective(model: TinyLMForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if batch.reference_log_probs is None:
-            raise AssertionError("a DPO batch carries the reference's log-probabilities")
+        reference = batch.extras["reference_log_probs"]
         policy = sequence_log_probs(model, batch, 2 * batch.count).view(batch.count, 2)
-        losses, chosen, rejected = dpo_loss(policy, batch.reference_log_probs.to(policy), beta)
+        losses, chosen, rejected = dpo_loss(policy, reference.to(policy), beta)
         metrics = {
             "reward_margin": (chosen - rejected).detach().sum(),
             "preference_accuracy": (chosen > rejected).float().sum(),
