@@ -18,9 +18,8 @@ from tinylm.system.runtime import Runtime
 from tinylm.trainer.core.gradients import micro_batches_at_once
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.core.optimizer import make_optimizers
-from tinylm.trainer.run.plan import Plan
 from tinylm.trainer.run.run import Run
-from tinylm.trainer.run.stage import Learner, Stage
+from tinylm.trainer.run.stage import Learner, Plan, Stage
 from tinylm.trainer.run.train_settings import TrainSettings
 
 DEFAULTS = {"batch_size": 2, "accumulation_steps": 2, "epochs": 4, "max_steps": 10, "learning_rate": 1e-2}

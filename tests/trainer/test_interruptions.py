@@ -18,7 +18,7 @@ from tinylm.checkpoint.training_state import load_training_state
 from tinylm.commandline.exit_status import STOP_SIGNALS, Stopped, StopRequest
 from tinylm.files.locks import run_lock
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.run.divergence import SpikeWatch
+from tinylm.trainer.run.run import SpikeWatch
 
 
 def signal_at(run, step: int, *numbers: int) -> None:

@@ -17,9 +17,8 @@ from tinylm.system.code_version import code_version
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.core.gradients import micro_batches_at_once
-from tinylm.trainer.run.plan import Plan
 from tinylm.trainer.run.run import Run
-from tinylm.trainer.run.stage import Learner, Stage
+from tinylm.trainer.run.stage import Learner, Plan, Stage
 
 DEFAULT_SEQ_LEN = 512
 """Tokens of a row in fine-tuning where the model's context is longer and nothing else is asked for."""
@@ -70,10 +69,10 @@ def sample_texts(
     max_new_tokens: int = 40,
 ) -> Callable[[], list[str]]:
     """A function that lets the model, as it is then, continue each prompt greedily, or answer it in a chat."""
-    room = model.config.max_position_embeddings // 4  # the prompt needs most of a short context
-    settings = SamplingSettings(max_new_tokens=min(max_new_tokens, room), temperature=0.0)
 
     def sample() -> list[str]:
+        room = model.config.max_position_embeddings // 4  # the prompt needs most of a short context
+        settings = SamplingSettings(max_new_tokens=min(max_new_tokens, room), temperature=0.0)
         # A sharded model computes as it is; it cannot be copied into another precision.
         engine = Engine(model, tokenizer, dtype=model.dtype if is_sharded(model) else None)
         if not chat:

@@ -5,24 +5,27 @@ Recipes make the parts (stage, learner, data) and hand them over; what all stage
 
 from __future__ import annotations
 
+import json
 import math
 import signal
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tinylm.commandline.exit_status import Stopped, StopRequest
 from tinylm.dataset.batches import Batch, Dataset
+from tinylm.files.atomic import atomic_write
 from tinylm.system.runtime import measured_matmul_flops
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.core.loop import StepReport, fit
 from tinylm.trainer.run.checkpoints import Checkpoints, Progress
-from tinylm.trainer.run.divergence import MAX_SKIPS, SpikeWatch, write_bad_batch
-from tinylm.trainer.run.metrics import MetricsLog
-from tinylm.trainer.run.plan import Plan
-from tinylm.trainer.run.report import RunReport
-from tinylm.trainer.run.stage import Learner, Stage
+from tinylm.trainer.run.report import MetricsLog, RunReport
+from tinylm.trainer.run.stage import Learner, Plan, Stage
 from tinylm.trainer.run.validation import validate
+
+MAX_SKIPS = 10
+"""Steps in a row whose loss or gradient may be not a number; then the run has diverged and ends."""
 
 
 class Run:
@@ -185,3 +188,32 @@ class Run:
             self.checkpoints.save_state(step)
         if is_last:
             self.checkpoints.finish_saving()
+
+
+class SpikeWatch:
+    """Tells when a loss stands far above those before it; a spike may mend itself, so it only tells."""
+
+    def __init__(self, num_steps: int = 50, factor: float = 6.0) -> None:
+        self.losses: deque[float] = deque(maxlen=num_steps)
+        self.factor = factor
+
+    def warning(self, loss: float) -> str | None:
+        """A warning if `loss` is more than `factor` standard deviations above the mean of the last `num_steps`."""
+        losses, text = self.losses, None
+        if len(losses) == losses.maxlen:
+            mean = sum(losses) / len(losses)
+            deviation = (sum((x - mean) ** 2 for x in losses) / len(losses)) ** 0.5
+            if loss > mean + self.factor * deviation:
+                text = f"the loss jumped to {loss:.4g}, after {mean:.4g} on average; look at the data of this step"
+        losses.append(loss)
+        return text
+
+
+def write_bad_batch(path: Path, step: int, batches: Iterable[Batch], decode: Callable[[list[int]], str] | None) -> None:
+    """Write the rows of a step whose loss was not a number, for inspection: a JSON object a line."""
+    with atomic_write(path) as file:
+        for number, batch in enumerate(batches):
+            for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
+                text = {"text": decode(ids)} if decode is not None else {}
+                row = {"step": step, "micro_batch": number, **text, "input_ids": ids, "targets": targets}
+                file.write(json.dumps(row).encode() + b"\n")
