@@ -33,8 +33,7 @@ from tinylm.commandline.strict_yaml import MAX_YAML_BYTES
 from tinylm.dataset.sources.record_shapes import BadRow, Record, messages_of, text_of
 from tinylm.files.untrusted import MAX_JSON_BYTES, parse_json
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
-from tinylm.tokenizer.bpe import SPLIT_PATTERN
-from tinylm.tokenizer.split_patterns import KNOWN_PATTERNS
+from tinylm.tokenizer.split_patterns import KNOWN_PATTERNS, SPLIT_PATTERN
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.train_lora import LoRASettings
 

@@ -109,9 +109,9 @@ def test_a_batch_without_a_target_cannot_occur(tokenizer) -> None:
 
 def test_worker_processes_give_the_same_data(tokenizer) -> None:
     chats = [chat(f"Say {n}.", f"{n}!") for n in range(4_100)]
-    alone = SFTDataset.from_conversations(chats, tokenizer, 128, num_workers=0)
+    alone = SFTDataset.from_conversations(chats, tokenizer, 128, num_processes=0)
     done: list[int] = []
-    together = SFTDataset.from_conversations(chats, tokenizer, 128, num_workers=2, progress=done.append)
+    together = SFTDataset.from_conversations(chats, tokenizer, 128, num_processes=2, progress=done.append)
     assert alone.fingerprint == together.fingerprint and done == [2000, 4000, 4100]
     other = SFTDataset.from_conversations(chats[1:], tokenizer, 128)
     assert other.fingerprint != alone.fingerprint

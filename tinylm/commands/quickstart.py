@@ -214,7 +214,7 @@ def measure(folders: dict[str, Path], num_items: int, console: Console) -> tuple
             greedy,
             reference="SFT",
             num_items=num_items,
-            num_workers=min(len(engines), num_cores(engines["SFT"].compute_model.device)),
+            at_once=min(len(engines), num_cores(engines["SFT"].compute_model.device)),
             progress=lambda name, done, total: show(f"{name}, skill {done} of {total}"),
         )
     untouched = weights_fingerprint(models["SFT"][0]) == weights_fingerprint(unload_lora(models["LoRA"][0]))
