@@ -1,7 +1,7 @@
-"""One process that tokenises a corpus: `python shard_worker.py CORPUS FOLDER [kill | late]`, ranks as torchrun's.
+"""One process that tokenises a corpus; ranks as torchrun's. Run by `test_shard_cache.py`.
 
-With `kill` it kills itself while it writes its third shard. With `late` each file takes a while, so that of two
-processes neither can do all before the other has started.
+With `kill` it kills itself while it writes its third shard. With `together` two processes wait for each other in the
+first shard that each of them writes, so that neither can do all before the other has started.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
-LATE = "late"
+from tests.processes import PATIENCE
+
+TOGETHER = "together"
 
 
 def main(corpus: str, folder: str, how: str = "") -> None:
-    import torch.distributed as dist
-
     from tinylm.commandline.terminal import make_console
     from tinylm.dataset.shards import shard_cache
-    from tinylm.system.runtime import setup_runtime, shutdown_runtime
+    from tinylm.system.runtime import setup_runtime
     from tinylm.tokenizer.tokenizer import Tokenizer
     from tinylm.trainer.run.stage import Stage
     from tinylm.trainer.run.train_settings import TrainSettings
@@ -36,16 +35,13 @@ def main(corpus: str, folder: str, how: str = "") -> None:
                 yield part
                 if how == "kill" and len(written) == 2:
                     os.kill(os.getpid(), signal.SIGKILL)
-                if how == LATE:
-                    time.sleep(0.3)
+                if how == TOGETHER and not written:
+                    wait_for_both(Path(os.environ["MEETING"]))
 
         write_shard(delayed(), tokenizer, target, bad_rows)
         written.append(target.name)
 
     shard_cache.write_shard = write
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        dist.init_process_group("gloo", os.environ["RENDEZVOUS"], rank=rank, world_size=world_size)
     runtime = setup_runtime("cpu", "float32")
     settings = TrainSettings(
         data_path=corpus, output_dir=f"{folder}/out", max_seq_len=32, validation_fraction=0.2, seed=42
@@ -57,10 +53,14 @@ def main(corpus: str, folder: str, how: str = "") -> None:
         result = {"written": written, "fingerprints": [part.fingerprint for part in data if part is not None]}
     except ValueError as error:
         result = {"error": str(error)}
-    Path(folder, f"result.{rank}.json").write_text(json.dumps(result))
+    Path(folder, f"result.{runtime.rank}.json").write_text(json.dumps(result))
     runtime.barrier()
-    shutdown_runtime()
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def wait_for_both(folder: Path) -> None:
+    """Until two processes have called this, which each say so with a file."""
+    (folder / f"writes.{os.environ['RANK']}").touch()
+    end = time.monotonic() + PATIENCE
+    while len(list(folder.glob("writes.*"))) < 2:
+        assert time.monotonic() < end, "the other process has not begun to write"
+        time.sleep(0.01)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from shard_worker import LATE
+import shard_worker
+from shard_worker import TOGETHER
 
+from tests.processes import end_of, run_ranks, start
 from tinylm.dataset.pretrain_dataset import load_pretrain_data
 from tinylm.dataset.shards import shard_cache, tokenizing
 from tinylm.dataset.shards.shard_cache import cached_token_shards, shard_name
 from tinylm.dataset.shards.token_shards import TokenShards, tokenize_texts
 from tinylm.dataset.sources.records import BadRows, find_sources
-
-WORKER = Path(__file__).with_name("shard_worker.py")
 
 
 @pytest.fixture
@@ -188,18 +186,12 @@ def test_files_before_a_broken_one_stay_done(tokenizer, corpus: Path, tmp_path: 
     assert not (tmp_path / "new").exists()
 
 
-def start(corpus: Path, output: Path, environment: dict[str, str] | None = None, late: str = "") -> subprocess.Popen:
-    command = [sys.executable, str(WORKER), str(corpus), str(output), late]
-    package = str(WORKER.parents[2])
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": package, **(environment or {})})
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_files_not_yet_done(tokenizer, corpus: Path, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer")
     cache = tmp_path / "out" / "token_shards"
-    killed = start(corpus, tmp_path, late="kill")  # while it writes the third shard
-    assert killed.wait(120) == -signal.SIGKILL
+    killed = start(shard_worker.main, str(corpus), str(tmp_path), "kill", log=tmp_path / "log")  # at the third shard
+    assert end_of(killed, tmp_path / "log") == -signal.SIGKILL
     done = {folder.name for folder in cache.iterdir() if not folder.name.startswith(".")}
     left = [folder.name for folder in cache.iterdir() if folder.name.startswith(".")]
     assert len(done) == 2 and len(left) == 2, "a lock and half a shard"
@@ -219,7 +211,7 @@ def test_two_ranks_share_the_work_of_a_disk(tokenizer, corpus: Path, tmp_path: P
     (tmp_path / "1").symlink_to(".")
     (tmp_path / "2").mkdir()
     (tmp_path / "2" / "tokenizer").symlink_to(tmp_path / "tokenizer")
-    results = run_ranks(tmp_path, corpus, [tmp_path / "1", tmp_path / str(disks)])
+    results = run_two(tmp_path, corpus, [tmp_path / "1", tmp_path / str(disks)])
     written = [set(result["written"]) for result in results]
     if disks == 1:
         assert len(written[0] | written[1]) == 6 and not written[0] & written[1] and all(written)
@@ -238,19 +230,15 @@ def test_ranks_that_see_different_files_are_stopped(tokenizer, corpus: Path, tmp
     other = tmp_path / "other"
     other.mkdir()
     (other / "a.txt").write_text("An older copy of the corpus. " * 20)
-    results = run_ranks(tmp_path, corpus, [tmp_path, tmp_path], second_corpus=other)
+    results = run_two(tmp_path, corpus, [tmp_path, tmp_path], second_corpus=other)
     for rank, result in enumerate(results):
         assert f"process {rank} sees other data than the rest; expected the same files" in result["error"]
 
 
-def run_ranks(folder: Path, corpus: Path, outputs: list[Path], second_corpus: Path | None = None) -> list[dict]:
+def run_two(folder: Path, corpus: Path, outputs: list[Path], second_corpus: Path | None = None) -> list[dict]:
     """Two processes over gloo; what each of them wrote to its result file."""
-    rendezvous = f"file://{folder}/rendezvous"
-    ranks = []
-    for rank, output in enumerate(outputs):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        environment = {name: str(value) for name, value in names.items()}
-        sees = second_corpus if second_corpus and rank else corpus
-        ranks.append(start(sees, output, {**environment, "RENDEZVOUS": rendezvous, "OMP_NUM_THREADS": "1"}, LATE))
-    assert [process.wait(120) for process in ranks] == [0, 0]
+    how = TOGETHER if second_corpus is None else ""
+    sees = [corpus, second_corpus or corpus]
+    words = [[str(sees[rank]), str(output), how] for rank, output in enumerate(outputs)]
+    run_ranks(shard_worker.main, words, folder, MEETING=str(folder))
     return [json.loads((output / f"result.{rank}.json").read_text()) for rank, output in enumerate(outputs)]

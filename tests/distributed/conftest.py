@@ -28,10 +28,18 @@ def pretrain_words(data) -> list[object]:
     return [*texts, *SHARED, *SHAPE, "--learning_rate", "1e-3"]
 
 
+class Alone(dict[str, Outcome]):
+    """The same run in one process, for each optimizer, made at its first use: what all others are held to."""
+
+    def __init__(self, folder: Path, words: list[object]) -> None:
+        super().__init__()
+        self.folder, self.words = folder, words
+
+    def __missing__(self, optimizer: str) -> Outcome:
+        self[optimizer] = run("pretrain", self.folder / optimizer, [*self.words, "--optimizer", optimizer])
+        return self[optimizer]
+
+
 @pytest.fixture(scope="session")
-def alone(tmp_path_factory, pretrain_words) -> dict[str, Outcome]:
-    """The same run in one process, for each optimizer: what all others are held to."""
-    return {
-        optimizer: run("pretrain", tmp_path_factory.mktemp(optimizer), [*pretrain_words, "--optimizer", optimizer])
-        for optimizer in ("adamw", "muon")
-    }
+def alone(tmp_path_factory, pretrain_words) -> Alone:
+    return Alone(tmp_path_factory.mktemp("alone"), pretrain_words)

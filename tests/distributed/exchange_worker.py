@@ -1,4 +1,5 @@
-"""One process of two: when do gradients travel in a step of three micro-batches? `exchange_worker.py OUTPUT SHARDING`.
+"""One process of two: when do gradients travel in a step of three micro-batches? Run by
+`test_gradient_exchange.py`.
 
 Writes the events of the profiler that matter, a JSON line for each: name, start and end in microseconds, thread.
 """
@@ -6,8 +7,6 @@ Writes the events of the profiler that matter, a JSON line for each: name, start
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -59,9 +58,3 @@ def main(output: str, sharding: str) -> None:
     size = sum(p.numel() for p in model.parameters()) * 4
     facts = {"bytes": size, "micro_batches": len(batches), "events": events}
     Path(f"{output}.{runtime.rank}").write_text(json.dumps(facts))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(0)

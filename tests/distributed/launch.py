@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import recorded_recipe
 import torch
 from safetensors.torch import load_file
+
+from tests.processes import run_ranks
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -87,21 +90,20 @@ class Outcome:
 
 def command_of(stage: str, where: Path, argv: Sequence[object], launcher: Sequence[str] = (sys.executable,)) -> list:
     """The command line of a recorded run whose output and records go to the folder `where`."""
+    return [*launcher, str(RECIPE), *words_of(stage, where, argv)]
+
+
+def words_of(stage: str, where: Path, argv: Sequence[object]) -> list[str]:
+    """The arguments of `recorded_recipe.py` for a run whose output and records go to the folder `where`."""
     (where / "records").mkdir(parents=True, exist_ok=True)
-    words = [RECIPE, where / "records", stage, "--output_dir", where / "out", *argv]
-    return [*launcher, *map(str, words)]
+    return [str(word) for word in (where / "records", stage, "--output_dir", where / "out", *argv)]
 
 
 def run(stage: str, where: Path, argv: Sequence[object], processes: int = 1, accumulation_steps: int = 1) -> Outcome:
     """Run a stage to its end in so many processes, which share `ROWS_PER_STEP` rows a step; it must succeed."""
-    launcher = [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
     batch_size = ROWS_PER_STEP // processes // accumulation_steps
-    argv = ["--batch_size", batch_size, "--accumulation_steps", accumulation_steps, *argv]
-    done = subprocess.run(
-        command_of(stage, where, argv, launcher), env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Outcome(where / "out", where / "records", done.stdout)
+    words = words_of(stage, where, ["--batch_size", batch_size, "--accumulation_steps", accumulation_steps, *argv])
+    return Outcome(where / "out", where / "records", run_ranks(recorded_recipe.main, [[words]] * processes, where))
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
     torchrun ... recorded_recipe.py RECORDS STAGE [flags of the stage]
 
 Each process appends a JSON line for every optimizer step it has finished to RECORDS/<time>_<rank>.jsonl: the step, the
-rows of the data set whose gradients it added, and where it ran. With the environment variable SECONDS_PER_STEP a step
-takes at least as long, so that a test can interfere in mid-run.
+rows of the data set whose gradients it added, and where it ran. The environment variables, both for tests that
+interfere in mid-run: SECONDS_PER_STEP, which a step takes at least, and LOST_AT="RANK STEP", where a process kills
+itself behind a step, as if its machine were lost.
 """
 
 from __future__ import annotations
@@ -12,42 +13,52 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tinylm.commandline.exit_status import run_main
 from tinylm.dataset.batches import BatchSampler
-from tinylm.trainer.core.loop import StepReport
-from tinylm.trainer.run import run as run_module
+from tinylm.system import runtime
+from tinylm.trainer.core import loop
 
 
 def record_steps(folder: Path) -> None:
-    """From now on every step of every run of this process is recorded in `folder`."""
-    rank = int(os.environ.get("RANK", "0"))
+    """From now on every step of every run of this process is recorded in `folder`.
+
+    Call it before the recipes are imported: they take `fit` by its name.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     path = folder / f"{time.time_ns()}_{rank}.jsonl"
     drawn: list[list[int]] = []
-    deal, after_step = BatchSampler.steps, run_module.Run._after_step
-    seconds = float(os.environ.get("SECONDS_PER_STEP", "0"))
+    deal, train = BatchSampler.steps, loop.fit
+    seconds, lost_at = float(os.environ.get("SECONDS_PER_STEP", "0")), os.environ.get("LOST_AT", "")
 
     def steps(sampler: BatchSampler, *place: int) -> Iterator[Any]:
         for micro_batches in deal(sampler, *place):
             drawn.append([int(row) for rows in micro_batches for row in rows])
             yield micro_batches
 
-    def record(run: run_module.Run, report: StepReport) -> None:
-        facts = {"step": report.step, "rows": drawn.pop(), "rank": rank, "world_size": run.stage.runtime.world_size}
+    def record(report: loop.StepReport) -> None:
+        facts = {"step": report.step, "rows": drawn.pop(0), "rank": rank, "world_size": world_size}
         facts |= {"loss": report.loss, "time": time.time(), "pid": os.getpid(), "host": os.environ.get("HOST", "")}
         with path.open("a") as file:
             file.write(json.dumps(facts) + "\n")
         time.sleep(seconds)
-        after_step(run, report)
+
+    def get_lost(report: loop.StepReport) -> None:
+        if lost_at == f"{rank} {report.step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fit(*arguments: Any, on_step: Sequence[Callable[[loop.StepReport], None]], **options: Any) -> None:
+        train(*arguments, on_step=(record, *on_step, get_lost), **options)
 
     BatchSampler.steps = steps  # type: ignore[assignment, method-assign]
-    run_module.Run._after_step = record  # type: ignore[method-assign]
-    run_module.measured_matmul_flops = lambda runtime: 1e11  # type: ignore[assignment]
+    loop.fit = fit  # type: ignore[assignment]
+    runtime.measured_matmul_flops = lambda runtime: 1e11  # type: ignore[assignment]
 
 
 def main(words: list[str]) -> int:

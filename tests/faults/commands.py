@@ -6,6 +6,8 @@ program) that has imported everything and has no threads. With `anew` a command 
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import os
 import signal
@@ -13,13 +15,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from tinylm.checkpoint.training_state import load_training_state
 
 HERE = Path(__file__).resolve().parent
+PATIENCE = 300
+"""Seconds until a command counts as stuck."""
 TIMING = ("tokens_per_second", "matmul_share")
 SHARED = [
     "--device", "cpu", "--dtype", "float32", "--max_seq_len", "64", "--batch_size", "2", "--accumulation_steps", "2",
@@ -53,15 +57,25 @@ class Process:
             self.status = self.server.ask({"poll": self.pid})
         return self.status
 
-    def wait(self, timeout: float = 300) -> int:
-        end = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
-                raise TimeoutError(f"still running after {timeout} s: {self.said}")
-            time.sleep(0.005)
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Wait for the end; returns the exit status."""
+        self._wait_until(lambda: self.poll() is not None, timeout)
         assert self.status is not None
         return self.status
+
+    def wait_until_stopped(self) -> None:
+        """Wait until SIGSTOP has stopped it."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        self._wait_until(lambda: self.poll() is not None or stat.read_text().rpartition(")")[2].split()[0] == "T")
+        assert self.status is None, f"ended with status {self.status}: {self.said}"
+
+    def _wait_until(self, condition: Callable[[], bool], timeout: float = PATIENCE) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                raise TimeoutError(f"waited {timeout} s: {self.said}")
+            time.sleep(0.005)
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -90,7 +104,7 @@ class Commands:
                 process.send(signal.SIGKILL)
                 process.wait()
         self.server.stdin.close()
-        self.server.wait(20)
+        self.server.wait(PATIENCE)
         self.server.stdout.close()
 
     def ask(self, request: dict[str, Any]) -> Any:
@@ -99,7 +113,11 @@ class Commands:
         return json.loads(self.server.stdout.readline())
 
     def start(self, *words: object, anew: bool = False, **fault: Any) -> Process:
-        """Start `tinylm WORDS`. Faults: `arm` = (folder, call, action, flags) as in disk_faults; `clock` in seconds."""
+        """Start `tinylm WORDS`.
+
+        Faults: `arm` = (folder, call, action, flags) as in disk_faults; `clock` in seconds; `strike` = (signal, step,
+        seconds), a signal so long after the command has begun the step (from 1; 0 is its start).
+        """
         log = self.logs / f"{len(self.processes)}.txt"
         request = {"argv": [str(word) for word in words], "log": str(log), "anew": anew, **fault}
         self.processes.append(Process(self, self.ask(request), log))
@@ -171,9 +189,10 @@ def last_step(folder: Path) -> int:
     return 0
 
 
-def wait_for_step(process: Process, folder: Path, step: int, timeout: float = 300) -> None:
-    """Until the metrics file has `step`, or the process has ended."""
-    end = time.monotonic() + timeout
+def wait_for_step(process: Process, folder: Path, step: int) -> None:
+    """Until the metrics file has `step`, or the process has ended. On a busy machine the run may be steps ahead by the
+    time that the caller looks: where that matters, `strike` (see `Commands.start`)."""
+    end = time.monotonic() + PATIENCE
     while last_step(folder) < step and process.poll() is None:
         assert time.monotonic() < end, process.said
         time.sleep(0.001)
@@ -217,8 +236,6 @@ def differences(folder: Path, whole: Path) -> list[str]:
 
 
 def _child(request: dict[str, Any]) -> None:
-    import ctypes
-
     with open(request["log"], "wb") as log, open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0), os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     os.setsid()
@@ -238,6 +255,8 @@ def _child(request: dict[str, Any]) -> None:
         if "arm" in request:
             folder, at, action, flags = request["arm"]
             library.fault_arm(os.fsencode(folder), ctypes.c_long(at), action, flags, -1)
+        if "strike" in request:
+            _strike(library, *request["strike"])
         status = cli.main(request["argv"])
     except KeyboardInterrupt:  # before or after the command minded signals, where Python itself would end like this
         status = 128 + signal.SIGINT
@@ -247,6 +266,23 @@ def _child(request: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _strike(library: Any, number: int, step: int, seconds: float) -> None:
+    """Let a signal come in a step of this process. A test that watches for the step may look when it is long past."""
+    from tinylm.trainer.core import loop
+
+    accumulate, begun = loop.accumulate_gradients, itertools.count(1)
+    microseconds = ctypes.c_long(round(seconds * 1e6))
+
+    def accumulate_and_count(*arguments: Any, **options: Any) -> Any:
+        if next(begun) == step:
+            library.fault_signal(number, microseconds)
+        return accumulate(*arguments, **options)
+
+    loop.accumulate_gradients = accumulate_and_count
+    if step == 0:
+        library.fault_signal(number, microseconds)
 
 
 def _serve(requests: Iterable[str]) -> None:

@@ -36,6 +36,15 @@ void fault_arm(const char *path, long at, int what, int options, int log) {
 }
 void fault_clock(long seconds) { clock_offset = seconds; }
 
+/* A signal comes after so many microseconds. The kernel sends it, however busy other processes keep the machine. */
+void fault_signal(int number, long microseconds) {
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = number};
+    struct itimerspec when = {.it_value = {microseconds / 1000000, microseconds % 1000000 * 1000 + 1}};
+    int timer;
+    syscall(SYS_timer_create, CLOCK_MONOTONIC, &event, &timer);
+    syscall(SYS_timer_settime, timer, 0, &when, NULL);
+}
+
 static int watched(int at, const char *path, char *whole) {
     char base[PATH_MAX] = "", link[64];
     if (!folder_length) return 0;

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import time
 
 import pytest
 from commands import differences, files, last_step, metrics_of, state_folder, wait_for_step
@@ -31,14 +30,20 @@ def undisturbed(commands, stages):
     return run
 
 
-def killed_after(commands, words, folder, step, number=signal.SIGKILL, **options):
-    """Start a run and send it a signal when `step` is seen; returns its exit status."""
-    process = commands.start(*words, "--output_dir", folder, **options)
+def killed_in(commands, words, folder, step, number=signal.SIGKILL, within=0.02):
+    """(exit status, process) of a run that a signal reaches within so many seconds from the start of a step."""
+    strike = (number, step, random.random() * within)
+    process = commands.start(*words, "--output_dir", folder, strike=strike)
+    return process.wait(), process
+
+
+def killed_anew(commands, words, folder, step):
+    """As above, of a run in a Python of its own, which is killed when the step is seen."""
+    process = commands.start(*words, "--output_dir", folder, anew=True)
     wait_for_step(process, folder, step)
-    time.sleep(random.random() * 0.02)
     assert process.poll() is None, f"it had ended before it could be killed: {process.said}"
-    process.send(number)
-    return process.wait(10), process  # seconds: what is promised for a stop
+    process.send(signal.SIGKILL)
+    return process.wait()
 
 
 @pytest.mark.slow
@@ -46,7 +51,7 @@ def killed_after(commands, words, folder, step, number=signal.SIGKILL, **options
 def test_killed_and_resumed_is_the_undisturbed_run(commands, stages, undisturbed, tmp_path, tally, stage):
     """Dropout is on (in sft and dpo there is none), steps are accumulated, and the kill comes in mid-epoch."""
     whole = undisturbed(stage)
-    status, _ = killed_after(commands, stages.words(stage), tmp_path, 13)
+    status, _ = killed_in(commands, stages.words(stage), tmp_path, 14)
     assert status == -signal.SIGKILL and 4 <= read_training_values(state_folder(tmp_path))["step"] < 60
     said = commands.run(*stages.words(stage), "--resume", "--output_dir", tmp_path)
     assert "from step" in said
@@ -66,7 +71,7 @@ def test_killed_and_resumed_from_nothing(commands, stages, undisturbed, tmp_path
     whole = undisturbed(stage)
     for step in (3, 15, 30):
         words = [*stages.words(stage), "--resume"]
-        assert killed_after(commands, words, tmp_path, step, anew=True)[0] == -signal.SIGKILL
+        assert killed_anew(commands, words, tmp_path, step) == -signal.SIGKILL
     commands.run(*stages.words(stage), "--resume", "--output_dir", tmp_path, anew=True)
     lost = differences(tmp_path, whole)
     tally(f"kill -9 and resume ({stage}), bit for bit", 3, bool(lost))
@@ -79,8 +84,7 @@ def test_killed_and_resumed_from_nothing(commands, stages, undisturbed, tmp_path
 def test_killed_and_resumed_compiled(commands, stages, undisturbed, tmp_path, tally, stage):
     compiled = ["--use_compile", "true"]
     whole = undisturbed(stage, *compiled, anew=True)
-    status, _ = killed_after(commands, [*stages.words(stage), *compiled], tmp_path, 13, anew=True)
-    assert status == -signal.SIGKILL
+    assert killed_anew(commands, [*stages.words(stage), *compiled], tmp_path, 13) == -signal.SIGKILL
     commands.run(*stages.words(stage), *compiled, "--resume", "--output_dir", tmp_path, anew=True)
     lost = differences(tmp_path, whole)
     tally(f"kill -9 and resume ({stage}, compiled), bit for bit", 1, bool(lost))
@@ -103,10 +107,10 @@ def test_the_same_settings_give_the_same_bits_twice(commands, stages, undisturbe
 def test_a_signal_saves_the_step_and_ends_with_its_status(
     commands, stages, undisturbed, tmp_path, tally, number, status
 ):
-    found, process = killed_after(commands, stages.words("pretrain"), tmp_path, 10, number)
+    found, process = killed_in(commands, stages.words("pretrain"), tmp_path, 11, number, within=0)
     assert found == status
     step = read_training_values(state_folder(tmp_path))["step"]
-    assert step == last_step(tmp_path) >= 10
+    assert step == last_step(tmp_path) == 11, "the step that the signal came in is the last"
     assert f"stopped after step {step}, which is saved; run the same command with --resume" in process.said
     assert "Traceback" not in process.said
     commands.run(*stages.words("pretrain"), "--resume", "--output_dir", tmp_path)
@@ -118,13 +122,12 @@ def test_a_signal_saves_the_step_and_ends_with_its_status(
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(commands, stages, undisturbed, tmp_path, tally):
     """Both arrive before the step is done: the process is held while they are sent."""
-    process = commands.start(*stages.words("pretrain"), "--output_dir", tmp_path)
-    wait_for_step(process, tmp_path, 10)
-    process.send(signal.SIGSTOP)
+    process = commands.start(*stages.words("pretrain"), "--output_dir", tmp_path, strike=(signal.SIGSTOP, 11, 0))
+    process.wait_until_stopped()
     saved = files(state_folder(tmp_path))["latest"]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
         process.send(number)
-    assert process.wait(30) == 143 and "which is saved" not in process.said
+    assert process.wait() == 143 and "which is saved" not in process.said
     assert saved <= files(state_folder(tmp_path))["latest"]
     commands.run(*stages.words("pretrain"), "--resume", "--output_dir", tmp_path)
     lost = differences(tmp_path, undisturbed("pretrain"))
@@ -136,11 +139,9 @@ def test_a_second_signal_ends_at_once(commands, stages, undisturbed, tmp_path, t
 def test_killed_in_the_evaluation_that_a_stop_had_put_off(commands, stages, undisturbed, tmp_path, tally):
     """A stopped run evaluates when it goes on. Killed behind that, it evaluated once more, and the step's validation
     stood in the metrics file twice."""
-    status, _ = killed_after(commands, stages.words("pretrain"), tmp_path, 17, signal.SIGTERM)
-    folder = state_folder(tmp_path)
-    step = read_training_values(folder)["step"]
-    assert status == 143
-    line = json.dumps({"step": step, "validation_loss": 1.0, "validation_accuracy": 0.5, "sample_0": "of the killed"})
+    status, _ = killed_in(commands, stages.words("pretrain"), tmp_path, 18, signal.SIGTERM, within=0)
+    assert status == 143 and read_training_values(state_folder(tmp_path))["step"] == 18
+    line = json.dumps({"step": 18, "validation_loss": 1.0, "validation_accuracy": 0.5, "sample_0": "of the killed"})
     path = next(tmp_path.glob("pretrain_*_metrics.jsonl"))
     path.write_text(path.read_text() + line + "\n")
     commands.run(*stages.words("pretrain"), "--resume", "--output_dir", tmp_path)
@@ -152,7 +153,7 @@ def test_killed_in_the_evaluation_that_a_stop_had_put_off(commands, stages, undi
 @pytest.mark.slow
 def test_a_line_that_a_full_disk_has_cut_is_dropped(commands, stages, undisturbed, tmp_path):
     """A cut line that happened to end with a brace (texts are recorded too) made every resume fail."""
-    assert killed_after(commands, stages.words("pretrain"), tmp_path, 10)[0] == -signal.SIGKILL
+    assert killed_in(commands, stages.words("pretrain"), tmp_path, 11)[0] == -signal.SIGKILL
     path = next(tmp_path.glob("pretrain_*_metrics.jsonl"))
     path.write_text(path.read_text() + '{"step": 3, "sample_0": "a {brace}')
     commands.run(*stages.words("pretrain"), "--resume", "--output_dir", tmp_path)
@@ -174,17 +175,12 @@ def test_the_soak(commands, stages, tmp_path, tally, stage, cycles):
     commands.run(*words, "--output_dir", tmp_path / "whole")
     folder, counts = tmp_path / "parts", {}
     for _ in range(cycles):
-        process = commands.start(*words, "--resume", "--output_dir", folder)
-        begins = last_step(folder)
-        if chance.random() < 0.3:
-            time.sleep(chance.random() * 0.3)
-        else:
-            wait_for_step(process, folder, max(0, begins - 4) + chance.randrange(per_cycle))
-            time.sleep(chance.random() * 0.02)
-        assert process.poll() is None, process.said
         number = chance.choice([signal.SIGKILL, *(number for number, _ in STOPS)])
-        process.send(number)
-        status = process.wait(10)
+        at_the_start = number, 0, chance.random() * 0.3
+        in_a_step = number, 1 + chance.randrange(per_cycle), chance.random() * 0.02
+        strike = at_the_start if chance.random() < 0.3 else in_a_step
+        process = commands.start(*words, "--resume", "--output_dir", folder, strike=strike)
+        status = process.wait()
         # before the command minds signals, they do what they do to any process
         assert status in (-number, 128 + number), (number, status, process.said)
         counts[status] = counts.get(status, 0) + 1

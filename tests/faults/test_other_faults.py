@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 import torch
-from commands import differences, files, last_step, metrics_of, state_folder, wait_for_step
+from commands import differences, files, last_step, metrics_of, state_folder
 from disk_faults import KILL, LASTING, NO_SYNC, save_states
 
 from tinylm.checkpoint.training_state import load_training_state, read_training_values, save_training_state
@@ -78,9 +78,8 @@ def test_a_disk_that_is_really_full(commands, pretrain, small_disk, tally):
     """It fills up under a run. The last state stays as it is, byte for byte; with room again the run goes on."""
     words, whole = pretrain
     folder = small_disk / "out"
-    process = commands.start(*words, "--output_dir", folder)
-    wait_for_step(process, folder, 9)
-    process.send(signal.SIGSTOP)
+    process = commands.start(*words, "--output_dir", folder, strike=(signal.SIGSTOP, 10, 0))
+    process.wait_until_stopped()
     ballast = small_disk / "ballast"
     with open(ballast, "wb", buffering=0) as file:
         try:
@@ -153,10 +152,8 @@ def test_one_damaged_byte_anywhere(tmp_path, tally, stride):
 def test_a_clock_set_back(commands, pretrain, tmp_path, tally):
     """A year back between two starts, and file times that lie: the newest state is the newest step."""
     words, whole = pretrain
-    process = commands.start(*words, "--output_dir", tmp_path, clock=YEAR)
-    wait_for_step(process, tmp_path, 20)
-    process.send(signal.SIGKILL)
-    process.wait()
+    process = commands.start(*words, "--output_dir", tmp_path, clock=YEAR, strike=(signal.SIGKILL, 21, 0))
+    assert process.wait() == -signal.SIGKILL
     newest = read_training_values(state_folder(tmp_path))["step"]
     for age, path in enumerate(sorted(tmp_path.rglob("*"), reverse=True)):
         os.utime(path, (1e9 + age, 1e9 + age))
@@ -184,9 +181,8 @@ def test_two_runs_on_one_folder(commands, pretrain, tmp_path, tally):
     """The second is refused, the first unharmed, and a killed one holds nothing. Runs of one stage share the metrics
     file, whatever their model's width; one of another width was once let in."""
     words, whole = pretrain
-    first = commands.start(*words, "--output_dir", tmp_path)
-    wait_for_step(first, tmp_path, 3)
-    first.send(signal.SIGSTOP)  # or it might be done before the second has begun
+    first = commands.start(*words, "--output_dir", tmp_path, strike=(signal.SIGSTOP, 4, 0))
+    first.wait_until_stopped()
     for more in ([], ["--resume"], ["--hidden_size", "16"]):
         second = commands.start(*words, *more, "--output_dir", tmp_path)
         assert second.wait() == 2, second.said
@@ -196,9 +192,7 @@ def test_two_runs_on_one_folder(commands, pretrain, tmp_path, tally):
     assert first.wait() == 0, first.said
     lost = differences(tmp_path, whole)
     assert not lost
-    killed = commands.start(*words, "--output_dir", tmp_path / "again")
-    wait_for_step(killed, tmp_path / "again", 5)
-    killed.send(signal.SIGKILL)
+    killed = commands.start(*words, "--output_dir", tmp_path / "again", strike=(signal.SIGKILL, 6, 0))
     assert killed.wait() == -signal.SIGKILL
     commands.run(*words, "--resume", "--output_dir", tmp_path / "again")
     lost += differences(tmp_path / "again", whole)
@@ -213,9 +207,7 @@ def test_a_loss_that_is_no_number(commands, pretrain, tmp_path, tally):
     The states saved in between pushed out the last good one: nothing was left to go on from with another learning
     rate. And a sample that was due ended the run early, as if the user had made a mistake (status 2)."""
     words, _ = pretrain
-    process = commands.start(*words, "--output_dir", tmp_path)
-    wait_for_step(process, tmp_path, 14)
-    process.send(signal.SIGTERM)
+    process = commands.start(*words, "--output_dir", tmp_path, strike=(signal.SIGTERM, 14, 0))
     assert process.wait() == 143
     good = load_training_state(state_folder(tmp_path))
     kept, step = files(good.folder), good.values["step"]
@@ -245,16 +237,11 @@ def test_a_loss_that_is_no_number(commands, pretrain, tmp_path, tally):
 def test_stopped_between_steps_without_a_number(commands, pretrain, tmp_path):
     """What it would save is broken, and would push out what is not."""
     words, _ = pretrain
-    process = commands.start(*words, "--output_dir", tmp_path)
-    wait_for_step(process, tmp_path, 14)
-    process.send(signal.SIGTERM)
-    process.wait()
+    process = commands.start(*words, "--output_dir", tmp_path, strike=(signal.SIGTERM, 14, 0))
+    assert process.wait() == 143
     good = load_training_state(state_folder(tmp_path))
-    process = commands.start(
-        *words, "--resume", "--save_interval", "0", "--learning_rate", "1e30", "--output_dir", tmp_path
-    )
-    wait_for_step(process, tmp_path, good.values["step"] + 3)
-    process.send(signal.SIGTERM)
-    if process.wait() == 143:  # 1: ten steps were faster than the signal
-        assert "in which nothing was updated; the state before it stays" in process.said
+    broken = ["--resume", "--save_interval", "0", "--learning_rate", "1e30", "--output_dir", tmp_path]
+    process = commands.start(*words, *broken, strike=(signal.SIGTERM, 4, 0))
+    assert process.wait() == 143
+    assert "in which nothing was updated; the state before it stays" in process.said
     assert load_training_state(state_folder(tmp_path)).folder == good.folder

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.processes import end_of, start
 from tinylm.system import runtime
 from tinylm.system.runtime import Runtime, seed_everything, setup_runtime
 
@@ -116,28 +114,24 @@ def test_matmul_speed_is_counted_with_two_n_cubed(monkeypatch: pytest.MonkeyPatc
     assert runtime.measured_matmul_flops(CPU) == 2 * 1024**3 / 0.25
 
 
+def sum_over_gloo(folder: Path) -> None:
+    here = runtime.setup_runtime("cpu", "float32")
+    total = here.all_reduce_sum(torch.tensor([here.rank + 1.0]))
+    answers = [here.any_rank(here.rank == 1), here.any_rank(False), here.max_over_ranks(here.rank + 0.5)]
+    here.barrier()
+    (folder / f"rank{here.rank}").write_text(f"{total.item()} {answers} {here.is_main}")
+    runtime.shutdown_runtime()
+    runtime.shutdown_runtime()
+
+
 @pytest.mark.slow
-def test_two_processes_sum_over_gloo(tmp_path: Path, repository: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(
-        textwrap.dedent("""
-        import os, torch
-        from tinylm.system.runtime import setup_runtime, shutdown_runtime
-        here = setup_runtime("cpu", "float32")
-        total = here.all_reduce_sum(torch.tensor([here.rank + 1.0]))
-        answers = [here.any_rank(here.rank == 1), here.any_rank(False), here.max_over_ranks(here.rank + 0.5)]
-        here.barrier()
-        with open(os.environ["OUT"] + str(here.rank), "w") as file:
-            print(total.item(), *answers, here.is_main, file=file)
-        shutdown_runtime()
-        shutdown_runtime()
-        """)
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    variables = {"OUT": str(tmp_path / "rank"), "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, str(script)], env={**os.environ, **variables}, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
+def test_two_processes_sum_over_gloo(tmp_path: Path) -> None:
+    """With the environment variables alone, and no torchrun; tests/trainer/test_recipes.py starts that."""
+    port = 20_000 + os.getpid() % 10_000  # below those that the system gives out
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
+    ranks = [start(sum_over_gloo, tmp_path, log=logs[rank], RANK=str(rank), **shared) for rank in (0, 1)]
+    ended = [end_of(*each) for each in zip(ranks, logs, strict=True)]
+    assert ended == [0, 0], [log.read_text() for log in logs]
     results = [(tmp_path / f"rank{rank}").read_text().strip() for rank in (0, 1)]
-    assert results == ["3.0 True False 1.5 True", "3.0 True False 1.5 False"]
+    assert results == ["3.0 [True, False, 1.5] True", "3.0 [True, False, 1.5] False"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.processes import run_ranks
 from tinylm.dataset.rows import IGNORE_INDEX, Batch, Row, build_row, collate_rows
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 
@@ -107,23 +105,5 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
 
 def run_two_ranks(worker: str, output: Path) -> list[dict]:
     """Run a worker script of this folder as two processes over gloo; returns what each saved to `output`.<rank>."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = Path(__file__).resolve().parent
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = os.pathsep.join([str(here.parent.parent), str(here)])
-    command = [sys.executable, str(here / worker), str(output)]
-    processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    run_ranks(importlib.import_module(worker.removesuffix(".py")).main, [[str(output)]] * 2, output.parent)
     return [torch.load(f"{output}.{rank}", weights_only=True) for rank in (0, 1)]
