@@ -8,7 +8,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from tinylm.model.positions import LearnedPositions, RotaryEmbedding, Sinusoidal
 __all__ = [
     "PRESETS",
     "Attention",
+    "BackboneOutput",
     "Block",
     "ForwardContext",
     "RMSNorm",
@@ -43,12 +45,32 @@ class ForwardContext:
     plan: which query may look at which key.
     cache: past keys and values, or None.
     places: where the tokens stand in their rows, for the cache: a slice, or [B, T] where rows have unequal lengths.
+    auxiliary_losses: what the blocks have added so far, by name.
     """
 
     rotation: tuple[Tensor, Tensor] | None
     plan: AttentionPlan
     cache: KVCache | None
     places: slice | Tensor
+    auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_auxiliary_loss(self, name: str, loss: Tensor) -> None:
+        """Add to the sum over blocks a scalar that training should lower too: a mean over the tokens of this pass, with
+        its weight multiplied in.
+        """
+        self.auxiliary_losses[name] = self.auxiliary_losses[name] + loss if name in self.auxiliary_losses else loss
+
+
+class BackboneOutput(NamedTuple):
+    """What a forward pass through the blocks gives.
+
+    hidden_states: [B, T, C] after the final norm.
+    auxiliary_losses: scalars by name, each the sum over the blocks (see `ForwardContext.add_auxiliary_loss`); none for
+        a plain transformer.
+    """
+
+    hidden_states: Tensor
+    auxiliary_losses: dict[str, Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -153,7 +175,7 @@ class Block(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """The backbone: token ids in, hidden states out."""
+    """The backbone: token ids in, hidden states (and auxiliary losses) out."""
 
     def __init__(self, config: TinyLMConfig):
         super().__init__()
@@ -180,7 +202,7 @@ class TinyLM(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
+    ) -> BackboneOutput:
         batch, time = input_ids.shape
         places = self._places(time, document_ids, cache)
         positions = places if position_ids is None else self._checked(position_ids)
@@ -202,7 +224,7 @@ class TinyLM(nn.Module):
             x = layer(x, context)
         if cache is not None:
             cache.advance(time)
-        return self.norm(x)
+        return BackboneOutput(self.norm(x), context.auxiliary_losses)
 
     def _places(self, time: int, document_ids: Tensor | None, cache: KVCache | None) -> slice | Tensor:
         """Where the tokens stand in their rows, after what the cache holds: a slice, or [B, T] for uneven rows."""
@@ -279,14 +301,14 @@ class TinyLMForCausalLM(nn.Module):
         """An empty cache for this model: `batch_size` rows with room for `max_length` tokens each."""
         return KVCache(self.config, batch_size, max_length, self.device, self.dtype)
 
-    def hidden_states(
+    def run_backbone(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """[B, T, C] after the final norm.
+    ) -> BackboneOutput:
+        """Hidden states [B, T, C] after the final norm, and the blocks' auxiliary losses: what objectives call.
 
         Args:
             input_ids: [B, T] integers below vocab_size.
@@ -300,6 +322,16 @@ class TinyLMForCausalLM(nn.Module):
         """
         return self.model(input_ids, position_ids, document_ids, cache)
 
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """[B, T, C] after the final norm; arguments and errors as in `run_backbone`."""
+        return self.run_backbone(input_ids, position_ids, document_ids, cache).hidden_states
+
     def forward(
         self,
         input_ids: Tensor,
@@ -307,5 +339,5 @@ class TinyLMForCausalLM(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] in the compute dtype; arguments and errors as in `hidden_states`."""
-        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))
+        """Logits [B, T, V] in the compute dtype; arguments and errors as in `run_backbone`."""
+        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache).hidden_states)
