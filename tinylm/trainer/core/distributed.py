@@ -58,7 +58,7 @@ def shard(model: TinyLMForCausalLM, sharding: str, runtime: Runtime) -> None:
     # One unit: with tied embeddings both are the same weight, which is needed at both ends of the forward pass.
     fully_shard([model.model.embed_tokens, model.lm_head], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "hidden_states")  # what objectives call instead of `forward`
+    register_fsdp_forward_method(model, "run_backbone")  # what objectives call instead of `forward`
 
 
 def is_sharded(model: nn.Module) -> bool:
