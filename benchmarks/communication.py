@@ -81,8 +81,8 @@ def worker(preset: str, tokens: int, steps: int) -> None:
         step = GradientExchange(model, next_token_loss, runtime)
 
         def one_step(step: GradientExchange = step) -> None:
-            with step.micro_batch(is_last=True):
-                step(batch)[0].backward()
+            with step.micro_batch(batch, is_last=True):
+                step.loss(batch)[0].backward()
 
         seconds, sent = median_seconds(one_step, steps, runtime)
         if runtime.is_main:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinylm.model.model_tinylm import TinyLMConfig
-from tinylm.trainer.run.trainer_utils import training_flops_per_token
+from tinylm.trainer.run.report import training_flops_per_token
 
 BUCKET_BYTES = 25 * 2**20
 """DistributedDataParallel's default."""

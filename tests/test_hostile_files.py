@@ -33,8 +33,7 @@ from tinylm.commandline.strict_yaml import MAX_YAML_BYTES
 from tinylm.dataset.sources.record_shapes import BadRow, Record, messages_of, text_of
 from tinylm.files.untrusted import MAX_JSON_BYTES, parse_json
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
-from tinylm.tokenizer.bpe import SPLIT_PATTERN
-from tinylm.tokenizer.split_patterns import KNOWN_PATTERNS
+from tinylm.tokenizer.split_patterns import KNOWN_PATTERNS, SPLIT_PATTERN
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.train_lora import LoRASettings
 
@@ -487,16 +486,43 @@ def test_many_views_of_one_storage(tmp_path: Path) -> None:
     refused(read_pth, tmp_path / "m.pth", match="views of the same numbers")
 
 
-def test_pickles_that_weights_only_would_run(folders: Path, tmp_path: Path) -> None:
-    """A gigabyte of zeros by bytearray(10**9), and a key that takes 2^60 steps to hash."""
-    source = folders / "pth" / "model.pth"
-    program = b"\x80\x02cbuiltins\nbytearray\nJ\x00\xca\x9a\x3b\x85R."
-    refused(read_pth, with_program(source, tmp_path / "a.pth", program), match="builtins.bytearray.*could run code")
-    doubling = b")" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(60))
-    program = b"\x80\x02}" + doubling + b"K\x01s."
-    refused(read_pth, with_program(source, tmp_path / "b.pth", program), match="a key of type tuple")
-    refused(read_pth, with_program(source, tmp_path / "c.pth", b"\x80\x02" + b"]" * 600_000), match="instructions")
-    refused(read_pth, with_program(source, tmp_path / "d.pth", b"\x80\x02" + b"N" * 2_000_000), match="data.pkl has 2")
+DOUBLING = b")" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(60))
+"""A tuple that holds the tuple before it twice, 60 times over: hashed, printed or compared it takes 2^60 steps."""
+STORAGE = b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n%bX\x03\0\0\0cpu%btQ."
+PROGRAMS: dict[str, tuple[bytes, str]] = {
+    "a gigabyte": (b"\x80\x02cbuiltins\nbytearray\nJ\x00\xca\x9a\x3b\x85R.", "builtins.bytearray.*could run code"),
+    "doubling key": (b"\x80\x02}" + DOUBLING + b"K\x01s.", "a key of type tuple"),
+    "deep key": (b"\x80\x02})" + b"\x85" * 190_000 + b"K\x01s.", "a key of type tuple"),
+    "doubling call": (b"\x80\x02" + DOUBLING + b")R.", "a call"),
+    "doubling name": (STORAGE % (DOUBLING, b"K\x02"), "a storage claims"),
+    "doubling size": (STORAGE % (b"X\x01\0\0\0" + b"0", DOUBLING), "a storage claims"),
+    "doubling device": (
+        STORAGE.replace(b"X\x03\0\0\0cpu", b"%b") % (b"X\x01\0\0\0" + b"9", DOUBLING, b"K\x02"),
+        "a storage claims 2 numbers",
+    ),
+    "doubling storage": (b"\x80\x02" + DOUBLING + b"Q.", "damaged"),
+    "doubling global": (b"\x80\x04" + DOUBLING + b"X\x01\0\0\0a\x93)R.", "damaged|more than tensors"),
+    "many lists": (b"\x80\x02" + b"]" * 600_000, "instructions"),
+    "large": (b"\x80\x02" + b"N" * 2_000_000, "data.pkl has 2"),
+}
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_pickles_that_weights_only_would_run(folders: Path, tmp_path: Path, case: str) -> None:
+    """torch.load runs them with weights_only=True: they take a gigabyte, 2^60 steps, or end the process."""
+    program, message = PROGRAMS[case]
+    refused(read_pth, with_program(folders / "pth" / "model.pth", tmp_path / "a.pth", program), match=message)
+
+
+def test_a_tensor_of_many_dimensions_that_is_called(tmp_path: Path) -> None:
+    """The error message of torch prints 6^14 of its numbers."""
+    torch.save({"w": torch.zeros(1).expand(*[7] * 14)}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        program = archive.read("a/data.pkl")
+    program = program[: program.rindex(b"R") + 1] + b")R."
+    refused(
+        read_pth, with_program(tmp_path / "a.pth", tmp_path / "b.pth", program), match="of unequal shape and stride"
+    )
 
 
 def test_a_storage_that_claims_more_than_it_has(folders: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ NEVER_AGAIN: dict[int, tuple[str, tuple[str, ...]]] = {
     ),
     2: (
         "DPO's learning rate was 1e-9: training changed nothing, and nobody was told",
-        ("trainer/test_training_run.py::test_the_report_says_how_far_the_weights_moved",),
+        ("trainer/test_run.py::test_the_report_says_how_far_the_weights_moved",),
     ),
     3: (
         "pip could not parse requirements.txt",
@@ -49,7 +49,7 @@ NEVER_AGAIN: dict[int, tuple[str, tuple[str, ...]]] = {
             "model/test_lora.py::test_names_come_from_the_uncompiled_module",
             "model/test_lora.py::test_loading_is_strict",
             "checkpoint/test_model_folder.py::test_compiled_models_save_plain_names",
-            "trainer/test_training_run.py::test_a_compiled_run_saves_plain_names",
+            "trainer/test_run.py::test_a_compiled_run_saves_plain_names",
         ),
     ),
     7: (
@@ -65,13 +65,13 @@ NEVER_AGAIN: dict[int, tuple[str, tuple[str, ...]]] = {
         (
             "trainer/test_loop.py::test_nothing_is_left_over_from_a_step",
             "trainer/test_loop.py::test_the_gradient_is_that_of_the_mean_over_all_targets",
-            "trainer/test_training_run.py::test_an_epoch_has_every_row_once_and_its_last_step_is_its_own",
+            "trainer/test_run.py::test_an_epoch_has_every_row_once_and_its_last_step_is_its_own",
         ),
     ),
     9: (
         "the seed was set anew at each epoch, which undid the ranks' offsets",
         (
-            "trainer/test_training_run.py::test_ranks_see_other_rows_and_other_dropout_in_every_epoch",
+            "trainer/test_run.py::test_ranks_see_other_rows_and_other_dropout_in_every_epoch",
             "dataset/test_batches.py::test_epochs_and_seeds_differ_and_are_repeatable",
         ),
     ),
@@ -110,8 +110,8 @@ NEVER_AGAIN: dict[int, tuple[str, tuple[str, ...]]] = {
     16: (
         "a checkpoint had no config, optimizer, random state or position in the data",
         (
-            "trainer/test_training_run.py::test_resume_is_exact_to_the_bit",
-            "trainer/test_training_run.py::test_a_state_holds_all_a_run_needs_in_full_precision",
+            "trainer/test_run.py::test_resume_is_exact_to_the_bit",
+            "trainer/test_run.py::test_a_state_holds_all_a_run_needs_in_full_precision",
             "trainer/test_recipes.py::test_every_stage_trains_and_its_folder_is_the_next_ones_model",
         ),
     ),
@@ -130,7 +130,7 @@ NEVER_AGAIN: dict[int, tuple[str, tuple[str, ...]]] = {
     19: (
         "a run resumed from half-precision weights",
         (
-            "trainer/test_training_run.py::test_a_state_holds_all_a_run_needs_in_full_precision",
+            "trainer/test_run.py::test_a_state_holds_all_a_run_needs_in_full_precision",
             "checkpoint/test_model_folder.py::test_half_precision_files_load_as_float32_unless_asked",
         ),
     ),
@@ -142,7 +142,7 @@ NEVER_AGAIN: dict[int, tuple[str, tuple[str, ...]]] = {
         "the step counter counted micro-batches, so the schedule ran past its end",
         (
             "trainer/test_loop.py::test_the_schedule_counts_optimizer_steps",
-            "trainer/test_training_run.py::test_the_schedule_ends_at_a_tenth_of_its_peak_with_accumulation",
+            "trainer/test_run.py::test_the_schedule_ends_at_a_tenth_of_its_peak_with_accumulation",
         ),
     ),
 }

@@ -13,10 +13,10 @@ from tests.model.small_models import random_ids, small_model
 from tinylm.checkpoint import training_state
 from tinylm.checkpoint.training_state import (
     StateWriter,
+    discard_latest_state,
     load_training_state,
     read_training_values,
     save_training_state,
-    withdraw_state,
 )
 from tinylm.files.atomic import write_manifest
 from tinylm.model.weights import weights_fingerprint
@@ -164,15 +164,15 @@ def test_two_states_stay_and_nothing_half_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
 
 
-def test_a_state_that_turns_out_useless_is_withdrawn(tmp_path):
+def test_a_state_that_turns_out_useless_is_discarded(tmp_path):
     """It gives way to the one before it, in favour of which the next save deletes it. The only one stays."""
     save_training_state(tmp_path, {"step": 1})
-    withdraw_state(tmp_path, 1)
+    discard_latest_state(tmp_path, 1)
     assert load_training_state(tmp_path).values == {"step": 1}
     save_training_state(tmp_path, {"step": 2})
-    withdraw_state(tmp_path, 3)  # there is none
+    discard_latest_state(tmp_path, 3)  # there is none
     assert load_training_state(tmp_path).values == {"step": 2}
-    withdraw_state(tmp_path, 2)
+    discard_latest_state(tmp_path, 2)
     assert load_training_state(tmp_path).values == {"step": 1}
 
 

@@ -71,7 +71,7 @@ def test_an_interrupted_stage_goes_on(run, tmp_path, monkeypatch):
     import shutil
 
     from tinylm.trainer import train_full_sft
-    from tinylm.trainer.run.training_run import TrainingRun
+    from tinylm.trainer.run.run import Run
 
     folder = tmp_path / "again"
     shutil.copytree(run, folder)
@@ -79,7 +79,7 @@ def test_an_interrupted_stage_goes_on(run, tmp_path, monkeypatch):
         shutil.rmtree(folder / stage)
     plan = make_plan(QuickstartSettings(output_dir=str(folder), scale=float(SCALE)))
     steps: list[int] = []
-    plain_log = TrainingRun._log
+    plain_log = Run._log
 
     def log_then_stop(self, report):
         steps.append(report.step)
@@ -89,7 +89,7 @@ def test_an_interrupted_stage_goes_on(run, tmp_path, monkeypatch):
 
     settings = plan.full_sft.__class__(**{**vars(plan.full_sft), "save_interval": 10})
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_log", log_then_stop)
+        patch.setattr(Run, "_log", log_then_stop)
         with pytest.raises(KeyboardInterrupt):
             train_full_sft.train(settings)
     steps.clear()
@@ -98,7 +98,7 @@ def test_an_interrupted_stage_goes_on(run, tmp_path, monkeypatch):
         steps.append(report.step)
         plain_log(self, report)
 
-    monkeypatch.setattr(TrainingRun, "_log", log)
+    monkeypatch.setattr(Run, "_log", log)
     train_full_sft.train(settings)
     assert steps[0] == 11, "goes on from the state saved at step 10"
 

@@ -18,11 +18,12 @@ TOGETHER = "together"
 
 
 def main(corpus: str, folder: str, how: str = "") -> None:
+    from tinylm.commandline.terminal import make_console
     from tinylm.dataset.shards import shard_cache
     from tinylm.system.runtime import setup_runtime
     from tinylm.tokenizer.tokenizer import Tokenizer
+    from tinylm.trainer.run.stage import Stage
     from tinylm.trainer.run.train_settings import TrainSettings
-    from tinylm.trainer.run.trainer_utils import make_console
     from tinylm.trainer.stage_data import load_texts
 
     written: list[str] = []
@@ -48,7 +49,7 @@ def main(corpus: str, folder: str, how: str = "") -> None:
     tokenizer = Tokenizer.load(f"{folder}/tokenizer")
     runtime.barrier()
     try:
-        data = load_texts(settings, 1, runtime, tokenizer, make_console(False))
+        data = load_texts(Stage("pretrain", settings, runtime, make_console(False)), tokenizer, 1)
         result = {"written": written, "fingerprints": [part.fingerprint for part in data if part is not None]}
     except ValueError as error:
         result = {"error": str(error)}

@@ -124,9 +124,9 @@ def test_documents_are_numbered_through_the_batch(dataset: PretrainDataset) -> N
 
 def test_to_moves_every_tensor() -> None:
     zeros = torch.zeros(1, 2, dtype=torch.int64)
-    moved = Batch(zeros, zeros, zeros, zeros, 1, torch.zeros(1, 2)).to("meta")
-    assert {moved.input_ids.device.type, moved.targets.device.type} == {"meta"}
-    assert moved.reference_log_probs is not None and moved.reference_log_probs.device.type == "meta"
+    moved = Batch(zeros, zeros, zeros, zeros, 1, {"reference_log_probs": torch.zeros(1, 2)}).to("meta")
+    tensors = [moved.input_ids, moved.targets, moved.position_ids, moved.document_ids, *moved.extras.values()]
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 5
 
 
 def test_a_million_rows_resume_at_once() -> None:

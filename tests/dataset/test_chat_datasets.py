@@ -109,9 +109,9 @@ def test_a_batch_without_a_target_cannot_occur(tokenizer) -> None:
 
 def test_worker_processes_give_the_same_data(tokenizer) -> None:
     chats = [chat(f"Say {n}.", f"{n}!") for n in range(4_100)]
-    alone = SFTDataset.from_conversations(chats, tokenizer, 128, num_workers=0)
+    alone = SFTDataset.from_conversations(chats, tokenizer, 128, num_processes=0)
     done: list[int] = []
-    together = SFTDataset.from_conversations(chats, tokenizer, 128, num_workers=2, progress=done.append)
+    together = SFTDataset.from_conversations(chats, tokenizer, 128, num_processes=2, progress=done.append)
     assert alone.fingerprint == together.fingerprint and done == [2000, 4000, 4100]
     other = SFTDataset.from_conversations(chats[1:], tokenizer, 128)
     assert other.fingerprint != alone.fingerprint
@@ -131,13 +131,12 @@ def test_pairs_share_a_batch_and_only_answers_are_scored(tokenizer) -> None:
     for batch in batches(dataset, 4, seed=5):
         found = scored(batch)
         assert sorted(found) == list(range(2 * batch.count))
-        assert batch.reference_log_probs is not None
         for number in range(batch.count):
             source = int(order[seen])
             prompt, chosen, rejected = pairs[source]
             assert found[2 * number] == expected_targets(tokenizer, chosen)
             assert found[2 * number + 1] == expected_targets(tokenizer, rejected)
-            assert batch.reference_log_probs[number].tolist() == reference[source].tolist()
+            assert batch.extras["reference_log_probs"][number].tolist() == reference[source].tolist()
             inside = batch.document_ids == 2 * number
             ids = encode_chat(tokenizer, prompt + chosen)[0]
             assert batch.input_ids[inside].tolist() == ids[: int(inside.sum())]

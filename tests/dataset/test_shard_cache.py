@@ -13,7 +13,7 @@ from shard_worker import TOGETHER
 
 from tests.processes import end_of, run_ranks, start
 from tinylm.dataset.pretrain_dataset import load_pretrain_data
-from tinylm.dataset.shards import shard_cache, text_chunks
+from tinylm.dataset.shards import shard_cache, tokenizing
 from tinylm.dataset.shards.shard_cache import cached_token_shards, shard_name
 from tinylm.dataset.shards.token_shards import TokenShards, tokenize_texts
 from tinylm.dataset.sources.records import BadRows, find_sources
@@ -56,12 +56,12 @@ def test_the_fingerprint_of_one_file_is_that_of_its_tokens(tokenizer, corpus: Pa
 
 @pytest.mark.slow
 def test_worker_processes_write_the_same_shards(tokenizer, corpus: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(tokenizing, "CHUNK_CHARACTERS", 100)
     done: list[tuple[int, int]] = []
     two = cached_token_shards(
-        str(corpus), tokenizer, tmp_path / "two", num_workers=2, progress=lambda *numbers: done.append(numbers)
+        str(corpus), tokenizer, tmp_path / "two", num_processes=2, progress=lambda *numbers: done.append(numbers)
     )
-    one = cached_token_shards(str(corpus), tokenizer, tmp_path / "one", num_workers=1)
+    one = cached_token_shards(str(corpus), tokenizer, tmp_path / "one", num_processes=1)
     assert two.fingerprint == one.fingerprint and documents(two) == documents(one)
     assert done[-1] == (18, len(two.tokens)) and len(done) >= 18
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinylm.dataset.shards import text_chunks, token_shards
-from tinylm.dataset.shards.text_chunks import chunks_of, encode_chunk, pieces_of, token_dtype
+from tinylm.dataset.shards import token_shards, tokenizing
 from tinylm.dataset.shards.token_shards import TokenShards, count_bad_rows, open_shard, tokenize_texts, write_shard
+from tinylm.dataset.shards.tokenizing import chunks_of, encode_chunk, sections_of, token_dtype
 from tinylm.dataset.sources.records import BadRow, BadRows
 from tinylm.tokenizer.tokenizer import Tokenizer
 
@@ -29,13 +29,13 @@ def write(texts: Iterable[str], tokenizer, folder: Path, bad_rows: BadRows | Non
     return folder
 
 
-def test_long_documents_cut_in_pieces_give_the_same_tokens(monkeypatch) -> None:
+def test_long_documents_cut_in_sections_give_the_same_tokens(monkeypatch) -> None:
     tokenizer = Tokenizer.train(["a\n\nb\n\n\nc.\n\nd!\n\n" * 9], vocab_size=290)
     assert len(tokenizer.encode("\n\n")) == 1  # a cut between the two would show
-    monkeypatch.setattr(text_chunks, "PIECE_CHARACTERS", 3)
-    monkeypatch.setattr(text_chunks, "CHUNK_CHARACTERS", 7)
+    monkeypatch.setattr(tokenizing, "SECTION_CHARACTERS", 3)
+    monkeypatch.setattr(tokenizing, "CHUNK_CHARACTERS", 7)
     text = "One.\nTwo  \n  three\n\n\nfour!\n\n \n five\r\nsix\n\tseven\n...\neight\u2028\nnine\x1c\nten" * 5
-    assert len(list(pieces_of(text))) > 10
+    assert len(list(sections_of(text))) > 10
     shards = tokenize_texts([text, "b"], tokenizer)
     assert shards.tokens.tolist() == sum(reference([text, "b"], tokenizer), [])
 

@@ -25,7 +25,7 @@ MICRO_BATCHES = 3
 class Rows:
     """Rows of 32 random tokens."""
 
-    num_targets, fingerprint = 31 * 6, "random rows"
+    num_targets, fingerprint, unit = 31 * 6, "random rows", "rows"
 
     def __len__(self) -> int:
         return 2 * MICRO_BATCHES
@@ -49,7 +49,7 @@ def main(output: str, sharding: str) -> None:
     for _ in range(2):  # DistributedDataParallel orders its buckets in the first step
         (batches,) = step_batches(Rows(), sampler)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            accumulate_gradients(exchange, batches, trained, runtime)
+            accumulate_gradients(exchange, batches, trained)
         model.zero_grad()
     events = [
         {"name": event.name, "start": event.time_range.start, "end": event.time_range.end, "thread": event.thread}

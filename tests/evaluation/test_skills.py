@@ -148,8 +148,8 @@ def test_columns_side_by_side_are_those_one_after_the_other(model, tokenizer):
         "base": ScriptedEngine(lambda reference: "", type(model)(model.config).eval(), tokenizer),
     }
     boards = [
-        scoreboard(engines, tinyworld, GREEDY, reference="SFT", num_items=2, num_workers=workers).to_json()
-        for workers in (1, 2)
+        scoreboard(engines, tinyworld, GREEDY, reference="SFT", num_items=2, at_once=at_once).to_json()
+        for at_once in (1, 2)
     ]
     assert list(boards[0]) == list(boards[1]) == ["SFT", "base"]
     assert boards[0] == boards[1]

@@ -301,10 +301,10 @@ if __name__ == "__main__":
     import torch
 
     from tinylm.commands import quickstart
-    from tinylm.trainer.run import training_run
+    from tinylm.trainer.run import run
 
     torch.set_num_threads(1)
-    training_run.measured_matmul_flops = lambda runtime: 1e11  # 0.3 s a command; only the progress line needs it
+    run.measured_matmul_flops = lambda runtime: 1e11  # 0.3 s a command; only the progress line needs it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert quickstart
     _serve(iter(sys.stdin.readline, ""))

@@ -2,43 +2,110 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tinylm.files.locks import run_lock
+from tinylm.files.locks import run_lock, try_to_lock
 
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from tinylm.files.locks import run_lock
 with run_lock(Path(sys.argv[1])):
+    if sys.argv[3:] == ["fork"] and os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
 
 
+def hold(path: Path, repository: Path, seconds: float, *words: str) -> subprocess.Popen[str]:
+    """A process that has the lock."""
+    command = [sys.executable, "-c", HOLD, str(path), str(seconds), *words]
+    process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
 @pytest.fixture
-def held(tmp_path, repository):
-    """A lock that another process holds for a second."""
-    path = tmp_path / "out" / ".lock"
-    command = [sys.executable, "-c", HOLD, str(path), "1"]
-    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        yield path
-        process.wait()
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "naïve 模型" / ".lock"
 
 
-def test_a_second_run_is_refused_at_once(held):
+@pytest.fixture
+def holder(path: Path, repository: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the lock for a second."""
+    with hold(path, repository, 1) as process:
+        yield process
+
+
+def test_a_second_run_is_refused_at_once(path: Path, holder: subprocess.Popen[str]) -> None:
+    owner = rf"belongs to a run that is still going \(process {holder.pid} on {socket.gethostname()}\); wait for it"
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"belongs to a run that is still going \(process \d+ on "), run_lock(held):
-        pass
+    for _ in range(2):  # whoever is refused leaves the owner's name in the file
+        with pytest.raises(ValueError, match=owner), run_lock(path):
+            pass
     assert time.monotonic() - start < 0.5
+    with path.open("rb") as file:
+        assert not try_to_lock(file.fileno())
 
 
-def test_a_restarted_run_waits_for_the_lock_of_the_lost_one(held):
+def test_a_restarted_run_waits_for_the_lock_of_the_lost_one(path: Path, holder: subprocess.Popen[str]) -> None:
     """A file server gives the lock of a lost machine back after a minute or so, and three restarts were used up."""
-    with run_lock(held, patience=20):
-        assert "process" in held.read_text()
+    with run_lock(path, patience=20):
+        assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    with path.open("rb") as file:  # the file is still there, and means nothing
+        assert try_to_lock(file.fileno())
+
+
+def test_patience_ends(path: Path, holder: subprocess.Popen[str]) -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="belongs to a run"), run_lock(path, patience=0.4):
+        pass
+    assert 0.4 <= time.monotonic() - start < 0.9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_killed_owner_keeps_no_lock_even_if_its_children_live_on(path: Path, repository: Path) -> None:
+    """A forked child has all files of its parent open, and with them flock's locks."""
+    with hold(path, repository, 60, "fork") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        start = time.monotonic()
+        with run_lock(path, patience=20):
+            assert time.monotonic() - start < 1, "the lock went with the child, three seconds later"
+
+
+def test_a_name_longer_than_the_next_leaves_nothing_behind(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("process 1234567890 on " + "x" * 300)
+    with run_lock(path):
+        assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_an_error_and_no_lock_of_another_kind(
+    path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library could fall back on a lock that is only a file: such a lock outlives a killed process."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError) as caught, run_lock(path):
+        pass
+    assert caught.value.errno == code
+    with path.open("rb") as file, pytest.raises(OSError):
+        try_to_lock(file.fileno())

@@ -9,6 +9,7 @@ import torch
 from random_models import make_model, make_twin
 from transformers import LlamaForCausalLM
 
+from tinylm.generation.decoding import DecodingBatch, Row
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 
@@ -89,18 +90,53 @@ def test_seed_decides_the_answer(engine: Engine) -> None:
     assert list(engine.generate([5, 6, 7], unseeded)) != list(engine.generate([5, 6, 7], unseeded))
 
 
-def test_finished_rows_leave_the_batch(engine: Engine, prompts, monkeypatch) -> None:
-    """Work shrinks with the rows that go on; never a row more than the unfinished ones, plus an eighth."""
-    widths = []
-    forward = Engine._forward
-    monkeypatch.setattr(
-        Engine, "_forward", lambda self, ids, cache: widths.append(ids.shape[0]) or forward(self, ids, cache)
-    )
+def rows_of(prompts, settings) -> list[Row]:
+    return [Row(prompt, settings, 24, (0, 2), 3, number) for number, prompt in enumerate(prompts)]
+
+
+def test_finished_rows_leave_the_batch(engine: Engine, model, prompts) -> None:
+    """Never a row is computed whose answer has ended, and every row keeps its own keys and values."""
     answers = engine.generate_batch(prompts, GREEDY)
-    assert len(widths) == max(len(answer) for answer in answers)
-    for step, width in enumerate(widths[1:], start=1):
-        unfinished = sum(len(answer) > step or len(answer) == 24 for answer in answers)
-        assert width <= unfinished * 8 / 7 + 1
+    batch, rows = DecodingBatch(model), rows_of(prompts, GREEDY)
+    batch.add(rows)
+    step = 0
+    while batch.rows:
+        assert len(batch.rows) == sum(len(answer) > step or len(answer) == step < 24 for answer in answers)
+        taken = batch.step()
+        assert {row.number for row, _ in taken} == {i for i, answer in enumerate(answers) if len(answer) > step}
+        step += 1
+    assert [row.answer for row in rows] == answers and step == 24 and all(row.is_done for row in rows)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, DRAWN, replace(DRAWN, repetition_penalty=1.2)])
+def test_rows_may_join_between_steps(engine: Engine, model, prompts, settings) -> None:
+    """A server adds prompts while others are being answered; no answer may depend on when it came."""
+    expected = engine.generate_batch(prompts, settings)
+    batch, rows = DecodingBatch(model), rows_of(prompts, settings)
+    waiting = list(rows)
+    while waiting or batch.rows:
+        joining, waiting = waiting[:2], waiting[2:]
+        if joining:
+            batch.add(joining)
+        for _ in range(3):
+            if batch.rows:
+                batch.step()
+    assert [row.answer for row in rows] == expected
+
+
+def test_every_row_has_its_own_settings(engine: Engine, prompts) -> None:
+    choices = [
+        GREEDY,
+        DRAWN,
+        replace(DRAWN, seed=9, temperature=2.0, top_p=1.0, max_new_tokens=31),
+        replace(GREEDY, repetition_penalty=1.5, max_new_tokens=7),
+        replace(DRAWN, top_k=5, min_p=0.1),
+        replace(GREEDY, num_beams=3, max_new_tokens=9),
+    ]
+    settings = [choices[i % len(choices)] for i in range(len(prompts))]
+    answers = engine.generate_batch(prompts, settings)
+    for place, own in enumerate(settings):
+        assert answers[place] == engine.generate_batch(prompts, own)[place], own
 
 
 def test_no_prompts_no_answers(engine: Engine) -> None:
@@ -133,6 +169,24 @@ def test_a_long_neighbour_does_not_shorten_an_answer(engine: Engine) -> None:
 def test_long_prompt_keeps_its_tail(engine: Engine) -> None:
     tail = torch.randint(3, 300, (104,), generator=torch.Generator().manual_seed(1)).tolist()
     assert engine.bounded([9] * 50 + tail, GREEDY) == tail
+
+
+def test_prompt_that_fits_exactly_is_kept_whole(engine: Engine, model) -> None:
+    """104 tokens and an answer of 24 fill the context of 128 to its last position."""
+    prompt = torch.randint(3, 300, (104,), generator=torch.Generator().manual_seed(2)).tolist()
+    assert engine.bounded(prompt, GREEDY) == prompt
+    answer = list(engine.generate(prompt, GREEDY, stop_ids=()))
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer]))[0]
+    assert logits.shape[0] == 128 and answer == logits[103:127].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_damaged_weights_are_an_error(dtype: torch.dtype) -> None:
+    model = make_model()
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with pytest.raises(ValueError, match="its weights are damaged"):
+        Engine(model, dtype=dtype).generate_batch([[5, 6], [7]], GREEDY)
 
 
 def test_empty_prompt_is_refused(engine: Engine) -> None:

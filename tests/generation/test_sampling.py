@@ -16,7 +16,14 @@ from transformers.generation.logits_process import (
 )
 
 from tinylm.generation import sampling
-from tinylm.generation.sampling import SamplingSettings, filter_logits, next_tokens, sample, seen_tokens
+from tinylm.generation.sampling import (
+    BatchSampling,
+    SamplingSettings,
+    filter_logits,
+    next_tokens,
+    sample,
+    seen_tokens,
+)
 
 # Probabilities 0.4, 0.3, 0.2, 0.1: every cut below can be checked by hand.
 LOGITS = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).log()
@@ -62,6 +69,12 @@ def test_top_p(p: float, expected: list[int]) -> None:
     assert kept(sampling.top_p(LOGITS, p)) == expected
 
 
+def test_top_p_stops_where_the_sum_is_reached_exactly() -> None:
+    """Four tokens of exactly a quarter each: two of them sum to 0.5, so a third would be one too many."""
+    for p, expected in ((0.25, 1), (0.5, 2), (0.75, 3)):
+        assert len(kept(sampling.top_p(torch.full((1, 4), 0.7), p))) == expected
+
+
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, [0, 1, 2, 3]), (0.3, [0, 1, 3]), (0.6, [1, 3]), (1.0, [1])])
 def test_min_p(fraction: float, expected: list[int]) -> None:
     assert kept(sampling.min_p(LOGITS, fraction)) == expected
@@ -104,7 +117,7 @@ def test_composition_equals_transformers(top_k: int) -> None:
     processors += [TopKLogitsWarper(top_k)] if top_k else []
     processors += [TopPLogitsWarper(0.8), MinPLogitsWarper(0.03)]
     expected = LogitsProcessorList(processors)(ids, logits)
-    ours = filter_logits(logits, settings, seen_tokens(ids.tolist(), 1000))
+    ours = filter_logits(logits, BatchSampling.of([settings] * 6), seen_tokens(ids.tolist(), 1000))
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
@@ -139,14 +152,39 @@ def test_uniform_numbers_depend_on_seed_and_row_only() -> None:
     assert torch.equal(a[:5], sampling.uniform_numbers(7, 3, 5))
     assert not torch.equal(a, sampling.uniform_numbers(7, 4, 8))
     assert not torch.equal(a, sampling.uniform_numbers(8, 3, 8))
+    assert not torch.equal(sampling.uniform_numbers(7, 4, 8), sampling.uniform_numbers(8, 3, 8))  # not seed + row
 
 
 def test_next_tokens_at_temperature_zero_is_the_argmax_after_the_penalty() -> None:
     settings = SamplingSettings(temperature=0.0, repetition_penalty=3.0)
     logits = torch.tensor([[1.0, 2.0, 1.5]], dtype=torch.bfloat16)
-    assert next_tokens(logits, settings).item() == 1
-    assert next_tokens(logits, settings, seen=seen_tokens([[1]], 3)).item() == 2
-    assert filter_logits(logits, settings, seen_tokens([[1]], 3)).argmax().item() == 2
+    assert next_tokens(logits, BatchSampling.of([SamplingSettings(temperature=0.0)])).item() == 1
+    sampling_of_row = BatchSampling.of([settings])
+    assert next_tokens(logits, sampling_of_row, seen=seen_tokens([[1]], 3)).item() == 2
+    assert filter_logits(logits, sampling_of_row, seen_tokens([[1]], 3)).argmax().item() == 2
+
+
+ROWS = [
+    SamplingSettings(temperature=0.0),
+    SamplingSettings(temperature=1.7, top_p=1.0),
+    SamplingSettings(temperature=0.6, top_k=7, top_p=0.8),
+    SamplingSettings(temperature=1.3, top_k=40, top_p=1.0, min_p=0.02, repetition_penalty=1.4),
+    SamplingSettings(temperature=0.0, repetition_penalty=2.5),
+    SamplingSettings(temperature=2.0, top_p=0.3, repetition_penalty=0.8),
+]
+
+
+def test_rows_with_different_settings_do_as_each_row_alone() -> None:
+    logits, uniforms = random_logits(6), torch.tensor([0.0, 0.99, 0.3, 0.7, 0.5, 0.2])
+    seen = seen_tokens([row.topk(5).indices.tolist() for row in logits], 1000)
+    together = BatchSampling.of(ROWS)
+    filtered = filter_logits(logits, together, seen)
+    chosen = next_tokens(logits, together, uniforms, seen)
+    for row, settings in enumerate(ROWS):
+        alone, here = BatchSampling.of([settings]), slice(row, row + 1)
+        assert torch.equal(filtered[here], filter_logits(logits[here], alone, seen[here])), settings
+        assert chosen[row] == next_tokens(logits[here], alone, uniforms[here], seen[here]), settings
+    assert chosen[0] == logits[0].argmax() and chosen[4] != logits[4].argmax()
 
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -173,15 +211,6 @@ def test_next_tokens_at_temperature_zero_is_the_argmax_after_the_penalty() -> No
 def test_settings_refuse_what_is_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}; accepted is"):
         SamplingSettings(**{name: value})
-
-
-@pytest.mark.parametrize(
-    ("function", "value"),
-    [(sampling.temperature, -1.0), (sampling.top_k, -1), (sampling.top_p, 1.5), (sampling.min_p, -0.1)],
-)
-def test_functions_refuse_what_is_out_of_range(function, value: float) -> None:
-    with pytest.raises(ValueError, match="accepted is"):
-        function(LOGITS, value)
 
 
 def test_beams_with_a_temperature_are_refused_rather_than_ignored() -> None:

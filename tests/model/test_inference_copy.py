@@ -8,7 +8,6 @@ import torch
 from tests.model.small_models import random_ids, small_model
 from tinylm.model import inference_copy as module
 from tinylm.model.inference_copy import inference_copy
-from tinylm.model.kv_cache import KVCache
 from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
 
 SHAPES = [{}, {"qk_norm": True, "num_key_value_heads": 1}, {"attention_bias": True, "mlp_bias": True}]
@@ -16,7 +15,7 @@ SHAPES = [{}, {"qk_norm": True, "num_key_value_heads": 1}, {"attention_bias": Tr
 
 def steps(model, ids):
     """Logits of a prefill of all but five tokens, then one token at a time."""
-    cache = KVCache(model.config, ids.shape[0], ids.shape[1], dtype=model.dtype)
+    cache = model.new_cache(*ids.shape)
     cuts = [0, *range(ids.shape[1] - 5, ids.shape[1] + 1)]
     with torch.no_grad():
         parts = [

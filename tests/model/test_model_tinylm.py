@@ -11,7 +11,6 @@ from tests.model.small_models import YARN, random_ids, reference_of, small_confi
 from tinylm.model import attention as attention_module
 from tinylm.model.attention import document_starts
 from tinylm.model.hf_config import config_from_hf, config_to_hf, require_llama_shape
-from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 
 SHAPES = {
@@ -72,29 +71,38 @@ def test_parameter_formula_counts_every_option(changes):
 def test_cached_decoding_equals_the_full_forward(kind, kv_heads):
     model = small_model(num_key_value_heads=kv_heads, position_embedding_type=kind)
     ids = random_ids(3, 160)
-    cache = KVCache(model.config, 3, 160)
+    cache = model.new_cache(3, 160)
     with torch.no_grad():
         full = model(ids)
         chunks = [(0, 1), (1, 20), (20, 21), (21, 155), *((i, i + 1) for i in range(155, 160))]
         cached = torch.cat([model(ids[:, a:b], cache=cache) for a, b in chunks], dim=1)
         torch.testing.assert_close(cached, full, rtol=1e-5, atol=1e-5)
-        cache.rewind(30)
+        cache.rewind([30] * 3)
         torch.testing.assert_close(model(ids[:, 30:40], cache=cache), full[:, 30:40], rtol=1e-5, atol=1e-5)
 
 
-def test_left_padded_batch_equals_each_prompt_alone():
-    model = small_model(qk_norm=True)
-    prompts = [random_ids(1, n) for n in (5, 150, 1)]
-    pads = torch.tensor([150 - p.shape[1] for p in prompts])
-    batch = torch.cat([torch.nn.functional.pad(p, (150 - p.shape[1], 0), value=7) for p in prompts])
-    more = random_ids(3, 2)
-    cache = KVCache(model.config, 3, 152, pad_lengths=pads)
+@pytest.mark.parametrize("kind", ["rope", "learned"])
+def test_rows_of_unequal_length_equal_each_row_alone(kind):
+    """Prompts padded on the right, then a token and two tokens more; the padding must not show anywhere."""
+    model = small_model(qk_norm=True, position_embedding_type=kind)
     with torch.no_grad():
-        out = torch.cat([model(x, cache=cache) for x in (batch, more[:, :1], more[:, 1:])], dim=1)
-        assert out.isfinite().all()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0, 0.3)
+    lengths = [5, 150, 1]
+    prompts = [random_ids(1, n) for n in lengths]
+    batch = torch.cat([torch.nn.functional.pad(p, (0, 150 - p.shape[1]), value=7) for p in prompts])
+    more = random_ids(3, 3)
+    cache = model.new_cache(3, 153)
+    with torch.no_grad():
+        first = model(batch, cache=cache)
+        cache.rewind(lengths)
+        after = torch.cat([model(x, cache=cache) for x in (more[:, :1], more[:, 1:])], dim=1)
+        assert cache.lengths == [8, 153, 4]
         for row, prompt in enumerate(prompts):
-            alone = model(torch.cat((prompt, more[row : row + 1]), dim=1))
-            torch.testing.assert_close(out[row : row + 1, pads[row] :], alone, rtol=1e-5, atol=1e-5)
+            alone = model(torch.cat((prompt, more[row : row + 1]), dim=1))[0]
+            torch.testing.assert_close(first[row, : lengths[row]], alone[: lengths[row]], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(after[row], alone[lengths[row] :], rtol=1e-5, atol=1e-5)
 
 
 def test_packed_documents_equal_the_documents_alone():
@@ -228,7 +236,7 @@ def test_input_longer_than_the_model_is_refused(kind):
         model(random_ids(1, 17))
     with pytest.raises(ValueError, match="position_ids reach 16"):
         model(random_ids(1, 2), position_ids=torch.tensor([[0, 16]]))
-    cache = KVCache(model.config, 1, 8)
+    cache = model.new_cache(1, 8)
     model(random_ids(1, 8), cache=cache)
     with pytest.raises(ValueError, match="holds 8 tokens and 1 more"):
         model(random_ids(1, 1), cache=cache)

@@ -75,15 +75,57 @@ def test_sinusoids_follow_their_equation():
 def test_cache_storage_never_moves():
     """The original's cache grew by concatenation: every token copied all tokens before it."""
     model = small_model()
-    cache = KVCache(model.config, 1, 40)
+    cache = model.new_cache(1, 40)
     before = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
     with torch.no_grad():
         for step in range(40):
             model(random_ids(1, 1), cache=cache)
-            assert cache.length == step + 1
-            view, _ = cache.update(0, torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 0, 16))
+            assert cache.lengths == [step + 1]
+            view, _ = cache.update(0, torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 0, 16), slice(0, 0))
             assert view.data_ptr() == before[0] and view.shape == (1, 2, step + 1, 16)
     assert [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)] == before
+
+
+def filled_cache(lengths: list[int], seed: int):
+    """A cache whose every number tells it from the others."""
+    cache = KVCache(small_config(), len(lengths), max(lengths) + 2)
+    torch.manual_seed(seed)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_()
+    cache.lengths = list(lengths)
+    return cache
+
+
+def held(cache: KVCache, row: int) -> torch.Tensor:
+    """All that a row holds, [2L, K, length, D]."""
+    return torch.stack([tensor[row, :, : cache.lengths[row]] for tensor in (*cache.keys, *cache.values)])
+
+
+@pytest.mark.parametrize("rows", [[2, 1], [1, 2, 0], [0, 0, 2, 2, 1, 2], [2], [0, 1, 2]])
+def test_selected_rows_are_copies_of_what_they_were(rows):
+    """Fewer rows, other order, more rows than there is room for."""
+    cache = filled_cache([4, 9, 6], seed=1)
+    before = [held(cache, row).clone() for row in range(3)]
+    cache.select_rows(rows)
+    assert cache.lengths == [[4, 9, 6][row] for row in rows]
+    for row, source in enumerate(rows):
+        assert torch.equal(held(cache, row), before[source])
+
+
+def test_appended_rows_stand_behind_those_held():
+    cache, other = filled_cache([4, 9], seed=1), filled_cache([15, 3], seed=2)
+    cache.select_rows([1])  # storage that is free is used again
+    before = [held(cache, 0).clone(), held(other, 0).clone(), held(other, 1).clone()]
+    cache.append(other)
+    assert cache.lengths == [9, 15, 3] and cache.max_length == 17
+    assert all(torch.equal(held(cache, row), before[row]) for row in range(3))
+    k = torch.randn(3, 2, 1, 16)
+    keys, values = cache.update(1, k, -k, cache.next_positions(1))
+    cache.advance(1)
+    assert keys.shape == (3, 2, 16, 16)
+    for row, place in enumerate((9, 15, 3)):
+        assert torch.equal(keys[row, :, place], k[row, :, 0]) and torch.equal(values[row, :, place], -k[row, :, 0])
+        assert torch.equal(held(cache, row)[..., :place, :][0], before[row][0])
 
 
 def test_cache_errors():
@@ -93,4 +135,4 @@ def test_cache_errors():
     with pytest.raises(ValueError, match="batch_size 0"):
         KVCache(config, 0, 8)
     with pytest.raises(ValueError, match="cannot rewind to 1 tokens; the cache holds 0"):
-        KVCache(config, 1, 8).rewind(1)
+        KVCache(config, 2, 8).rewind([0, 1])

@@ -17,12 +17,12 @@ from tokenizers import models, pre_tokenizers, trainers
 from tinylm.tokenizer import bpe as bpe_module
 from tinylm.tokenizer.bpe import (
     BYTE_ALPHABET,
-    SPLIT_PATTERN,
     BytePairEncoding,
     count_pieces,
     split_pieces,
     train_bpe,
 )
+from tinylm.tokenizer.split_patterns import SPLIT_PATTERN, cut_text
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tinylm.tokenizer.tokenizer_json import definition_from_bpe
 
@@ -129,13 +129,22 @@ def test_worked_example() -> None:
     assert bpe.decode(bpe.encode(piece)) == piece
 
 
-def test_a_text_longer_than_a_chunk_counts_the_same(monkeypatch: pytest.MonkeyPatch, torture: list[str]) -> None:
+def test_a_text_longer_than_a_section_counts_the_same(monkeypatch: pytest.MonkeyPatch, torture: list[str]) -> None:
     text = "\n".join(torture) + blanks(seed=7) + "x\n" * 50
     whole = count_pieces([text])
-    monkeypatch.setattr(bpe_module, "_CHUNK_CHARACTERS", 10)
-    assert len(list(bpe_module._chunks(text))) > 100
+    monkeypatch.setattr(bpe_module, "_SECTION_CHARACTERS", 10)
     assert count_pieces([text]) == whole
-    assert "".join(bpe_module._chunks(text)) == text
+
+
+def test_a_text_cut_in_sections_has_the_same_pieces_and_tokens(tokenizer: Tokenizer, torture: list[str]) -> None:
+    for text in ["\n".join(torture), blanks(seed=7), "\n\né\n\n\n中.\n \nx\n\t\ny!\n\u3000\n'\n\x1c\n" * 50]:
+        sections = list(cut_text(text, 10))
+        assert len(sections) >= 20 and "".join(sections) == text
+        assert all(len(section) >= 10 for section in sections[:-1])
+        assert [piece for section in sections for piece in split_pieces(section)] == split_pieces(text)
+        assert sum(tokenizer.encode_batch(sections), []) == tokenizer.encode(text)
+    assert list(cut_text("ü\n" * 5, 10)) == ["ü\n" * 5]
+    assert list(cut_text("", 10)) == [""]
 
 
 def test_training_is_fast() -> None:

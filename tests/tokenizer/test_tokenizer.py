@@ -16,8 +16,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.tokenizer.bpe import SPLIT_PATTERN, BytePairEncoding
+from tinylm.tokenizer.bpe import BytePairEncoding
 from tinylm.tokenizer.chat_template import CHAT_TEMPLATE
+from tinylm.tokenizer.split_patterns import SPLIT_PATTERN
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 from tinylm.tokenizer.tokenizer_json import definition_from_bpe, fingerprint_of
 

@@ -14,4 +14,4 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _no_speed_measurement(monkeypatch):
     """A run first measures the machine's matmul speed for 0.3 s; only the progress line needs it."""
-    monkeypatch.setattr("tinylm.trainer.run.training_run.measured_matmul_flops", lambda runtime: 1e11)
+    monkeypatch.setattr("tinylm.trainer.run.run.measured_matmul_flops", lambda runtime: 1e11)

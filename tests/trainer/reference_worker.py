@@ -7,12 +7,13 @@ import sys
 import torch
 from trainer_parts import random_documents, small_model
 
+from tinylm.commandline.terminal import make_console
 from tinylm.dataset.documents import Documents
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.dataset.sft_dataset import Outcomes
 from tinylm.system.runtime import Runtime, setup_runtime
 from tinylm.trainer import train_dpo
-from tinylm.trainer.run.trainer_utils import make_console
+from tinylm.trainer.run.stage import Stage
 
 NUM_PAIRS, BATCH_SIZE = 11, 2
 
@@ -31,7 +32,7 @@ def score(runtime: Runtime) -> tuple[torch.Tensor, list[int]]:
 
     train_dpo.sequence_log_probs = count
     try:
-        train_dpo.attach_reference(small_model(), data, settings, runtime, make_console(False))
+        train_dpo.attach_reference(small_model(), data, Stage("dpo", settings, runtime, make_console(False)))
     finally:
         train_dpo.sequence_log_probs = plain_scorer
     assert data.reference_log_probs is not None

@@ -12,12 +12,15 @@ from rich.console import Console
 from safetensors.torch import save_file
 from trainer_parts import Rows, small_model, weights_of
 
+from tinylm.dataset.batches import BatchSampler, StoredSteps
 from tinylm.model.lora import LoRAConfig, apply_lora
 from tinylm.system.runtime import Runtime
+from tinylm.trainer.core.gradients import micro_batches_at_once
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.core.optimizer import make_optimizers
+from tinylm.trainer.run.run import Run
+from tinylm.trainer.run.stage import Learner, Plan, Stage
 from tinylm.trainer.run.train_settings import TrainSettings
-from tinylm.trainer.run.training_run import TrainingRun
 
 DEFAULTS = {"batch_size": 2, "accumulation_steps": 2, "epochs": 4, "max_steps": 10, "learning_rate": 1e-2}
 INTERVALS = {"save_interval": 3, "log_interval": 1, "eval_interval": 2, "warmup_fraction": 0.2}
@@ -40,27 +43,24 @@ def make_run(
         save_file(weights_of(model), place / "model.safetensors")
         (place / "lineage.json").write_text(json.dumps(lineage))
 
-    return TrainingRun(
-        stage="pretrain",
-        settings=settings,
-        runtime=Runtime(torch.device("cpu"), dtype, *ranks),
-        model=model,
-        optimizers=make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay),
-        objective=next_token_loss,
-        train_data=data or Rows(13),
-        validation_data=Rows(3, seed=9),
-        save=save,
-        lineage={"parent": parent or {"path": "out/sft", "weights": "abc"}},
-        sample=lambda: [f"drawn: {torch.rand(1).item() < 2}"],  # it also moves the random generator
-        console=Console(file=io.StringIO(), width=400),
-    )
+    runtime = Runtime(torch.device("cpu"), dtype, *ranks)
+    optimizers = make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
+    sample = lambda: [f"drawn: {torch.rand(1).item() < 2}"]  # noqa: E731 (it also moves the random generator)
+    learner = Learner(model, None, optimizers, next_token_loss, sample, save_folder=save)
+    rows, rank, world_size = data or Rows(13), *ranks
+    at_once = 1 if settings.use_compile else micro_batches_at_once(settings.batch_size, model, runtime)
+    rows_per_step = settings.batch_size * settings.accumulation_steps * world_size
+    sampler = BatchSampler(len(rows), settings.batch_size // at_once, rows_per_step, settings.seed, rank, world_size)
+    plan = Plan(settings, runtime, StoredSteps(rows, sampler, settings.num_workers), at_once)
+    stage = Stage("pretrain", settings, runtime, Console(file=io.StringIO(), width=400))
+    return Run(stage, learner, plan, Rows(3, seed=9), {"parent": parent or {"path": "out/sft", "weights": "abc"}})
 
 
-def said(run: TrainingRun) -> str:
-    return run.console.file.getvalue()
+def said(run: Run) -> str:
+    return run.stage.console.file.getvalue()
 
 
-def interrupt_at(run: TrainingRun, step: int) -> None:
+def interrupt_at(run: Run, step: int) -> None:
     evaluate = run._evaluate
 
     def stop(now):

@@ -10,19 +10,19 @@ from tinylm.model.lora import LoRAConfig, apply_lora
 from tinylm.system.runtime import Runtime
 from tinylm.trainer.core import gradients
 from tinylm.trainer.core.distributed import GradientExchange
-from tinylm.trainer.core.gradients import accumulate_gradients, parts_of_batch
+from tinylm.trainer.core.gradients import accumulate_gradients, micro_batches_at_once
 from tinylm.trainer.core.objectives import make_dpo_objective, next_token_loss
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
 
-def gradient_of(model, objective, micro_batches, dtype=torch.float32, num_workers=1):
+def gradient_of(model, objective, micro_batches, dtype=torch.float32, at_once=1):
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = None
     runtime = Runtime(CPU.device, dtype)
     exchange = GradientExchange(model, objective, runtime)
-    totals = accumulate_gradients(exchange, micro_batches, trained, runtime, None, num_workers)
+    totals = accumulate_gradients(exchange, micro_batches, trained, None, at_once)
     return [p.grad for p in trained], {name: value.item() for name, value in totals.items()}
 
 
@@ -36,12 +36,12 @@ def parts_of(stage: str) -> tuple:
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-@pytest.mark.parametrize("num_workers", [2, 3, 8])
-def test_side_by_side_is_one_after_the_other(stage, num_workers):
+@pytest.mark.parametrize("at_once", [2, 3, 8])
+def test_side_by_side_is_one_after_the_other(stage, at_once):
     objective, parts = parts_of(stage)
     model = small_model(num_hidden_layers=2)
     expected, means = gradient_of(model, objective, parts)
-    found, found_means = gradient_of(model, objective, parts, num_workers=num_workers)
+    found, found_means = gradient_of(model, objective, parts, at_once=at_once)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
     assert found_means == pytest.approx(means, rel=1e-6) and means["count"] == sum(part.count for part in parts)
@@ -51,16 +51,16 @@ def test_side_by_side_is_one_after_the_other(stage, num_workers):
 def test_side_by_side_gives_the_same_bits_every_time(dtype):
     objective, parts = parts_of("sft")
     model = small_model(num_hidden_layers=2)
-    first, _ = gradient_of(model, objective, parts, dtype, num_workers=3)
+    first, _ = gradient_of(model, objective, parts, dtype, at_once=3)
     for _ in range(5):
-        again, _ = gradient_of(model, objective, parts, dtype, num_workers=3)
+        again, _ = gradient_of(model, objective, parts, dtype, at_once=3)
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
 def test_side_by_side_trains_only_the_adapter():
     objective, parts = parts_of("sft")
     model = apply_lora(small_model(), LoRAConfig(rank=2))
-    gradient_of(model, objective, parts, num_workers=2)
+    gradient_of(model, objective, parts, at_once=2)
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
 
@@ -68,13 +68,13 @@ def test_side_by_side_trains_only_the_adapter():
 @pytest.mark.parametrize("cores, batch_size, parts", [(1, 8, 1), (2, 8, 2), (3, 8, 2), (16, 8, 8), (4, 6, 3)])
 def test_a_batch_is_cut_into_equal_parts(cores, batch_size, parts, monkeypatch):
     monkeypatch.setattr(gradients, "num_cores", lambda device: cores)
-    assert parts_of_batch(batch_size, small_model(), CPU) == parts
+    assert micro_batches_at_once(batch_size, small_model(), CPU) == parts
 
 
 def test_dropout_keeps_a_batch_whole(monkeypatch):
     monkeypatch.setattr(gradients, "num_cores", lambda device: 2)
-    assert parts_of_batch(8, small_model(attention_dropout=0.1), CPU) == 1
-    assert parts_of_batch(8, small_model(hidden_dropout=0.1), CPU) == 1
-    assert parts_of_batch(8, apply_lora(small_model(), LoRAConfig(rank=2, dropout=0.1)), CPU) == 1
-    assert parts_of_batch(8, apply_lora(small_model(), LoRAConfig(rank=2)), CPU) == 2
-    assert parts_of_batch(8, small_model(), Runtime(CPU.device, torch.float32, 0, 2)) == 1
+    assert micro_batches_at_once(8, small_model(attention_dropout=0.1), CPU) == 1
+    assert micro_batches_at_once(8, small_model(hidden_dropout=0.1), CPU) == 1
+    assert micro_batches_at_once(8, apply_lora(small_model(), LoRAConfig(rank=2, dropout=0.1)), CPU) == 1
+    assert micro_batches_at_once(8, apply_lora(small_model(), LoRAConfig(rank=2)), CPU) == 2
+    assert micro_batches_at_once(8, small_model(), Runtime(CPU.device, torch.float32, 0, 2)) == 1

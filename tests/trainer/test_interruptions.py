@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tinylm.checkpoint.training_state import load_training_state
 from tinylm.commandline.exit_status import STOP_SIGNALS, Stopped, StopRequest
 from tinylm.files.locks import run_lock
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.run.trainer_utils import SpikeWatch
+from tinylm.trainer.run.run import SpikeWatch
 
 
 def signal_at(run, step: int, *numbers: int) -> None:
@@ -45,16 +46,16 @@ def test_a_signal_finishes_the_step_and_saves_and_nothing_is_lost(tmp_path, numb
     with pytest.raises(Stopped, match=f"after step {step}, which is saved") as stop:
         stopped.fit()
     assert stop.value.signum == number and signal.getsignal(number) is before
-    assert load_training_state(stopped.state_folder).values["step"] == step
+    assert load_training_state(stopped.checkpoints.state_folder).values["step"] == step
     resumed = make_run(tmp_path / "parts", seed=1, resume=True)
     resumed.fit()
-    assert resumed.start_step == step
-    assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+    assert resumed.progress.step == step
+    assert_same_bits(weights_of(resumed.learner.model), weights_of(whole.learner.model))
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     for name in ("pretrain_16_epoch0", "pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state/step_00000010"):
         assert read_bytes(tmp_path / "parts" / name) == read_bytes(tmp_path / "whole" / name), name
-    lineage = json.loads((resumed.last_folder / "lineage.json").read_text())
-    assert lineage["finished"] and lineage["best_validation_loss"] == whole.best_validation_loss
+    lineage = json.loads((resumed.checkpoints.last_folder / "lineage.json").read_text())
+    assert lineage["finished"] and lineage["best_validation_loss"] == whole.progress.best_validation_loss
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
@@ -81,32 +82,33 @@ def broken_at(*steps: int):
 
 def test_a_step_that_is_no_number_is_skipped_counted_and_recorded(tmp_path):
     run = make_run(tmp_path, epochs=6, data=Rows(16))
-    run.objective = broken_at(3, 4)
+    run.learner.objective = broken_at(3, 4)
     run.fit()
     assert said(run).count("; nothing was updated") == 2
     assert "skipped               2 of 10 steps" in said(run)
     lines = {record["step"]: record for record in records(tmp_path) if "loss" in record}
     assert [step for step, record in lines.items() if record["loss"] is None] == [3, 4]
-    assert json.loads((run.last_folder / "lineage.json").read_text())["skipped_steps"] == 2
-    state = load_training_state(run.state_folder).values
+    assert json.loads((run.checkpoints.last_folder / "lineage.json").read_text())["skipped_steps"] == 2
+    state = load_training_state(run.checkpoints.state_folder).values
     assert state["num_skipped"] == 2
 
 
 def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
     run = make_run(tmp_path, epochs=9, max_steps=30, data=Rows(16), save_interval=1)
-    run.objective, run.decode = broken_at(*range(5, 31)), lambda ids: f"{len(ids)} tokens"
+    run.learner.objective = broken_at(*range(5, 31))
+    run.learner.tokenizer = SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens")
     with pytest.raises(RuntimeError, match=r"step 14: the loss is nan .* in 10 steps in a row; the last batch is in "):
         run.fit()
     rows = [json.loads(line) for line in (tmp_path / "pretrain_16_bad_batch_rank0.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and [row["micro_batch"] for row in rows] == [0, 0, 1, 1]
-    expected = [row for batch in run.batches for row in batch.input_ids.tolist()]
+    expected = [row for batch in run.micro_batches for row in batch.input_ids.tolist()]
     assert [row["input_ids"] for row in rows] == expected and rows[0]["text"] == f"{len(expected[0])} tokens"
-    kept = load_training_state(run.state_folder).values
+    kept = load_training_state(run.checkpoints.state_folder).values
     assert kept["step"] == 3  # the update of step 4 may be what broke the weights
     assert all(torch.isfinite(weight).all() for weight in kept["weights"].values())
     again = make_run(tmp_path, epochs=9, max_steps=30, data=Rows(16), resume=True, learning_rate=1e-3)
     again.fit()
-    assert again.start_step == 3 and again.num_skipped == 0
+    assert again.progress.step == 3 and again.progress.num_skipped == 0
 
 
 def test_a_folder_belongs_to_one_run(tmp_path):
@@ -114,7 +116,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     with run_lock(tmp_path / ".pretrain.lock"):
         with pytest.raises(ValueError, match=rf"belongs to a run that is still going \(process {os.getpid()} on "):
             run.fit()
-        assert not run.state_folder.exists()
+        assert not run.checkpoints.state_folder.exists()
         make_run(tmp_path / "other", max_steps=1).fit()
     run.fit()  # the file is still there, and means nothing
 
@@ -151,7 +153,7 @@ def test_a_state_that_cannot_be_saved_is_said_and_the_next_one_is_tried(tmp_path
     run = make_run(tmp_path)
     run.fit()
     assert said(run).count("warning: the last training state could not be saved ([Errno 28] No space left") == 3
-    assert load_training_state(run.state_folder).values["step"] == 10
+    assert load_training_state(run.checkpoints.state_folder).values["step"] == 10
     first_good[0] = "step_00000099"
     stopped = make_run(tmp_path / "other", max_steps=3)
     with pytest.raises(RuntimeError, match=r"the training state could not be saved: \[Errno 28\] No space left"):
@@ -170,5 +172,5 @@ def test_a_model_that_computes_stays_as_it_was(tmp_path):
     """The hook that holds updates back for a copy goes with the run."""
     run = make_run(tmp_path, max_steps=1)
     run.fit()
-    assert all(not optimizer._optimizer_step_pre_hooks for optimizer in run.optimizers)
+    assert all(not optimizer._optimizer_step_pre_hooks for optimizer in run.learner.optimizers)
     assert small_model().training is False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from trainer_parts import batch_of, num_targets, pairs_batch, random_documents, reference_log_prob, small_model
 
+from tinylm.model.model_tinylm import Block
 from tinylm.trainer.core.objectives import dpo_loss, make_dpo_objective, next_token_loss, sequence_log_probs
 
 
@@ -108,3 +110,53 @@ def test_a_batch_without_targets_adds_exactly_nothing(name):
 def test_beta_must_be_positive(beta):
     with pytest.raises(ValueError, match=r"beta is .*; expected a positive number.*--beta 0.1"):
         make_dpo_objective(beta)
+
+
+class LoadBalancedBlock(Block):
+    """A block with an auxiliary loss: a twentieth of the mean square of what comes in."""
+
+    def forward(self, x, context):
+        context.add_auxiliary_loss("activity_loss", x.square().mean() / 20)
+        return super().forward(x, context)
+
+
+def model_with_auxiliary_loss():
+    """Two such blocks, and what their losses should add up to: computed from the blocks' inputs."""
+    model = small_model(num_hidden_layers=2)
+    seen = []
+    for layer in model.model.layers:
+        layer.__class__ = LoadBalancedBlock
+        layer.register_forward_pre_hook(
+            lambda module, arguments: seen.append(arguments[0].detach().square().mean() / 20)
+        )
+    return model, seen
+
+
+@pytest.mark.parametrize("name", ["next_token", "dpo"])
+def test_auxiliary_losses_are_trained_and_reported(name):
+    """In training they are added, weighted as the targets are; on held-out data they are reported only."""
+    documents = random_documents(6)
+    batch = batch_of(documents) if name == "next_token" else pairs_batch(documents, torch.zeros(3, 2))
+    objective = next_token_loss if name == "next_token" else make_dpo_objective(0.2)
+    plain, _ = objective(small_model(num_hidden_layers=2), batch)
+    model, seen = model_with_auxiliary_loss()
+    loss, metrics = objective(model, batch)
+    expected = batch.count * sum(seen)
+    assert torch.equal(loss, plain) and expected > 0.01
+    torch.testing.assert_close(metrics["activity_loss"], expected)
+    loss, metrics = objective(model.train(), batch)
+    torch.testing.assert_close(loss.detach(), plain.detach() + expected)
+    assert not metrics["activity_loss"].requires_grad
+    with_auxiliary = torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
+    without = torch.autograd.grad(objective(model.eval(), batch)[0], model.model.embed_tokens.weight)[0]
+    assert (with_auxiliary - without).abs().max() > 1e-4
+
+
+def test_auxiliary_losses_of_passes_side_by_side_do_not_mix():
+    """Micro-batches run in threads on one model."""
+    model, _ = model_with_auxiliary_loss()
+    batches = [batch_of(random_documents(6, seed)) for seed in range(8)]
+    alone = [next_token_loss(model, batch)[1]["activity_loss"] for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda batch: next_token_loss(model, batch)[1]["activity_loss"], batches))
+    assert together == alone and len(set(map(float, alone))) == 8

@@ -10,7 +10,6 @@ from torch import nn
 from trainer_parts import batch_of, random_documents, small_model
 
 from tinylm.model.lora import LoRAConfig, apply_lora
-from tinylm.system.runtime import Runtime
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.core.optimizer import (
     AdamW,
@@ -201,7 +200,7 @@ def test_every_setting_of_an_optimizer_reaches_it():
     """All stages make theirs by this one call, so a flag that is parsed and dropped would be dropped everywhere."""
     for name in ("adamw", "muon"):
         settings = TrainSettings(optimizer=name, learning_rate=0.03, weight_decay=0.4, beta1=0.7, beta2=0.8)
-        optimizers = settings.make_optimizers(small_model(), Runtime(torch.device("cpu"), torch.float32))
+        optimizers = settings.make_optimizers(small_model())
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         assert [group["lr"] for group in groups] == [0.03, 0.03]
         assert [group["weight_decay"] for group in groups] == [0.4, 0.0]

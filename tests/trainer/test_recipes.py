@@ -84,7 +84,7 @@ def stages(tmp_path_factory, data) -> Stages:
     stages = Stages(tmp_path_factory.mktemp("stages"))
     root = stages.root
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinylm.trainer.run.training_run.measured_matmul_flops", lambda runtime: 1e11)
+        patch.setattr("tinylm.trainer.run.run.measured_matmul_flops", lambda runtime: 1e11)
         stages.run("tokenizer", "--data_path", data / "texts.jsonl", "--vocab_size", "400")
         texts = ["--data_path", data / "texts.jsonl", "--tokenizer_path", root / "tokenizer"]
         stages.run("pretrain", *texts, *SHARED, *SHAPE)

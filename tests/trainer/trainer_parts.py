@@ -40,6 +40,8 @@ def random_documents(num: int, seed: int = 0, longest: int = 11) -> list[tuple[n
 class Rows:
     """A data set of two short documents a row, with very unequal numbers of targets from row to row."""
 
+    unit = "rows"
+
     def __init__(self, num_rows: int, seed: int = 0, width: int = 24) -> None:
         documents = random_documents(2 * num_rows, seed)
         self.rows = [build_row(documents[2 * i : 2 * i + 2]) for i in range(num_rows)]
@@ -65,7 +67,8 @@ def batch_of(documents: Sequence[tuple[np.ndarray, np.ndarray]], width: int = 24
 
 def pairs_batch(documents: Sequence[tuple[np.ndarray, np.ndarray]], reference: torch.Tensor | None = None) -> Batch:
     """Documents 2i and 2i + 1 as preference pair i."""
-    return replace(batch_of(documents), count=len(documents) // 2, reference_log_probs=reference)
+    extras = {} if reference is None else {"reference_log_probs": reference}
+    return replace(batch_of(documents), count=len(documents) // 2, extras=extras)
 
 
 @torch.no_grad()

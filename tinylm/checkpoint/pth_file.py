@@ -2,13 +2,19 @@
 
 A `.pth` is a zip archive: `<name>/data.pkl` describes the objects and `<name>/data/0`, `1`, ... hold the numbers of
 one storage each, uncompressed. The description is a program for Python's pickle machine: push a string, make a tuple
-of the last three things, call a function with it. Calling is what makes a pickle dangerous. `torch.load` with
-weights_only=True lets few functions be called, but a program of a kilobyte can still ask for a tensor of 10^12
-elements over one number, for `bytearray(10**12)`, or for a key that takes 2^40 steps to hash.
+of the last three things, call a function with it. Calling is what makes a pickle dangerous.
 
-State dicts need a dozen of the machine's instructions and three functions. Those are carried out here, symbolically:
-what comes out are names and `StoredTensor`s, which say where a tensor's numbers lie. They are held against the
-archive's own list of contents before any memory is taken.
+`torch.load` with weights_only=True calls few functions, but a program of a kilobyte can still (torch 2.13):
+
+- take a terabyte, by `bytearray(10**12)`;
+- run for ever: by a key that is a tuple of the tuple before it, twice, 60 times over (2^60 steps to hash it), or by
+  calling a tensor of 14 dimensions (the error message prints 6^14 of its numbers);
+- end the process, by a key that is a tuple 200,000 deep (the stack overflows).
+
+To refuse these programs takes a machine that knows what is on the stack, so this machine reads the file by itself.
+State dicts need two dozen instructions and three functions. They are carried out symbolically: the results are names
+and `StoredTensor`s, which say where the numbers of a tensor lie. Those are checked against the archive's list of
+contents before any memory is taken.
 """
 
 from __future__ import annotations
@@ -246,12 +252,14 @@ class _Machine:
     def storage(self, described: Any) -> _Storage:
         """A storage from its persistent id: ("storage", type, key, device, number of elements)."""
         kind, storage_type, key, _, size = described
+        if not isinstance(key, str) or type(size) is not int:
+            raise ValueError(f"a storage claims numbers of type {type(size).__name__}, under a {type(key).__name__}")
         dtype = _STORAGES.get(storage_type.name) if storage_type.module == "torch" else None
         if kind != "storage" or dtype is None:
             raise _Refused(f"a storage of type {storage_type.name}")
         entry = f"{self.folder}data/{key}"
-        if type(size) is not int or self.sizes[entry] != size * dtype.itemsize:
-            raise ValueError(f"a storage claims {shown(size)} numbers, and has {self.sizes[entry]} bytes")
+        if self.sizes[entry] != size * dtype.itemsize:
+            raise ValueError(f"a storage claims {size} numbers, and has {self.sizes[entry]} bytes")
         return _Storage(entry, dtype, size)
 
     def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:

@@ -203,7 +203,7 @@ def _prune(folder: Path, newest: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def withdraw_state(folder: Path, step: int) -> None:
+def discard_latest_state(folder: Path, step: int) -> None:
     """Point `latest` to the state before that of `step`, which has turned out to be of no use, if there is one."""
     name = f"step_{step:08d}"
     older = sorted(path.name for path in folder.glob("step_*") if path.name < name)

@@ -6,14 +6,11 @@ its help text. `parse_settings` is the only parser in the project.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import inspect
 import os
 import re
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterable
@@ -22,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
+from docstring_parser import parse_from_object
 
 from tinylm.commandline.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from tinylm.files.untrusted import shown
@@ -269,20 +267,9 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _field_helps(cls: type) -> dict[str, str]:
-    """Field -> the string literal below it, in `cls` and the classes it inherits from."""
-    helps: dict[str, str] = {}
-    for owner in reversed(cls.__mro__[:-1]):
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-        except (OSError, TypeError):
-            continue  # a class made at run time has no source, and so no help
-        assert isinstance(body, ast.ClassDef)
-        for above, below in zip(body.body, body.body[1:], strict=False):
-            if not isinstance(above, ast.AnnAssign) or not isinstance(above.target, ast.Name):
-                continue
-            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                helps[above.target.id] = " ".join(str(below.value.value).split())
-    return helps
+    """Field -> the string literal below it, in `cls` and the classes it inherits from; none without source code."""
+    found = [parse_from_object(owner).params for owner in reversed(cls.__mro__[:-1])]
+    return {param.arg_name: " ".join((param.description or "").split()) for params in found for param in params}
 
 
 def _shown(field: dataclasses.Field[Any]) -> str:

@@ -14,8 +14,8 @@ from tinylm import __version__
 from tinylm.checkpoint.model_folder import adapter_base, load_model, resolve_model_path, save_model
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import make_console
 from tinylm.model.lora import has_lora, merge_lora
-from tinylm.trainer.run.trainer_utils import make_console
 
 
 @dataclass(frozen=True, kw_only=True)

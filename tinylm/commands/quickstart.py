@@ -25,6 +25,7 @@ from tinylm.checkpoint.model_folder import load_model
 from tinylm.checkpoint.weights_file import read_json
 from tinylm.commandline.exit_status import GO_ON_AGAIN, run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import format_seconds, make_console, progress
 from tinylm.dataset import tinyworld
 from tinylm.evaluation.results import write_json
 from tinylm.evaluation.skills import MEAN, PERSONA, PERSONA_RIGHT, PREFERENCE, STORY_MEAN, WARM, Scoreboard, scoreboard
@@ -34,7 +35,6 @@ from tinylm.model.weights import weights_fingerprint
 from tinylm.system.cpu_parallel import num_cores
 from tinylm.trainer import train_dpo, train_full_sft, train_lora, train_pretrain, train_tokenizer
 from tinylm.trainer.run.train_settings import TrainSettings
-from tinylm.trainer.run.trainer_utils import format_seconds, make_console
 
 SAMPLE_CHATS = (
     "Hello, I am Ruby. Who are you?",
@@ -207,29 +207,18 @@ def measure(folders: dict[str, Path], num_items: int, console: Console) -> tuple
     models = {name: load_model(folders[stage]) for name, stage in columns.items()}
     engines = {name: Engine(model, tokenizer) for name, (model, tokenizer, _) in models.items()}
     greedy = SamplingSettings(temperature=0.0, max_new_tokens=80)
-    with console.status("scoreboard") if console.is_terminal else _Quiet() as live:
+    with progress(console, "scoreboard") as show:
         board = scoreboard(
             engines,
             tinyworld,
             greedy,
             reference="SFT",
             num_items=num_items,
-            num_workers=min(len(engines), num_cores(engines["SFT"].compute_model.device)),
-            progress=lambda name, done, total: live.update(f"scoreboard: {name}, skill {done} of {total}"),
+            at_once=min(len(engines), num_cores(engines["SFT"].compute_model.device)),
+            progress=lambda name, done, total: show(f"{name}, skill {done} of {total}"),
         )
     untouched = weights_fingerprint(models["SFT"][0]) == weights_fingerprint(unload_lora(models["LoRA"][0]))
     return board, untouched
-
-
-class _Quiet:
-    """Stands in for a live status where there is no terminal."""
-
-    def __enter__(self) -> _Quiet:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def update(self, text: str) -> None: ...
 
 
 def bars(board: Scoreboard, untouched: bool) -> list[tuple[str, str, str, bool]]:

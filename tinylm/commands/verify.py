@@ -22,12 +22,12 @@ from tinylm.checkpoint.training_state import load_training_state, state_folders
 from tinylm.checkpoint.weights_file import read_json
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import make_console
 from tinylm.files.atomic import check_manifest
 from tinylm.model.lora import unload_lora
 from tinylm.model.weights import weights_fingerprint
 from tinylm.system.code_version import code_version
 from tinylm.tokenizer.tokenizer import Tokenizer
-from tinylm.trainer.run.trainer_utils import make_console
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,12 +23,16 @@ import numpy as np
 from tinylm.dataset.rows import FILLER_DOCUMENT, IGNORE_INDEX, Batch, Row
 
 __all__ = [
-    "FILLER_DOCUMENT", "IGNORE_INDEX", "Batch", "BatchSampler", "Dataset", "Row", "load_batch", "step_batches"
+    "FILLER_DOCUMENT", "IGNORE_INDEX", "Batch", "BatchSampler", "Dataset", "Row", "StepSource", "StoredSteps",
+    "load_batch", "step_batches",
 ]  # fmt: skip
 
 
 class Dataset(Protocol):
     """What PretrainDataset, SFTDataset and DPODataset have in common."""
+
+    @property
+    def unit(self) -> str: ...
 
     @property
     def num_targets(self) -> int: ...
@@ -45,7 +49,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Deals the rows of a data set to steps, micro-batches and ranks.
+    """Which rows of a data set belong to which step, micro-batch and rank.
 
     Raises:
         ValueError: if a number is out of range, or there are more processes than rows.
@@ -139,3 +143,81 @@ def step_batches(
             yield pending.popleft().result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+class StepSource(Protocol):
+    """Where the steps of a run come from: a stored data set, or whatever makes batches while the run goes."""
+
+    @property
+    def description(self) -> str:
+        """What there is to learn from, in a few words."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What a step has `rows_per_step` of: "rows" or "pairs"."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data does; a run resumes only on the data that it began with."""
+        ...
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, all micro-batches and ranks together."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def with_rows_per_step(self, rows_per_step: int) -> StepSource:
+        """The same data in steps of another size."""
+        ...
+
+    def batches(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each optimizer step of one epoch, from `start_step` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredSteps:
+    """The steps of a run on a stored data set, in the order of a `BatchSampler`."""
+
+    dataset: Dataset
+    sampler: BatchSampler
+    num_workers: int = 0
+    """threads that prepare steps ahead"""
+
+    @property
+    def description(self) -> str:
+        """Rows and targets, as numbers."""
+        return f"{len(self.dataset):,} {self.unit}, {self.dataset.num_targets:,} target tokens"
+
+    @property
+    def unit(self) -> str:
+        """The data set's: "rows" or "pairs"."""
+        return self.dataset.unit
+
+    @property
+    def fingerprint(self) -> str:
+        """The data set's."""
+        return self.dataset.fingerprint
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, all micro-batches and ranks together."""
+        return self.sampler.rows_per_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return self.sampler.steps_per_epoch
+
+    def with_rows_per_step(self, rows_per_step: int) -> StoredSteps:
+        """The same data in steps of another size."""
+        return replace(self, sampler=replace(self.sampler, rows_per_step=rows_per_step))
+
+    def batches(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each optimizer step of one epoch, from `start_step` on."""
+        return step_batches(self.dataset, self.sampler, epoch, start_step, self.num_workers)

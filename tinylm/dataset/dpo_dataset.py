@@ -17,7 +17,7 @@ import torch
 from tinylm.dataset.documents import Documents, Pair, encode_pairs
 from tinylm.dataset.packing import pack_rows
 from tinylm.dataset.rows import Batch, build_row, collate_rows
-from tinylm.dataset.sft_dataset import Outcomes, encode_all, fingerprint_of
+from tinylm.dataset.sft_dataset import Outcomes, documents_fingerprint, encode_all
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class DPODataset:
         pad_id: token id of filler positions.
     """
 
+    unit = "pairs"
+
     def __init__(self, documents: Documents, max_seq_len: int, outcomes: Outcomes, pad_id: int = 0) -> None:
         assert len(documents) % 2 == 0
         self.documents = documents
@@ -55,20 +57,20 @@ class DPODataset:
         preferences: Iterable[Pair],
         tokenizer: Any,
         max_seq_len: int,
-        num_workers: int | None = None,
+        num_processes: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> DPODataset:
         """Tokenise pairs and fit them into `max_seq_len`, both with the same prompt.
 
         Args:
             preferences: (prompt, chosen, rejected), each a list of {"role", "content"} messages.
-            num_workers: processes that tokenise; None chooses by the amount of data.
+            num_processes: that tokenise; None chooses by the amount of data.
             progress: called with the number of pairs done so far.
 
         Raises:
             ValueError: if no pair is left.
         """
-        documents, outcomes = encode_all(encode_pairs, preferences, tokenizer, max_seq_len, num_workers, progress)
+        documents, outcomes = encode_all(encode_pairs, preferences, tokenizer, max_seq_len, num_processes, progress)
         return cls(documents, max_seq_len, outcomes, tokenizer.pad_id)
 
     def __len__(self) -> int:
@@ -82,7 +84,7 @@ class DPODataset:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when any token, target or boundary does; not with the reference's log-probabilities."""
-        return fingerprint_of("dpo", self.documents, self.max_seq_len)
+        return documents_fingerprint("dpo", self.documents, self.max_seq_len)
 
     def attach_reference_log_probs(self, log_probs: np.ndarray) -> None:
         """Keep the frozen reference's log-probabilities, computed once, with their pairs.
@@ -117,8 +119,5 @@ class DPODataset:
         packed = [build_row(documents[number] for number in row) for row in numbers]
         batch = collate_rows(packed, width, self.pad_id, numbers)
         reference = [pair.reference_log_probs for pair in rows if pair.reference_log_probs is not None]
-        return replace(
-            batch,
-            count=len(rows),
-            reference_log_probs=torch.from_numpy(np.stack(reference)) if reference else None,
-        )
+        extras = {"reference_log_probs": torch.from_numpy(np.stack(reference))} if reference else {}
+        return replace(batch, count=len(rows), extras=extras)

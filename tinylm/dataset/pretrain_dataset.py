@@ -31,6 +31,8 @@ class PretrainDataset:
         ValueError: if there is not a single target.
     """
 
+    unit = "rows"
+
     def __init__(self, shards: TokenShards, tokenizer: Any, max_seq_len: int, spans: Spans | None = None) -> None:
         self.shards = shards
         self.tokenizer = tokenizer
@@ -117,7 +119,7 @@ def load_pretrain_data(
     validation_fraction: float = 0.01,
     seed: int = 0,
     bad_rows: BadRows | None = None,
-    num_workers: int | None = None,
+    num_processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> tuple[PretrainDataset, PretrainDataset | None]:
@@ -135,9 +137,9 @@ def load_pretrain_data(
     """
     if validation_path is not None:
         find_sources(validation_path)  # a mistyped one is told before the training data is tokenised
-    shards = cached_token_shards(data_path, tokenizer, cache_dir, bad_rows, num_workers, progress, notice)
+    shards = cached_token_shards(data_path, tokenizer, cache_dir, bad_rows, num_processes, progress, notice)
     whole = PretrainDataset(shards, tokenizer, max_seq_len)
     if validation_path is None:
         return whole.split(validation_fraction, seed)
-    held = cached_token_shards(validation_path, tokenizer, cache_dir, bad_rows, num_workers, progress, notice)
+    held = cached_token_shards(validation_path, tokenizer, cache_dir, bad_rows, num_processes, progress, notice)
     return whole, PretrainDataset(held, tokenizer, max_seq_len)

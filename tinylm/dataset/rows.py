@@ -7,8 +7,8 @@ Shapes: B rows of a batch, T positions of a row, P preference pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -44,13 +44,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model and the objective see. All tensors are [B, T] int64.
+    """What the model and the objective see. All tensors but the extras are [B, T] int64.
 
     `targets` is -100 where nothing is scored. `document_ids` are unique within the batch and -1 on filler;
     attention never crosses them. `count` is what the loss is divided by, summed over micro-batches and ranks:
     the number of targets, or of preference pairs. In a batch of pairs, document 2i is pair i's chosen answer
-    and 2i + 1 its rejected one, and `reference_log_probs` [P, 2] float32 holds the frozen reference's
-    log-probabilities of both, once they are known.
+    and 2i + 1 its rejected one.
+
+    `extras` are tensors that one objective needs, by name; their first axis runs over what `count` counts. DPO's
+    "reference_log_probs" [P, 2] float32 are the frozen reference's log-probabilities of both answers of each pair.
     """
 
     input_ids: torch.Tensor
@@ -58,36 +60,23 @@ class Batch:
     position_ids: torch.Tensor
     document_ids: torch.Tensor
     count: int
-    reference_log_probs: torch.Tensor | None = None
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; the copy is asynchronous when the memory is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, which a GPU copies from while it computes."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        """The same batch on another device."""
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            targets=self.targets.to(device),
+            position_ids=self.position_ids.to(device),
+            document_ids=self.document_ids.to(device),
+            count=self.count,
+            extras={name: tensor.to(device) for name, tensor in self.extras.items()},
+        )
 
     def without_targets(self) -> Batch:
         """The same batch with nothing to learn: it adds exactly zero to the loss and to the count."""
-        reference = self.reference_log_probs
-        return replace(
-            self,
-            targets=torch.full_like(self.targets, IGNORE_INDEX),
-            count=0,
-            reference_log_probs=None if reference is None else reference[:0],
-        )
-
-    def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
-        reference = self.reference_log_probs
-        return Batch(
-            input_ids=function(self.input_ids),
-            targets=function(self.targets),
-            position_ids=function(self.position_ids),
-            document_ids=function(self.document_ids),
-            count=self.count,
-            reference_log_probs=None if reference is None else function(reference),
-        )
+        nothing = torch.full_like(self.targets, IGNORE_INDEX)
+        return replace(self, targets=nothing, count=0, extras={name: x[:0] for name, x in self.extras.items()})
 
 
 def build_row(documents: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> Row:

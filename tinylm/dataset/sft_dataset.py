@@ -16,7 +16,7 @@ import numpy as np
 from tinylm.dataset.documents import CUT, DROPPED, Documents, Message, encode_chats
 from tinylm.dataset.packing import WholePacking, check_row_length, pack_rows
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
-from tinylm.dataset.shards.processes import available_cores, chunked, map_in_order
+from tinylm.dataset.shards.tokenizing import available_cores, chunked, process_map
 
 CHUNK_SIZE = 2_000
 """Chats sent to a worker at a time: about a second of work."""
@@ -41,14 +41,14 @@ def encode_all(
     items: Iterable[Any],
     tokenizer: Any,
     max_seq_len: int,
-    num_workers: int | None,
+    num_processes: int | None,
     progress: Callable[[int], None] | None,
 ) -> tuple[Documents, Outcomes]:
     """Tokenise chats or pairs with `encode_chats` or `encode_pairs`, in worker processes where there are
     many.
 
     Args:
-        num_workers: processes; None is one a core from PARALLEL_FROM items on, else none.
+        num_processes: None is one a core from PARALLEL_FROM items on, else none.
         progress: called with the number of items done so far.
 
     Raises:
@@ -56,14 +56,15 @@ def encode_all(
     """
     check_row_length(max_seq_len)
     items = items if isinstance(items, Sequence) else list(items)
-    if num_workers is None:
-        num_workers = available_cores() if len(items) >= PARALLEL_FROM else 0
+    if num_processes is None:
+        num_processes = available_cores() if len(items) >= PARALLEL_FROM else 0
     parts, outcomes = [], []
-    for part, part_outcomes in map_in_order(encode, (tokenizer, max_seq_len), chunked(items, CHUNK_SIZE), num_workers):
-        parts.append(part)
-        outcomes += part_outcomes
-        if progress is not None:
-            progress(len(outcomes))
+    with process_map(encode, (tokenizer, max_seq_len), num_processes) as map_chunks:
+        for part, part_outcomes in map_chunks(chunked(items, CHUNK_SIZE)):
+            parts.append(part)
+            outcomes += part_outcomes
+            if progress is not None:
+                progress(len(outcomes))
     documents = Documents.concatenate(parts)
     if len(documents) == 0:
         raise ValueError(
@@ -73,7 +74,7 @@ def encode_all(
     return documents, Outcomes(len(outcomes), outcomes.count(CUT), outcomes.count(DROPPED))
 
 
-def fingerprint_of(kind: str, documents: Documents, max_seq_len: int) -> str:
+def documents_fingerprint(kind: str, documents: Documents, max_seq_len: int) -> str:
     """First 16 hexadecimal digits of a SHA-256 over all tokens, targets and boundaries."""
     digest = hashlib.sha256(f"{kind} {max_seq_len}".encode())
     for array in (documents.ids, documents.is_target, documents.offsets):
@@ -91,6 +92,8 @@ class SFTDataset:
         pad_id: token id of filler positions.
     """
 
+    unit = "rows"
+
     def __init__(self, documents: Documents, max_seq_len: int, outcomes: Outcomes, pad_id: int = 0) -> None:
         self.documents = documents
         self.max_seq_len = max_seq_len
@@ -107,20 +110,20 @@ class SFTDataset:
         conversations: Iterable[list[Message]],
         tokenizer: Any,
         max_seq_len: int,
-        num_workers: int | None = None,
+        num_processes: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> SFTDataset:
         """Tokenise, cut to `max_seq_len` at a turn's end, and pack.
 
         Args:
             conversations: lists of {"role", "content"} messages.
-            num_workers: processes that tokenise; None chooses by the amount of data.
+            num_processes: that tokenise; None chooses by the amount of data.
             progress: called with the number of conversations done so far.
 
         Raises:
             ValueError: if no conversation has an answer that fits.
         """
-        documents, outcomes = encode_all(encode_chats, conversations, tokenizer, max_seq_len, num_workers, progress)
+        documents, outcomes = encode_all(encode_chats, conversations, tokenizer, max_seq_len, num_processes, progress)
         return cls(documents, max_seq_len, outcomes, tokenizer.pad_id)
 
     def __len__(self) -> int:
@@ -134,7 +137,7 @@ class SFTDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when any token, target or row boundary does."""
-        return fingerprint_of("sft", self.documents, self.max_seq_len)
+        return documents_fingerprint("sft", self.documents, self.max_seq_len)
 
     def row(self, index: int) -> Row:
         """Row `index`: its chats side by side."""

@@ -232,7 +232,7 @@ def scoreboard(
     num_items: int = 100,
     split: str = "test",
     seed: int = 0,
-    num_workers: int = 1,
+    at_once: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Scoreboard:
     """Score several models, a column each (such as base, SFT, LoRA, DPO).
@@ -241,7 +241,7 @@ def scoreboard(
         models: column name -> engine, in the order of the columns.
         reference: the column that preference training started from (such as `SFT`); every other column then
             gets the row on preferences, relative to it.
-        num_workers: columns in work at a time, each on CPU cores of its own; more than 1 asks for greedy replies.
+        at_once: columns in work at a time, each on CPU cores of its own; more than 1 asks for greedy replies.
         progress: called with (column name, skills done, skills).
     """
     if reference is not None and reference not in models:
@@ -260,7 +260,7 @@ def scoreboard(
             progress=None if progress is None else _for_column(progress, name),
         )
 
-    return Scoreboard(dict(zip(models, map_on_cores(column, models, num_workers), strict=True)))
+    return Scoreboard(dict(zip(models, map_on_cores(column, models, at_once), strict=True)))
 
 
 def _for_column(progress: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:

@@ -1,64 +1,74 @@
-"""One run folder belongs to one run at a time."""
+"""Locks on files: one run folder belongs to one run at a time.
+
+The `filelock` library holds them as locks of the operating system (flock, LockFileEx). The system frees such a lock
+when its process ends, however it ends, and a lock file that stays behind means nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout, lock_descriptor
+
+POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
 def run_lock(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path` inside the block.
 
-    It is the system that holds the lock, for the process and not for the file: when the process ends, however it ends,
-    the lock is gone, and the file that stays behind means nothing. Between machines it works on file systems that pass
-    locks on (NFS 4 and most of those made for clusters).
+    Between machines the lock works on file systems that pass locks on (NFS 4 and most of those made for clusters).
 
     Args:
-        patience: seconds to wait for it. A lock of a machine that was lost goes only when the file server has noticed.
+        patience: seconds to wait for it. A file server frees the lock of a lost machine only when it notices the loss.
 
     Raises:
         ValueError: another process has it; the message names that process.
+        OSError: the file cannot be made, or its file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + patience
-        while not (is_ours := try_to_lock(file.fileno())) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        if not is_ours:
-            file.seek(0)
-            owner = file.read(200).strip() or "another process"
-            raise ValueError(
-                f"{path.parent} belongs to a run that is still going ({owner}); wait for it or stop it, or choose "
-                "another --output_dir"
-            )
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    lock = FileLock(
+        path,
+        timeout=patience,
+        poll_interval=POLL_SECONDS,
+        on_acquired=_write_owner,
+        fallback_to_soft=False,  # a lock that is only a file would outlive a killed process
+        preserve_lock_file=True,  # deleting it would let two processes lock two files of one name
+    )
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{path.parent} belongs to a run that is still going ({_owner(path)}); wait for it or stop it, or choose "
+            "another --output_dir"
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def try_to_lock(descriptor: int) -> bool:
-    """Lock an open file for this process, unless another has it; an OSError where the file system knows no locks."""
-    if sys.platform == "win32":
-        import msvcrt
+    """Lock an open file until it is closed; False if another process has it.
 
-        os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # a byte far behind the text, which others may still read
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
+    Raises:
+        OSError: the file system has no locks.
+    """
+    return lock_descriptor(descriptor, blocking=False)
 
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+
+def _write_owner(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def _owner(path: Path) -> str:
+    """What the owner of a lock wrote into its file; Windows does not let others read it."""
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+        if owner := file.read(200).strip():
+            return owner
+    return "another process"

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinylm.generation.cache_rows import select_rows
 from tinylm.generation.sampling import repetition_penalty, seen_tokens
-from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 
 
@@ -55,7 +53,7 @@ def beam_search(
         length_penalty: above 0 favours longer answers, below 0 shorter ones.
         penalty: repetition penalty on the log-probabilities, as transformers applies it; 1 is off.
     """
-    cache = KVCache(model.config, 1, len(prompt_ids) + max_new_tokens, model.device, model.dtype)
+    cache = model.new_cache(1, len(prompt_ids) + max_new_tokens)
     beams = _Beams([[]], torch.zeros(1, device=model.device))
     finished: list[Hypothesis] = []
     inputs = torch.tensor([prompt_ids], device=model.device)
@@ -70,8 +68,7 @@ def beam_search(
         finished = sorted(finished, key=lambda hypothesis: -hypothesis.score)[:num_beams]
         if length == max_new_tokens or _cannot_improve(finished, beams, length, length_penalty, num_beams):
             break
-        if parents != list(range(len(beams.scores))):
-            cache = select_rows(cache, torch.tensor(parents, device=model.device))
+        cache.select_rows(parents)
         inputs = torch.tensor([[ids[-1]] for ids in beams.ids], device=model.device)
     return finished
 

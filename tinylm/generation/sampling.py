@@ -1,7 +1,8 @@
 """From logits to the next token: penalties, filters and the draw, each a pure function.
 
 Shapes: B batch, V vocabulary. Every filter takes logits [B, V] and returns logits [B, V] with the tokens it rules
-out at minus infinity; softmax then gives them probability zero and renormalises the rest.
+out at minus infinity; softmax then gives them probability zero and renormalises the rest. A filter's parameter is one
+number for all rows or [B], one for each; its range is checked where it comes from, in `SamplingSettings`.
 
 `filter_logits` composes them in the order transformers uses (repetition penalty, temperature, top-k, top-p, min-p),
 so the same numbers mean the same distribution in both libraries.
@@ -10,6 +11,7 @@ so the same numbers mean the same distribution in both libraries.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +72,58 @@ def accept(name: str, value: Any, is_valid: bool, accepted: str) -> None:
         raise ValueError(f"{name} is {value}; accepted is {accepted}")
 
 
-def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+PerRow = float | Tensor
+"""One number for all rows of a batch, or [B] with one for each."""
+
+
+def _column(value: PerRow, logits: Tensor) -> Tensor:
+    """`value` beside logits [B, V]: [B, 1], or [1, 1] for one number."""
+    return torch.as_tensor(value, dtype=logits.dtype, device=logits.device).reshape(-1, 1)
+
+
+@dataclass(frozen=True)
+class BatchSampling:
+    """The settings of a batch's rows, [B] each. Make it with `of`.
+
+    What no row asks for is left out: `is_greedy`, `has_top_k` and so on say so without a look at the tensors, which
+    would wait for the device.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor
+    is_greedy: bool
+    """Every row has temperature 0."""
+    has_penalty: bool
+    """Some row has a repetition penalty."""
+    has_top_k: bool
+    has_top_p: bool
+    has_min_p: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingSettings], device: torch.device | str = "cpu") -> BatchSampling:
+        """The settings of each row, in the order of the rows."""
+
+        def column(name: str) -> Tensor:
+            return torch.tensor([getattr(settings, name) for settings in rows], device=device)
+
+        return cls(
+            temperature=column("temperature"),
+            top_k=column("top_k"),
+            top_p=column("top_p"),
+            min_p=column("min_p"),
+            repetition_penalty=column("repetition_penalty"),
+            is_greedy=all(settings.temperature == 0 for settings in rows),
+            has_penalty=any(settings.repetition_penalty != 1 for settings in rows),
+            has_top_k=any(settings.top_k for settings in rows),
+            has_top_p=any(settings.top_p != 1 for settings in rows),
+            has_min_p=any(settings.min_p for settings in rows),
+        )
+
+
+def repetition_penalty(logits: Tensor, seen: Tensor, penalty: PerRow) -> Tensor:
     """Make tokens that already occurred less likely.
 
     z_i <- z_i / penalty where z_i > 0, else z_i * penalty, for every token i that occurred
@@ -82,81 +135,77 @@ def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
         seen: bool [B, V], true where the token occurred in the prompt or the answer so far (see `seen_tokens`).
         penalty: more than 0; 1 changes nothing, below 1 rewards repetition.
     """
-    accept("repetition_penalty", penalty, 0 < penalty < math.inf, "more than 0 (1 = off)")
-    if penalty == 1.0:
-        return logits
+    penalty = _column(penalty, logits)
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def temperature(logits: Tensor, value: float) -> Tensor:
+def temperature(logits: Tensor, value: PerRow) -> Tensor:
     """Flatten or sharpen the distribution: z_i <- z_i / value (Ackley, Hinton & Sejnowski 1985, section 2).
 
     A value of 0 is the limit: only the likeliest token remains (the first of them, if several tie).
     """
-    accept("temperature", value, 0 <= value < math.inf, "0 (greedy) or more")
-    if value == 0:
-        best = logits.argmax(dim=-1, keepdim=True)
-        return torch.full_like(logits, -math.inf).scatter(-1, best, logits.gather(-1, best))
-    return logits if value == 1.0 else logits / value
+    value = _column(value, logits)
+    is_greedy = value == 0
+    scaled = logits / value.masked_fill(is_greedy, 1.0)
+    best = logits.argmax(dim=-1, keepdim=True)
+    is_best = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, best, True)
+    return scaled.masked_fill(is_greedy & ~is_best, -math.inf)
 
 
-def top_k(logits: Tensor, k: int) -> Tensor:
+def top_k(logits: Tensor, k: PerRow) -> Tensor:
     """Keep the k largest logits: z_i stays where z_i >= (k-th largest z), Fan et al. 2018, section 5.1.
 
     Tokens that tie with the k-th all stay. 0, or at least V, keeps everything.
     """
-    accept("top_k", k, k >= 0, "0 (off) or more")
-    if k == 0 or k >= logits.shape[-1]:
-        return logits
-    smallest_kept = logits.topk(k, dim=-1).values[..., -1:]
-    return logits.masked_fill(logits < smallest_kept, -math.inf)
+    vocab_size = logits.shape[-1]
+    k = torch.as_tensor(k, device=logits.device).reshape(-1, 1).clamp(max=vocab_size)
+    largest = logits.topk(max(1, int(k.max())), dim=-1).values  # [B, largest k]
+    smallest_kept = largest.gather(-1, (k - 1).clamp(min=0).expand(logits.shape[0], 1))
+    return logits.masked_fill((logits < smallest_kept) & (k > 0), -math.inf)
 
 
-def top_p(logits: Tensor, p: float) -> Tensor:
+def top_p(logits: Tensor, p: PerRow) -> Tensor:
     """Nucleus: keep the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020, section 3.1).
 
     With probabilities sorted downwards, token i stays where sum_{j<i} P_j < p. The likeliest token always stays, so
     p = 0 is greedy; p = 1 keeps everything.
     """
-    accept("top_p", p, 0 <= p <= 1, "0 to 1 (1 = off)")
-    if p == 1.0:
-        return logits
+    p = _column(p, logits)
+    is_off = p == 1.0
     probabilities = torch.softmax(logits, dim=-1)
     largest, tokens = probabilities.topk(min(NUCLEUS_FIRST_LOOK, logits.shape[-1]), dim=-1)
-    if bool((largest.sum(dim=-1) < p).any()):
+    if bool(((largest.sum(dim=-1, keepdim=True) < p) & ~is_off).any()):
         largest, tokens = probabilities.sort(dim=-1, descending=True)
     mass_above = largest.cumsum(dim=-1) - largest
     is_kept = mass_above < p
     is_kept[..., 0] = True
     kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, tokens, is_kept)
-    return logits.masked_fill(~kept, -math.inf)
+    return logits.masked_fill(~(kept | is_off), -math.inf)
 
 
-def min_p(logits: Tensor, fraction: float) -> Tensor:
+def min_p(logits: Tensor, fraction: PerRow) -> Tensor:
     """Keep tokens at least `fraction` as likely as the likeliest: P_i >= fraction * max_j P_j (Nguyen et al. 2024).
 
     In logits: z_i >= max_j z_j + ln(fraction), so no softmax is needed. 0 keeps everything, 1 only the likeliest.
     """
-    accept("min_p", fraction, 0 <= fraction <= 1, "0 to 1 (0 = off)")
-    if fraction == 0.0:
-        return logits
-    threshold = logits.amax(dim=-1, keepdim=True) + math.log(fraction)
+    threshold = logits.amax(dim=-1, keepdim=True) + _column(fraction, logits).log()
     return logits.masked_fill(logits < threshold, -math.inf)
 
 
-def filter_logits(logits: Tensor, settings: SamplingSettings, seen: Tensor | None = None) -> Tensor:
-    """Apply every filter of `settings` to logits [B, V], in transformers' order.
+def filter_logits(logits: Tensor, sampling: BatchSampling, seen: Tensor | None = None) -> Tensor:
+    """Apply every row's filters to logits [B, V], in transformers' order.
 
-    `seen` (bool [B, V]) is needed only when `settings.repetition_penalty` is not 1.
+    `seen` (bool [B, V]) is needed only where some row has a repetition penalty.
     """
-    if seen is not None:
-        logits = repetition_penalty(logits, seen, settings.repetition_penalty)
-    if settings.temperature == 0:
-        return temperature(logits, 0.0)
-    logits = temperature(logits, settings.temperature)
-    logits = top_k(logits, settings.top_k)
-    logits = top_p(logits, settings.top_p)
-    return min_p(logits, settings.min_p)
+    if sampling.has_penalty:
+        assert seen is not None, "a repetition penalty needs the tokens seen so far"
+        logits = repetition_penalty(logits, seen, sampling.repetition_penalty)
+    logits = temperature(logits, sampling.temperature)
+    if sampling.has_top_k:
+        logits = top_k(logits, sampling.top_k)
+    if sampling.has_top_p:
+        logits = top_p(logits, sampling.top_p)
+    return min_p(logits, sampling.min_p) if sampling.has_min_p else logits
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -180,19 +229,20 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def next_tokens(
-    logits: Tensor, settings: SamplingSettings, uniforms: Tensor | None = None, seen: Tensor | None = None
+    logits: Tensor, sampling: BatchSampling, uniforms: Tensor | None = None, seen: Tensor | None = None
 ) -> Tensor:
-    """The tokens [B] that `settings` choose from logits [B, V]: filters, then the draw; greedy takes a short cut.
+    """The tokens [B] that each row's settings choose from logits [B, V]: filters, then the draw.
 
-    `uniforms` [B] is not read when the temperature is 0.
+    A batch of greedy rows takes a short cut and does not read `uniforms` [B].
     """
     logits = logits.float()
-    if settings.temperature == 0:
-        if seen is not None:
-            logits = repetition_penalty(logits, seen, settings.repetition_penalty)
-        return logits.argmax(dim=-1)
-    assert uniforms is not None, "drawing needs one uniform number per row"
-    return sample(filter_logits(logits, settings, seen), uniforms)
+    if not sampling.is_greedy:
+        assert uniforms is not None, "drawing needs one uniform number per row"
+        return sample(filter_logits(logits, sampling, seen), uniforms)
+    if sampling.has_penalty:
+        assert seen is not None, "a repetition penalty needs the tokens seen so far"
+        logits = repetition_penalty(logits, seen, sampling.repetition_penalty)
+    return logits.argmax(dim=-1)
 
 
 def seen_tokens(rows: list[list[int]], vocab_size: int, device: torch.device | str = "cpu") -> Tensor:

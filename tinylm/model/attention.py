@@ -44,35 +44,35 @@ def plan_attention(
     device: torch.device,
     dtype: torch.dtype,
     document_ids: Tensor | None = None,
-    pad_lengths: Tensor | None = None,
+    query_positions: Tensor | None = None,
 ) -> AttentionPlan:
     """Decide once per forward pass, for all layers.
 
     Args:
-        num_queries, num_keys: T and S; the queries are the last T of the S positions.
+        num_queries, num_keys: T and S; without `query_positions` the queries are the last T of the S positions.
         dtype: the dtype of the scores (the compute dtype, bf16 under autocast).
         document_ids: [B, T] or None; attention only between equal ids (needs T == S).
-        pad_lengths: [B] or None; the first pad_lengths[b] keys of row b are hidden.
+        query_positions: [B, T] places of the queries among the keys, for rows of unequal length, or None. A query
+            sees the keys up to its own place.
     """
     if document_ids is not None and _can_use_varlen(device, dtype):
         starts, longest = document_starts(document_ids)
         return AttentionPlan(cu_seqlens=starts, max_seqlen=longest)
-    if document_ids is None and pad_lengths is None:
+    if document_ids is None and query_positions is None:
         if num_queries == 1:
             return AttentionPlan()
         if device.type == "cuda" and num_queries == num_keys:
             return AttentionPlan(causal=True)
     keys = torch.arange(num_keys, device=device)
-    queries = keys[num_keys - num_queries :]
-    visible = keys <= queries[:, None]  # [T, S]
+    if query_positions is None:
+        visible = keys <= keys[num_keys - num_queries :, None]  # [T, S]
+    else:
+        visible = keys <= query_positions[:, None, :, None]  # [B, 1, T, S]
     if document_ids is not None:
         visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])  # [B, 1, T, S]
-    if pad_lengths is not None:
-        visible = visible & (keys >= pad_lengths.to(device)[:, None, None, None])
-    # Not -inf: a padding query sees no key at all, and softmax of nothing but -inf is NaN.
     mask = torch.zeros(visible.shape, device=device, dtype=dtype)
     mask.masked_fill_(~visible, torch.finfo(dtype).min)
-    plain = document_ids is None and pad_lengths is None and num_queries == num_keys
+    plain = document_ids is None and query_positions is None and num_queries == num_keys
     return AttentionPlan(mask=mask, causal=plain)
 
 

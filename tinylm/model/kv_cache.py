@@ -1,9 +1,12 @@
 """The memory of generation: keys and values of all past tokens, in storage reserved once.
 
-Shapes: B batch, K key/value heads, D head dim, t new tokens, S tokens held.
+Shapes: B rows, L layers, K key/value heads, D head dim, t new tokens, S tokens of the longest row, the new ones among
+them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,16 +17,18 @@ from tinylm.model.config import TinyLMConfig
 class KVCache:
     """Keys and values of every layer, [L][B, K, max_length, D], written in place.
 
-    A cache that grows by concatenation copies everything it holds at every token; this one only fills a
-    little more of its storage, which never moves.
+    A cache that grows by concatenation copies everything it holds at every token; this one only fills a little more of
+    its storage. Each row has its own length, so rows may start and end at any time. Rows of equal length are written
+    and read as slices.
 
     Args:
         config: the model's shape.
-        batch_size: number of sequences B.
-        max_length: number of tokens to reserve room for.
+        batch_size: number of rows B.
+        max_length: number of tokens to reserve room for in each row.
         device, dtype: where and how to keep them (the model's).
-        pad_lengths: [B] number of left-padding tokens per row, or None. Those tokens are never attended to,
-            and positions are counted from the first real one.
+
+    Attributes:
+        lengths: [B] tokens held by each row.
 
     Raises:
         ValueError: more room asked than the model has positions, or more tokens fed than there is room for.
@@ -36,7 +41,6 @@ class KVCache:
         max_length: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        pad_lengths: Tensor | None = None,
     ):
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"batch_size {batch_size} and max_length {max_length} must be at least 1")
@@ -49,35 +53,84 @@ class KVCache:
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.max_length = max_length
-        self.length = 0
-        self.pad_lengths = pad_lengths
+        self.lengths = [0] * batch_size
 
-    def update(self, layer_idx: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v, [B, K, t, D], behind what is held; return views of all, [B, K, length+t, D].
+    @property
+    def max_length(self) -> int:
+        """Tokens that each row has room for."""
+        return self.keys[0].shape[2]
 
-        `length` itself moves only at `advance`, when every layer has written.
+    def next_positions(self, num_tokens: int) -> slice | Tensor:
+        """Where the next `num_tokens` tokens of each row belong: a slice if the rows are equally long, else [B, t].
+
+        Raises:
+            ValueError: they do not fit.
         """
-        end = self.length + k.shape[2]
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def require_room(self, num_tokens: int) -> None:
-        """Raise ValueError unless `num_tokens` more fit."""
-        if self.length + num_tokens > self.max_length:
+        longest = max(self.lengths)
+        if longest + num_tokens > self.max_length:
             raise ValueError(
-                f"the cache holds {self.length} tokens and {num_tokens} more were given; it has room for "
+                f"the cache holds {longest} tokens and {num_tokens} more were given; it has room for "
                 f"{self.max_length}: reserve a larger max_length or generate less"
             )
+        if min(self.lengths) == longest:
+            return slice(longest, longest + num_tokens)
+        device = self.keys[0].device
+        return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(num_tokens, device=device)
+
+    def update(self, layer_idx: int, k: Tensor, v: Tensor, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v, [B, K, t, D], at `positions` (from `next_positions`); return views of all, [B, K, S, D].
+
+        `lengths` itself changes only at `advance`, when every layer has written.
+        """
+        num_rows, end = len(self.lengths), max(self.lengths) + k.shape[2]
+        held = self.keys[layer_idx][:num_rows, :, :end], self.values[layer_idx][:num_rows, :, :end]
+        for storage, new in zip(held, (k, v), strict=True):
+            if isinstance(positions, slice):
+                storage[:, :, positions] = new
+            else:
+                rows = torch.arange(num_rows, device=storage.device)[:, None]
+                storage.transpose(1, 2)[rows, positions] = new.transpose(1, 2)
+        return held
 
     def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` as held; the model calls it once at the end of a forward pass."""
-        self.length += num_tokens
+        """Count `num_tokens` more in every row; the model calls it once at the end of a forward pass."""
+        self.lengths = [length + num_tokens for length in self.lengths]
 
-    def rewind(self, length: int) -> None:
-        """Forget everything after the first `length` tokens (a shared prompt, a rejected draft)."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind to {length} tokens; the cache holds {self.length}")
-        self.length = length
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget everything after the first lengths[b] tokens of row b: padding on the right, a rejected draft."""
+        for new, held in zip(lengths, self.lengths, strict=True):
+            if not 0 <= new <= held:
+                raise ValueError(f"cannot rewind to {new} tokens; the cache holds {held}")
+        self.lengths = list(lengths)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Let row i become what row rows[i] was. Rows may repeat, so the cache can grow as well as shrink.
+
+        Only what moves is copied.
+        """
+        if len(rows) > self.keys[0].shape[0]:
+            self._reserve(len(rows), self.max_length)
+        moved = [(target, source) for target, source in enumerate(rows) if target != source]
+        if moved:
+            device, longest = self.keys[0].device, max(self.lengths[source] for _, source in moved)
+            targets, sources = (torch.tensor(places, device=device) for places in zip(*moved, strict=True))
+            for storage in (*self.keys, *self.values):
+                storage[:, :, :longest].index_copy_(0, targets, storage[:, :, :longest].index_select(0, sources))
+        self.lengths = [self.lengths[source] for source in rows]
+
+    def append(self, other: KVCache) -> None:
+        """Add the rows of `other`, a cache of the same model, behind those held."""
+        start, longest = len(self.lengths), max(other.lengths)
+        end, max_length = start + len(other.lengths), max(self.max_length, other.max_length)
+        if end > self.keys[0].shape[0] or max_length > self.max_length:
+            self._reserve(max(end, self.keys[0].shape[0]), max_length)
+        for ours, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            ours[start:end, :, :longest] = theirs[: end - start, :, :longest]
+        self.lengths += other.lengths
+
+    def _reserve(self, num_rows: int, max_length: int) -> None:
+        """Move to larger storage."""
+        for held in (self.keys, self.values):
+            for layer_idx, old in enumerate(held):
+                held[layer_idx] = old.new_zeros(num_rows, old.shape[1], max_length, old.shape[3])
+                held[layer_idx][: old.shape[0], :, : old.shape[2]] = old

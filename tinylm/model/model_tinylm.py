@@ -8,6 +8,9 @@ V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +23,9 @@ from tinylm.model.positions import LearnedPositions, RotaryEmbedding, Sinusoidal
 __all__ = [
     "PRESETS",
     "Attention",
+    "BackboneOutput",
     "Block",
+    "ForwardContext",
     "RMSNorm",
     "SwiGLU",
     "TinyLM",
@@ -30,6 +35,42 @@ __all__ = [
 
 QUERY_KEY_LIKENESS = 0.7
 """Correlation of a query head's first weights with its key head's; chosen by single runs (docs/trials.md)."""
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What the blocks share in one forward pass. Each pass has its own, so passes may run side by side on one model.
+
+    rotation: cos and signed sin of the tokens' positions (see `RotaryEmbedding`); None without rotary positions.
+    plan: which query may look at which key.
+    cache: past keys and values, or None.
+    places: where the tokens stand in their rows, for the cache: a slice, or [B, T] where rows have unequal lengths.
+    auxiliary_losses: what the blocks have added so far, by name.
+    """
+
+    rotation: tuple[Tensor, Tensor] | None
+    plan: AttentionPlan
+    cache: KVCache | None
+    places: slice | Tensor
+    auxiliary_losses: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_auxiliary_loss(self, name: str, loss: Tensor) -> None:
+        """Add to the sum over blocks a scalar that training should lower too: a mean over the tokens of this pass, with
+        its weight multiplied in.
+        """
+        self.auxiliary_losses[name] = self.auxiliary_losses[name] + loss if name in self.auxiliary_losses else loss
+
+
+class BackboneOutput(NamedTuple):
+    """What a forward pass through the blocks gives.
+
+    hidden_states: [B, T, C] after the final norm.
+    auxiliary_losses: scalars by name, each the sum over the blocks (see `ForwardContext.add_auxiliary_loss`); none for
+        a plain transformer.
+    """
+
+    hidden_states: Tensor
+    auxiliary_losses: dict[str, Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -82,14 +123,12 @@ class Attention(nn.Module):
         queries = self.q_proj.weight.view(keys.shape[0], -1, *keys.shape[2:])  # [K, G, D, C]
         queries.mul_((1 - QUERY_KEY_LIKENESS**2) ** 0.5).add_(QUERY_KEY_LIKENESS * keys)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, plan: AttentionPlan, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         batch, time, _ = x.shape
-        q, k, v = (heads.transpose(1, 2) for heads in self.project(x, rotation))  # [B, heads, T, D]
-        if cache is not None:
-            k, v = cache.update(self.layer_idx, k, v)  # [B, K, S, D]
-        out = attention(q, k, v, plan, self.dropout if self.training else 0.0)  # [B, H, T, D]
+        q, k, v = (heads.transpose(1, 2) for heads in self.project(x, context.rotation))  # [B, heads, T, D]
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer_idx, k, v, context.places)  # [B, K, S, D]
+        out = attention(q, k, v, context.plan, self.dropout if self.training else 0.0)  # [B, H, T, D]
         return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,10 +166,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = config.hidden_dropout
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, plan: AttentionPlan, cache: KVCache | None
-    ) -> Tensor:
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), rotation, plan, cache))
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), context))
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -138,7 +175,7 @@ class Block(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """The backbone: token ids in, hidden states out."""
+    """The backbone: token ids in, hidden states (and auxiliary losses) out."""
 
     def __init__(self, config: TinyLMConfig):
         super().__init__()
@@ -165,11 +202,10 @@ class TinyLM(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
+    ) -> BackboneOutput:
         batch, time = input_ids.shape
-        past = cache.length if cache is not None else 0
-        self._check_lengths(time, past, document_ids, cache)
-        positions = self._positions(position_ids, time, past, cache)
+        places = self._places(time, document_ids, cache)
+        positions = places if position_ids is None else self._checked(position_ids)
         x = self.embed_tokens(input_ids)  # [B, T, C]
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
@@ -180,42 +216,40 @@ class TinyLM(nn.Module):
         if self.training and self.config.hidden_dropout:
             x = F.dropout(x, self.config.hidden_dropout)
         rotation = self.rotary_emb(positions, x.dtype) if self.rotary_emb is not None else None
-        pads = cache.pad_lengths if cache is not None else None
-        plan = plan_attention(batch, time, past + time, device, x.dtype, document_ids, pads)
+        num_keys = time if cache is None else max(cache.lengths) + time
+        uneven = None if isinstance(places, slice) else places
+        plan = plan_attention(batch, time, num_keys, device, x.dtype, document_ids, uneven)
+        context = ForwardContext(rotation, plan, cache, places)
         for layer in self.layers:
-            x = layer(x, rotation, plan, cache)
+            x = layer(x, context)
         if cache is not None:
             cache.advance(time)
-        return self.norm(x)
+        return BackboneOutput(self.norm(x), context.auxiliary_losses)
 
-    def _check_lengths(self, time: int, past: int, document_ids: Tensor | None, cache: KVCache | None) -> None:
-        limit = self.config.max_position_embeddings
+    def _places(self, time: int, document_ids: Tensor | None, cache: KVCache | None) -> slice | Tensor:
+        """Where the tokens stand in their rows, after what the cache holds: a slice, or [B, T] for uneven rows."""
+        past, limit = max(cache.lengths) if cache is not None else 0, self.config.max_position_embeddings
         if past + time > limit:
             raise ValueError(
                 f"{past + time} tokens were given; the model has max_position_embeddings {limit}: "
                 "shorten the input, or configure a longer context"
             )
-        if cache is not None:
-            if document_ids is not None:
-                raise ValueError("document_ids cannot be used with a cache; generate each document on its own")
-            cache.require_room(time)
+        if cache is None:
+            return slice(0, time)
+        if document_ids is not None:
+            raise ValueError("document_ids cannot be used with a cache; generate each document on its own")
+        return cache.next_positions(time)
 
-    def _positions(self, position_ids: Tensor | None, time: int, past: int, cache: KVCache | None) -> Tensor | slice:
-        """The rows of the position table: a slice when they simply count up, else [B, T] indices."""
-        if position_ids is not None:
-            limit = self.config.max_position_embeddings
-            # Only where the answer costs nothing: on an accelerator this would wait for the device.
-            checkable = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-            if checkable and (highest := int(position_ids.max())) >= limit:
-                raise ValueError(
-                    f"position_ids reach {highest}; they must stay below max_position_embeddings {limit}: "
-                    "shorten the input, or configure a longer context"
-                )
-            return position_ids
-        if cache is None or cache.pad_lengths is None:
-            return slice(past, past + time)
-        pads = cache.pad_lengths
-        return (torch.arange(past, past + time, device=pads.device) - pads[:, None]).clamp_(min=0)
+    def _checked(self, position_ids: Tensor) -> Tensor:
+        limit = self.config.max_position_embeddings
+        # Only where the answer costs nothing: on an accelerator this would wait for the device.
+        checkable = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checkable and (highest := int(position_ids.max())) >= limit:
+            raise ValueError(
+                f"position_ids reach {highest}; they must stay below max_position_embeddings {limit}: "
+                "shorten the input, or configure a longer context"
+            )
+        return position_ids
 
 
 class TinyLMForCausalLM(nn.Module):
@@ -263,18 +297,22 @@ class TinyLMForCausalLM(nn.Module):
         """Number of distinct weights (a tied matrix counts once)."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def hidden_states(
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for this model: `batch_size` rows with room for `max_length` tokens each."""
+        return KVCache(self.config, batch_size, max_length, self.device, self.dtype)
+
+    def run_backbone(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """[B, T, C] after the final norm.
+    ) -> BackboneOutput:
+        """Hidden states [B, T, C] after the final norm, and the blocks' auxiliary losses: what objectives call.
 
         Args:
             input_ids: [B, T] integers below vocab_size.
-            position_ids: [B, T], or None to count up (from the cache's length, after left padding).
+            position_ids: [B, T], or None to count up from 0, or from each row's length in the cache.
             document_ids: [B, T] integers, or None for plain causal attention. Tokens attend only within equal
                 ids; a document's tokens must be contiguous in their row.
             cache: past keys and values; the new ones are added to it. Excludes document_ids.
@@ -284,6 +322,16 @@ class TinyLMForCausalLM(nn.Module):
         """
         return self.model(input_ids, position_ids, document_ids, cache)
 
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """[B, T, C] after the final norm; arguments and errors as in `run_backbone`."""
+        return self.run_backbone(input_ids, position_ids, document_ids, cache).hidden_states
+
     def forward(
         self,
         input_ids: Tensor,
@@ -291,5 +339,5 @@ class TinyLMForCausalLM(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] in the compute dtype; arguments and errors as in `hidden_states`."""
-        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))
+        """Logits [B, T, V] in the compute dtype; arguments and errors as in `run_backbone`."""
+        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache).hidden_states)

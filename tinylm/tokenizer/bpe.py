@@ -24,20 +24,14 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import regex
 
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Qwen2's split pattern; llama.cpp knows it as the pre-tokenizer `qwen2`. Every character falls in exactly
-one piece."""
+from tinylm.tokenizer.split_patterns import SPLIT_PATTERN, cut_text
 
 _SPLIT = regex.compile(SPLIT_PATTERN)
-_SAFE_CUT = regex.compile(r"\n(?=\S)")
-_CHUNK_CHARACTERS = 1 << 20  # a chunk's pieces, as Python strings, then take some 20 MB
+_SECTION_CHARACTERS = 1 << 20  # the pieces of a section, as Python strings, take some 20 MB
 _MAX_CACHED_PIECES = 1 << 16
 
 Pair = tuple[int, int]
@@ -79,26 +73,9 @@ def count_pieces(texts: Iterable[str]) -> Counter[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"text {number} is a {type(text).__name__}; expected a string")
-        for chunk in _chunks(text):
-            counts.update(_SPLIT.findall(chunk))
+        for section in cut_text(text, _SECTION_CHARACTERS):
+            counts.update(split_pieces(section))
     return counts
-
-
-def _chunks(text: str) -> Iterator[str]:
-    """Cut a long text, for the memory's sake, where its pieces do not change by it.
-
-    Between a newline and a character that is not blank there is always a boundary: no alternative of the
-    pattern matches both, and a run of blanks that ends in a newline is matched the same whatever comes
-    after it.
-    """
-    start = 0
-    while len(text) - start > _CHUNK_CHARACTERS:
-        cut = _SAFE_CUT.search(text, start + _CHUNK_CHARACTERS)
-        if cut is None:
-            break
-        yield text[start : cut.end()]
-        start = cut.end()
-    yield text[start:] if start else text
 
 
 def train_bpe(

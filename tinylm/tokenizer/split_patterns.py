@@ -1,18 +1,43 @@
-"""Which ways of cutting text into pieces a tokenizer.json may ask for.
+"""Split patterns: the regular expressions that cut text into pieces, before any merge of byte-pair encoding.
 
-The file brings its own regular expressions, and the engine that runs them backtracks: `(a+)+b` needs 2^n steps on n
-letters, in native code that nothing can interrupt. Whether any expression can do that is hard to tell; so the
-expressions of the tokenizers in use are listed, beside such that repeat one class of characters and cannot. The same
-holds for normalisers, of which a chain of "replace a by aa" makes a gigabyte of one letter.
+Here are the pattern of our own tokenizer, where it lets a long text be cut, and the patterns that somebody else's
+tokenizer.json may ask for.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from tinylm.files.untrusted import shown
-from tinylm.tokenizer.bpe import SPLIT_PATTERN
+
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2's split pattern; llama.cpp knows it as the pre-tokenizer `qwen2`. Every character falls in exactly one
+piece."""
+
+_ALWAYS_CUT = re.compile(r"\n(?=\S)")
+
+
+def cut_text(text: str, num_characters: int) -> Iterator[str]:
+    """Cut a long text into sections of at least `num_characters`, where that changes none of its pieces or tokens.
+
+    A section ends with a newline that a visible character follows. SPLIT_PATTERN always cuts there: none of its
+    alternatives matches both characters, and a run of blanks that ends in a newline is matched the same whatever
+    follows. Long sections are rare, but a text without such a place stays in one section.
+    """
+    start = 0
+    while len(text) - start > num_characters:
+        cut = _ALWAYS_CUT.search(text, start + num_characters)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:] if start else text
+
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -31,7 +56,14 @@ KNOWN_PATTERNS = {
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}",  # GPT-4o
     rf"{_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_BLANKS}",
 }
-"""The third is Qwen 3.5's, the fourth GPT-4's, the last DeepSeek 3's (with two of one class each before it)."""
+"""The patterns that a tokenizer.json may bring. The third is Qwen 3.5's, the fourth GPT-4's, the last DeepSeek 3's,
+which follows two steps of one class each.
+
+They are listed because the engine that runs them backtracks: `(a+)+b` takes 2^n steps on n letters, in native code
+that nothing can interrupt, and it is hard to tell which expressions do that. An expression that repeats one class of
+characters cannot, so these are accepted too. Normalisers are limited for the same reason: a chain of "replace a by
+aa" makes a gigabyte of one letter.
+"""
 
 # One class of characters, repeated or not: a step a character, whatever the text.
 _ONE_CLASS = re.compile(r"(\\[pP]\{\w{1,20}\}|\\[dswDSW]|\[[^\[\]\\&]{1,200}\]|\w)([+*?]|\{[0-9](,[0-9])?\})?")

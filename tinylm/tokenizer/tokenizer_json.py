@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.files.untrusted import parse_json, shown
-from tinylm.tokenizer.bpe import BYTE_TO_CHARACTER, SPLIT_PATTERN, BytePairEncoding
-from tinylm.tokenizer.split_patterns import check_text_steps
+from tinylm.tokenizer.bpe import BYTE_TO_CHARACTER, BytePairEncoding
+from tinylm.tokenizer.split_patterns import SPLIT_PATTERN, check_text_steps
 
 MAX_FILE_BYTES = 64 << 20
 """The largest tokenizer.json in use (262,144 entries) takes 33 MB."""

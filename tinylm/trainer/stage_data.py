@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tinylm.commandline.terminal import progress
 from tinylm.dataset import tinyworld
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.dataset.pretrain_dataset import PretrainDataset, load_pretrain_data
@@ -17,8 +18,7 @@ from tinylm.dataset.sources.records import BadRows, load_conversations, load_pre
 from tinylm.dataset.splits import hold_out_items
 from tinylm.system.runtime import Runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
-from tinylm.trainer.run.train_settings import TrainSettings
-from tinylm.trainer.run.trainer_utils import status
+from tinylm.trainer.run.stage import Stage
 
 Messages = list[dict[str, str]]
 
@@ -27,9 +27,10 @@ HELD_OUT_STORIES, HELD_OUT_CHATS, HELD_OUT_PAIRS = 300, 400, 200
 
 
 def load_texts(
-    settings: TrainSettings, tinyworld_documents: int, runtime: Runtime, tokenizer: Tokenizer, console: Console
+    stage: Stage, tokenizer: Tokenizer, tinyworld_documents: int
 ) -> tuple[PretrainDataset, PretrainDataset | None]:
     """(training, validation) rows of running text."""
+    settings, console = stage.settings, stage.console
     if settings.data_path is None:
         _tinyworld_note(console, tinyworld_documents, "stories")
         stories = [(tinyworld_documents, "train"), (HELD_OUT_STORIES, "test")]
@@ -39,7 +40,7 @@ def load_texts(
         )
         return train, held
     bad_rows = BadRows(settings.max_bad_rows)
-    with status(console, "tokenising") as progress:
+    with progress(console, "tokenising") as show:
         data = load_pretrain_data(
             settings.data_path,
             tokenizer,
@@ -49,19 +50,19 @@ def load_texts(
             validation_fraction=settings.validation_fraction,
             seed=settings.seed,
             bad_rows=bad_rows,
-            progress=lambda documents, tokens: progress(f"{documents:,} documents, {tokens:,} tokens"),
+            progress=lambda documents, tokens: show(f"{documents:,} documents, {tokens:,} tokens"),
             notice=lambda line: console.print(line, markup=False),
         )
-    _check_same_everywhere(runtime, [part.fingerprint for part in data if part is not None])
+    _check_same_everywhere(stage.runtime, [part.fingerprint for part in data if part is not None])
     _report_bad_rows(console, bad_rows)
     return data
 
 
 def _check_same_everywhere(runtime: Runtime, fingerprints: list[str]) -> None:
-    """Processes that see different data would train on some rows twice and on others never, and nobody would know.
+    """Processes that see different data would silently train on some rows twice and on others never.
 
     Raises:
-        ValueError: the processes have not all the same data.
+        ValueError: the processes do not all have the same data.
     """
     ours = torch.tensor([int(text[:8], 16) for text in fingerprints], dtype=torch.int64, device=runtime.device)
     if not torch.equal(runtime.all_reduce_sum(ours.clone()), ours * runtime.world_size):
@@ -72,10 +73,9 @@ def _check_same_everywhere(runtime: Runtime, fingerprints: list[str]) -> None:
 
 
 def load_chats(
-    settings: TrainSettings,
-    tinyworld_chats: int,
+    stage: Stage,
     tokenizer: Tokenizer,
-    console: Console,
+    tinyworld_chats: int,
     replacements: Mapping[str, str] | None = None,
     embedded: Callable[[int, str], Iterable[tinyworld.Item]] = tinyworld.conversations,
 ) -> tuple[SFTDataset, SFTDataset | None]:
@@ -85,42 +85,41 @@ def load_chats(
         replacements: what to put in place of {{name}} and the like in the user's data.
         embedded: (count, split) -> TinyWorld's chats, or its chats in persona.
     """
+    settings, console = stage.settings, stage.console
     if settings.data_path is None:
         _tinyworld_note(console, tinyworld_chats, "chats")
         train = [item.messages for item in embedded(tinyworld_chats, "train")]
         held = [item.messages for item in embedded(HELD_OUT_CHATS, "test")]
     else:
-        train, held = _split_files(settings, console, lambda p, bad: load_conversations(p, bad, replacements))
+        train, held = _split_files(stage, lambda p, bad: load_conversations(p, bad, replacements))
     data = []
     for chats in filter(None, (train, held)):
-        with status(console, "tokenising") as progress:
+        with progress(console, "tokenising") as show:
             rows = SFTDataset.from_conversations(
-                chats, tokenizer, settings.max_seq_len, progress=lambda done: progress(f"{done:,} chats")
+                chats, tokenizer, settings.max_seq_len, progress=lambda done: show(f"{done:,} chats")
             )
         data.append(rows)
     _report_outcomes(console, data[0].outcomes, settings.max_seq_len, "chats")
     return data[0], data[1] if len(data) > 1 else None
 
 
-def load_pairs(
-    settings: TrainSettings, tinyworld_pairs: int, tokenizer: Tokenizer, console: Console
-) -> tuple[DPODataset, DPODataset | None]:
+def load_pairs(stage: Stage, tokenizer: Tokenizer, tinyworld_pairs: int) -> tuple[DPODataset, DPODataset | None]:
     """(training, validation) preference pairs."""
+    settings, console = stage.settings, stage.console
     if settings.data_path is None:
         _tinyworld_note(console, tinyworld_pairs, "preference pairs")
         train: list[Any] = [_as_messages(pair) for pair in tinyworld.preference_pairs(tinyworld_pairs, "train")]
         held: list[Any] = [_as_messages(pair) for pair in tinyworld.preference_pairs(HELD_OUT_PAIRS, "test")]
     else:
-        train, held = _split_files(settings, console, load_preferences)
+        train, held = _split_files(stage, load_preferences)
     data = [DPODataset.from_preferences(part, tokenizer, settings.max_seq_len) for part in (train, held) if part]
     _report_outcomes(console, data[0].outcomes, settings.max_seq_len, "pairs")
     return data[0], data[1] if len(data) > 1 else None
 
 
-def _split_files(
-    settings: TrainSettings, console: Console, load: Callable[[str, BadRows], list[Any]]
-) -> tuple[list[Any], list[Any]]:
-    """(training, held out) items from the files of `settings`."""
+def _split_files(stage: Stage, load: Callable[[str, BadRows], list[Any]]) -> tuple[list[Any], list[Any]]:
+    """(training, held out) items from the stage's files."""
+    settings = stage.settings
     assert settings.data_path is not None
     bad_rows = BadRows(settings.max_bad_rows)
     train = load(settings.data_path, bad_rows)
@@ -128,7 +127,7 @@ def _split_files(
         held = load(settings.validation_path, bad_rows)
     else:
         train, held = hold_out_items(train, settings.validation_fraction, settings.seed)
-    _report_bad_rows(console, bad_rows)
+    _report_bad_rows(stage.console, bad_rows)
     return train, held
 
 

@@ -12,25 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from tinylm.checkpoint.model_folder import save_model
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import progress
+from tinylm.dataset.batches import Batch
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.model.lora import merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.system.cpu_parallel import map_on_cores, num_cores
-from tinylm.system.runtime import Runtime, seed_everything, setup_runtime
+from tinylm.trainer.core.distributed import is_sharded, shard
 from tinylm.trainer.core.objectives import make_dpo_objective, sequence_log_probs
-from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_row_length
+from tinylm.trainer.run.stage import Learner, Stage, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
-from tinylm.trainer.run.trainer_utils import make_console, status
+from tinylm.trainer.run.validation import batches_of_rank
 from tinylm.trainer.stage_data import load_pairs
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS
 
 
+# 1. Settings
 @dataclass(frozen=True, kw_only=True)
 class DPOSettings(TrainSettings):
     """Settings of DPO."""
@@ -57,56 +59,49 @@ class DPOSettings(TrainSettings):
         require_at_least(1, self, "tinyworld_pairs")
 
 
-def attach_reference(
-    model: TinyLMForCausalLM, data: DPODataset, settings: DPOSettings, runtime: Runtime, console: Console
-) -> None:
+def attach_reference(model: TinyLMForCausalLM, data: DPODataset, stage: Stage) -> None:
     """Log-probabilities of every answer under the model as it is now, computed once: the reference never changes.
 
     Each process scores every `world_size`-th batch. Where it scored nothing it has zeros, so the sum over all
     processes holds every number exactly as one process alone would have it.
     """
     model.eval()
+    runtime = stage.runtime
     log_probs = torch.zeros(len(data), 2, device=runtime.device)
-    size = settings.batch_size
-    starts = range(runtime.rank * size, len(data), runtime.world_size * size)
 
     @torch.no_grad()
-    def score(start: int) -> Tensor:
-        batch = data.collate([data.row(index) for index in range(start, min(start + size, len(data)))])
-        batch = batch.to(runtime.device)
+    def score(numbered: tuple[int, Batch]) -> tuple[int, Tensor]:
+        start, batch = numbered
         with runtime.autocast():
-            return sequence_log_probs(model, batch, 2 * batch.count).view(batch.count, 2)
+            return start, sequence_log_probs(model, batch, 2 * batch.count).view(batch.count, 2)
 
-    with status(console, "reference log-probabilities") as progress:
-        for start, scores in zip(starts, map_on_cores(score, starts, num_cores(runtime.device)), strict=True):
-            log_probs[start : start + size] = scores
-            progress(f"{start + len(scores):,} of {len(data):,} pairs")
+    batches = batches_of_rank(data, stage.settings.batch_size, runtime)
+    at_once = 1 if is_sharded(model) else num_cores(runtime.device)  # the processes of a sharded model keep in step
+    with progress(stage.console, "reference log-probabilities") as show:
+        for start, scores in map_on_cores(score, batches, at_once):
+            log_probs[start : start + len(scores)] = scores
+            show(f"{start + len(scores):,} of {len(data):,} pairs", start + len(scores), len(data))
     data.attach_reference_log_probs(runtime.all_reduce_sum(log_probs).cpu().numpy())
 
 
 def train(settings: DPOSettings) -> Path:
     """Train on preferences; returns the model folder."""
-    # 1. Runtime
-    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
-    console = make_console(runtime.is_main)
-    seed_everything(settings.seed)
-    # 2. Tokenizer and 4. model: the parent brings both; an adapter is folded in
-    settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    # 2. Runtime
+    stage = start_stage("dpo", settings)
+    # 3. Tokenizer and 4. model: the parent brings both; an adapter is folded in
+    model, tokenizer, parent = load_parent(stage, settings.model_path)
     merge_lora(model)
-    # 3. Data, with the reference's view of it
-    data = load_pairs(settings, settings.tinyworld_pairs, tokenizer, console)
+    shard(model, settings.sharding, stage.runtime)
+    # 5. Data, with the reference's view of it
+    stage = with_row_length(stage, model)
+    data = load_pairs(stage, tokenizer, settings.tinyworld_pairs)
     for part in filter(None, data):
-        attach_reference(model, part, settings, runtime, console)
-    # 5. Optimizer
-    optimizers = settings.make_optimizers(model, runtime)
-    # 6. Fit, saving the model folder after each epoch
-    run = make_run(
-        "dpo", settings, runtime, console, tokenizer, model, optimizers, data, make_dpo_objective(settings.beta),
-        save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
-        sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
-        parent=parent,
-    )  # fmt: skip
-    return run.fit()
+        attach_reference(model, part, stage)
+    # 6. Optimizer
+    optimizers = settings.make_optimizers(model)
+    # 7. Fit, saving the model folder after each epoch
+    objective, sample = make_dpo_objective(settings.beta), sample_texts(model, tokenizer, *SAMPLE_QUESTIONS, chat=True)
+    return make_run(stage, Learner(model, tokenizer, optimizers, objective, sample, parent), data).fit()
 
 
 def main(argv: list[str]) -> int:

@@ -12,22 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tinylm.checkpoint.model_folder import save_model
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.model.lora import merge_lora
-from tinylm.system.runtime import seed_everything, setup_runtime
+from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_row_length
+from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
-from tinylm.trainer.run.trainer_utils import make_console
 from tinylm.trainer.stage_data import load_chats
 
 SAMPLE_QUESTIONS = ("Who are you?", "What is the opposite of big?")
 
 
+# 1. Settings
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings(TrainSettings):
+class ChatTrainSettings(TrainSettings):
     """Settings of fine-tuning on chats."""
 
     model_path: str
@@ -54,7 +54,7 @@ class ChatSettings(TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullSFTSettings(ChatSettings):
+class FullSFTSettings(ChatTrainSettings):
     """Settings of full fine-tuning."""
 
     output_dir: str = "out/full_sft"
@@ -67,25 +67,20 @@ class FullSFTSettings(ChatSettings):
 
 def train(settings: FullSFTSettings) -> Path:
     """Fine-tune all weights; returns the model folder."""
-    # 1. Runtime
-    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
-    console = make_console(runtime.is_main)
-    seed_everything(settings.seed)
-    # 2. Tokenizer and 4. model: the parent brings both; an adapter is folded in
-    settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    # 2. Runtime
+    stage = start_stage("full_sft", settings)
+    # 3. Tokenizer and 4. model: the parent brings both; an adapter is folded in
+    model, tokenizer, parent = load_parent(stage, settings.model_path)
     merge_lora(model)
-    # 3. Data
-    data = load_chats(settings, settings.tinyworld_chats, tokenizer, console, settings.replacements)
-    # 5. Optimizer
-    optimizers = settings.make_optimizers(model, runtime)
-    # 6. Fit, saving the model folder after each epoch
-    run = make_run(
-        "full_sft", settings, runtime, console, tokenizer, model, optimizers, data, next_token_loss,
-        save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
-        sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
-        parent=parent,
-    )  # fmt: skip
-    return run.fit()
+    shard(model, settings.sharding, stage.runtime)
+    # 5. Data
+    stage = with_row_length(stage, model)
+    data = load_chats(stage, tokenizer, settings.tinyworld_chats, settings.replacements)
+    # 6. Optimizer
+    optimizers = settings.make_optimizers(model)
+    # 7. Fit, saving the model folder after each epoch
+    sample = sample_texts(model, tokenizer, *SAMPLE_QUESTIONS, chat=True)
+    return make_run(stage, Learner(model, tokenizer, optimizers, next_token_loss, sample, parent), data).fit()
 
 
 def main(argv: list[str]) -> int:

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.checkpoint.adapter_folder import save_adapter
-from tinylm.checkpoint.model_folder import resolve_model_path
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.dataset import tinyworld
 from tinylm.model.lora import PROJECTIONS, LoRAConfig, apply_lora, has_lora
-from tinylm.system.runtime import seed_everything, setup_runtime
+from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import load_parent, make_run, sampler_of
-from tinylm.trainer.run.trainer_utils import make_console
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_row_length
+from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.stage_data import load_chats
-from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatSettings
+from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatTrainSettings
 
 
+# 1. Settings
 @dataclass(frozen=True, kw_only=True)
-class LoRASettings(ChatSettings):
+class LoRASettings(ChatTrainSettings):
     """Settings of LoRA fine-tuning."""
 
     output_dir: str = "out/lora"
@@ -54,12 +54,10 @@ class LoRASettings(ChatSettings):
 
 def train(settings: LoRASettings) -> Path:
     """Train an adapter; returns its folder."""
-    # 1. Runtime
-    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
-    console = make_console(runtime.is_main)
-    seed_everything(settings.seed)
-    # 2. Tokenizer and 4. model: the parent brings both
-    settings, model, tokenizer, parent = load_parent(settings.model_path, settings, runtime, console)
+    # 2. Runtime
+    stage = start_stage("lora", settings)
+    # 3. Tokenizer and 4. model: the parent brings both
+    model, tokenizer, parent = load_parent(stage, settings.model_path)
     if has_lora(model):
         raise ValueError(f"{settings.model_path} is an adapter; fold it into its model first, with tinylm merge")
     if settings.lora_rank > model.config.hidden_size:
@@ -68,30 +66,24 @@ def train(settings: LoRASettings) -> Path:
             "which an adapter is larger than what it adapts; pass --lora_rank 8"
         )
     apply_lora(model, settings.lora_config)
-    # 3. Data
-    data = load_chats(
-        settings, settings.tinyworld_chats, tokenizer, console, settings.replacements, tinyworld.persona_conversations
-    )
-    # 5. Optimizer
-    optimizers = settings.make_optimizers(model, runtime)
+    shard(model, settings.sharding, stage.runtime)
+    # 5. Data
+    stage = with_row_length(stage, model)
+    persona = tinyworld.persona_conversations
+    data = load_chats(stage, tokenizer, settings.tinyworld_chats, settings.replacements, persona)
+    # 6. Optimizer
+    optimizers = settings.make_optimizers(model)
 
+    # 7. Fit, saving the adapter folder after each epoch
     def save(folder: Path, lineage: dict[str, Any]) -> None:
         # relative, so that both can be moved together; through no link, which `..` would not lead back from
-        base = os.path.relpath(os.path.realpath(resolve_model_path(settings.model_path)), os.path.realpath(folder))
+        base = os.path.relpath(os.path.realpath(parent["path"]), os.path.realpath(folder))
         save_adapter(model, folder, base, lineage)
 
-    # 6. Fit, saving the adapter folder after each epoch
-    run = make_run(
-        "lora", settings, runtime, console, tokenizer, model, optimizers, data, next_token_loss,
-        save=save,
-        sample=sampler_of(model, tokenizer, *SAMPLE_QUESTIONS, chat=True),
-        parent=parent,
-    )  # fmt: skip
-    folder = run.fit()
-    console.print(
-        f"talk to it: tinylm chat --model_path {folder}   fold it in: tinylm merge --model_path {folder}",
-        markup=False,
-    )
+    sample = sample_texts(model, tokenizer, *SAMPLE_QUESTIONS, chat=True)
+    folder = make_run(stage, Learner(model, tokenizer, optimizers, next_token_loss, sample, parent, save), data).fit()
+    hint = f"talk to it: tinylm chat --model_path {folder}   fold it in: tinylm merge --model_path {folder}"
+    stage.console.print(hint, markup=False)
     return folder
 
 

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tinylm.checkpoint.model_folder import save_model
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
-from tinylm.system.runtime import seed_everything, setup_runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import make_run, sampler_of
+from tinylm.trainer.recipe_utils import make_run, sample_texts
+from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
-from tinylm.trainer.run.trainer_utils import make_console
 from tinylm.trainer.stage_data import load_texts
 
 
+# 1. Settings
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(TrainSettings):
     """Settings of pretraining."""
@@ -77,26 +77,20 @@ class PretrainSettings(TrainSettings):
 
 def train(settings: PretrainSettings) -> Path:
     """Pretrain a model; returns its folder."""
-    # 1. Runtime
-    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
-    console = make_console(runtime.is_main)
-    seed_everything(settings.seed)
-    # 2. Tokenizer
+    # 2. Runtime
+    stage = start_stage("pretrain", settings)
+    # 3. Tokenizer
     tokenizer = Tokenizer.load(settings.tokenizer_path) if settings.tokenizer_path else Tokenizer.default()
-    config = settings.model_config(tokenizer.vocab_size)  # an impossible shape is refused before the data is read
-    # 3. Data
-    data = load_texts(settings, settings.tinyworld_documents, runtime, tokenizer, console)
     # 4. Model
-    model = TinyLMForCausalLM(config).to(runtime.device)
-    # 5. Optimizer
-    optimizers = settings.make_optimizers(model, runtime)
-    # 6. Fit, saving the model folder after each epoch
-    run = make_run(
-        "pretrain", settings, runtime, console, tokenizer, model, optimizers, data, next_token_loss,
-        save=lambda folder, lineage: save_model(folder, model, tokenizer, lineage),
-        sample=sampler_of(model, tokenizer, "Once upon a time"),
-    )  # fmt: skip
-    return run.fit()
+    model = TinyLMForCausalLM(settings.model_config(tokenizer.vocab_size)).to(stage.runtime.device)
+    shard(model, settings.sharding, stage.runtime)
+    # 5. Data
+    data = load_texts(stage, tokenizer, settings.tinyworld_documents)
+    # 6. Optimizer
+    optimizers = settings.make_optimizers(model)
+    # 7. Fit, saving the model folder after each epoch
+    sample = sample_texts(model, tokenizer, "Once upon a time")
+    return make_run(stage, Learner(model, tokenizer, optimizers, next_token_loss, sample), data).fit()
 
 
 def main(argv: list[str]) -> int:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import format_seconds, make_console, print_facts, progress
 from tinylm.dataset import tinyworld
 from tinylm.dataset.sources.records import BadRows, iterate_texts
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tinylm.trainer.run.train_settings import require_at_least, require_output_dir, require_share
-from tinylm.trainer.run.trainer_utils import format_seconds, make_console, print_facts, status
 
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 """The control tokens and one entry for each byte: a tokenizer without any merge."""
@@ -81,11 +81,11 @@ def train(settings: TokenizerSettings) -> Path:
     else:
         texts = iterate_texts(settings.data_path, bad_rows)
     started = time.perf_counter()
-    with status(console, "reading text") as progress:
+    with progress(console, "reading text") as show:
         tokenizer = Tokenizer.train(
             first_bytes(texts, settings.max_bytes),
             settings.vocab_size,
-            progress=lambda done, wanted: progress(f"{done:,} of {wanted:,} merges"),
+            progress=lambda done, wanted: show(f"{done:,} of {wanted:,} merges", done, wanted),
         )
     if bad_rows.num_bad:
         console.print(f"skipped: {bad_rows.report()}", markup=False)

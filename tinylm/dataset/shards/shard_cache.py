@@ -15,13 +15,10 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from tinylm.dataset.shards.processes import available_cores, map_in_order
-from tinylm.dataset.shards.text_chunks import Part, Piece, chunks_of, encode_chunk_of
 from tinylm.dataset.shards.token_shards import (
     FORMAT_VERSION,
     Shard,
@@ -30,6 +27,7 @@ from tinylm.dataset.shards.token_shards import (
     open_shard,
     write_shard,
 )
+from tinylm.dataset.shards.tokenizing import EncodedChunk, available_cores, chunks_of, encode_chunk, process_map
 from tinylm.dataset.sources.object_stores import is_address, open_binary
 from tinylm.dataset.sources.records import HUB_PREFIX, NO_ROWS, BadRows, Source, find_sources, texts_of_file
 from tinylm.files.atomic import remove_leftovers
@@ -52,7 +50,7 @@ def cached_token_shards(
     tokenizer: Any,
     cache_dir: str | Path,
     bad_rows: BadRows | None = None,
-    num_workers: int | None = None,
+    num_processes: int | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> TokenShards:
@@ -60,7 +58,7 @@ def cached_token_shards(
 
     Args:
         path: as for `find_files`.
-        num_workers: processes that tokenise; None is one a core for more than 4 MB.
+        num_processes: that tokenise; None is one per core for more than 4 MB, else none.
         progress: called with (documents, tokens) that this process has done so far.
         notice: called with a line about each damaged shard.
 
@@ -70,22 +68,15 @@ def cached_token_shards(
     bad_rows = BadRows() if bad_rows is None else bad_rows
     sources = find_sources(path)
     folders = [Path(cache_dir) / shard_name(source, tokenizer) for source in sources]
-    missing = dict(zip(folders, sources, strict=True))
-    shards: dict[Path, Shard] = {}
-    while True:
-        for folder in list(missing):
-            if (shard := _open_if_good(folder, tokenizer, notice)) is not None:
-                shards[folder] = shard
-                del missing[folder]
-        if not missing:
-            break
+    counter = _Counter(progress)
+    shards = _open_good(folders, tokenizer, notice)
+    while missing := {folder: source for folder, source in zip(folders, sources, strict=True) if folder not in shards}:
         _sweep(Path(cache_dir))
-        written = _tokenize_missing(missing, tokenizer, num_workers, progress)
-        for folder in written:
-            shards[folder] = open_shard(folder, tokenizer)  # what is damaged now would be so the next time too
-            del missing[folder]
-        if not written:
+        made = _tokenize_missing(missing, tokenizer, num_processes, counter)
+        shards |= made
+        if not made:  # other processes work at all of them
             time.sleep(WAIT_SECONDS)
+            shards |= _open_good(missing, tokenizer)
     for folder, source in zip(folders, sources, strict=True):
         count_bad_rows(shards[folder], source.path, bad_rows)
     bad_rows.check()
@@ -111,112 +102,101 @@ def shard_name(source: Source, tokenizer: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open_if_good(folder: Path, tokenizer: Any, notice: Callable[[str], None] | None = None) -> Shard | None:
-    try:
-        return open_shard(folder, tokenizer)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        if notice is not None:
-            notice(str(error).replace("delete the folder, it is made anew", "its source is tokenised anew"))
-        return None
+def _open_good(
+    folders: Iterable[Path], tokenizer: Any, notice: Callable[[str], None] | None = None
+) -> dict[Path, Shard]:
+    """Those of the shards that exist and are undamaged."""
+    shards: dict[Path, Shard] = {}
+    for folder in folders:
+        try:
+            shards[folder] = open_shard(folder, tokenizer)
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            if notice is not None:
+                notice(str(error).replace("delete the folder, it is made anew", "its source is tokenised anew"))
+    return shards
 
 
 def _tokenize_missing(
-    missing: dict[Path, Source], tokenizer: Any, num_workers: int | None, progress: Progress | None
-) -> list[Path]:
-    """Tokenise those of the sources that no other process works at; returns their folders.
+    missing: dict[Path, Source], tokenizer: Any, num_processes: int | None, counter: _Counter
+) -> dict[Path, Shard]:
+    """Tokenise those of the sources that no other process works at; returns their shards.
 
-    It never waits for others: they may wait for what is unfinished here.
+    It never waits for other processes: they may wait for what is unfinished here.
     """
-    if num_workers is None:
+    if num_processes is None:
         size = sum(source.size for source in missing.values())
-        num_workers = available_cores(len(missing)) if size >= PARALLEL_FROM else 0
-    claims: dict[Path, _Claim] = {}
-    counters: dict[Path, BadRows] = {}
-    totals = [0, 0]
+        num_processes = available_cores(len(missing)) if size >= PARALLEL_FROM else 0
+    shards: dict[Path, Shard] = {}
+    new_folders = [path for path in next(iter(missing)).parents if not path.exists()]
+    try:
+        with process_map(encode_chunk, (tokenizer,), num_processes) as map_chunks:
+            for folder, source in missing.items():
+                with _claim(folder) as is_ours:
+                    if is_ours is False:
+                        continue
+                    if not (done := _open_good([folder], tokenizer)):  # by another process, since we looked
+                        bad_rows = BadRows()
+                        chunks = map_chunks(chunks_of(texts_of_file(source.path, bad_rows)))
+                        write_shard(counter.count(chunks), tokenizer, folder, bad_rows)
+                        done = {folder: open_shard(folder, tokenizer)}
+                    shards |= done
+    finally:
+        _remove_empty(new_folders)
+    return shards
 
-    def chunks() -> Iterator[tuple[Path, list[Piece]]]:
-        for folder, source in missing.items():
-            claim = held.enter_context(_Claim(folder))
-            if not claim.is_ours or _open_if_good(folder, tokenizer) is not None:  # done since we looked
-                claim.release()
-                continue
-            claims[folder], counters[folder] = claim, BadRows()
-            for chunk in chunks_of(texts_of_file(source.path, counters[folder])):
-                yield folder, chunk
-            yield folder, []  # its end
 
-    def counted(parts: Iterator[tuple[Path, Part]]) -> Iterator[Part]:
-        for _, part in parts:
-            if len(part[0]) == 0:  # the end of the file
-                return
-            yield part
-            totals[0], totals[1] = totals[0] + len(part[1]), totals[1] + len(part[0])
-            if progress is not None:
-                progress(*totals)
+class _Counter:
+    """Counts what is tokenised, and reports it."""
 
-    with contextlib.ExitStack() as held:
-        held.callback(_remove_empty, [path for path in next(iter(missing)).parents if not path.exists()])
-        results = held.enter_context(
-            contextlib.closing(map_in_order(encode_chunk_of, (tokenizer,), chunks(), num_workers))
-        )
-        for first in results:
-            folder = first[0]
-            write_shard(counted(chain([first], results)), tokenizer, folder, counters[folder])
-            claims[folder].release()
-    return list(claims)
+    def __init__(self, report: Progress | None) -> None:
+        self.report = report
+        self.num_documents = 0
+        self.num_tokens = 0
+
+    def count(self, chunks: Iterable[EncodedChunk]) -> Iterator[EncodedChunk]:
+        """The same chunks, each counted once it is used."""
+        for chunk in chunks:
+            yield chunk
+            self.num_documents += len(chunk.ends)
+            self.num_tokens += len(chunk.tokens)
+            if self.report is not None:
+                self.report(self.num_documents, self.num_tokens)
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Where no shard was made, nothing stays."""
-    with contextlib.suppress(OSError):  # the first that is not empty ends it
+    """Remove folders, the innermost first, as far as they are empty: where no shard was made, nothing stays."""
+    with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
 
 
-class _Claim:
-    """The right to make a shard, which one process has at a time."""
+@contextlib.contextmanager
+def _claim(folder: Path) -> Iterator[bool | None]:
+    """Claim the right to make a shard, which only one process has at a time, for the block.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder.with_name(f".{folder.name}.lock")
-        self.file: IO[bytes] | None = None
-        self.is_locked = False
-        """False on a disk without locks: two processes may do the same work, and the later result replaces its equal"""
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether no other process has it."""
-        return self.file is not None
-
-    def __enter__(self) -> _Claim:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "wb")
+    True: this process has it. False: another one has it. None: the disk has no locks, so nobody knows; two processes
+    may then do the same work, and the later result replaces its equal.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        is_ours: bool | None = None
+        with contextlib.suppress(OSError):
+            is_ours = try_to_lock(file.fileno())
         try:
-            self.is_locked = try_to_lock(self.file.fileno())
-        except OSError:
-            return self
-        if not self.is_locked:
-            self.file.close()
-            self.file = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let others have it; safe to call twice."""
-        if self.file is not None:
-            with contextlib.suppress(OSError):  # another process may have taken the file away, or hold it open
-                self.path.unlink()
-            self.file.close()
-            self.file = None
+            yield is_ours
+        finally:
+            if is_ours is not False:
+                with contextlib.suppress(OSError):  # another process may have removed the file, or hold it open
+                    path.unlink()
 
 
 def _sweep(cache_dir: Path) -> None:
-    """Take away what killed processes left half done."""
+    """Remove the unfinished shards of killed processes."""
     names = {leftover.name.split(".")[1] for end in ("tmp", "old") for leftover in cache_dir.glob(f".*.*.{end}")}
     for name in names:
-        with _Claim(cache_dir / name) as claim:
-            if claim.is_locked:
+        with _claim(cache_dir / name) as is_ours:
+            if is_ours:
                 remove_leftovers(cache_dir / name)

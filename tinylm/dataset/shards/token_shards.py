@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.dataset.shards.text_chunks import Part, chunks_of, encode_chunk, token_dtype
+from tinylm.dataset.shards.tokenizing import EncodedChunk, chunks_of, encode_chunk, token_dtype
 from tinylm.dataset.sources.records import BadRow, BadRows
 from tinylm.files.atomic import atomic_folder
 from tinylm.files.untrusted import parse_json, shown
@@ -118,21 +118,23 @@ def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> TokenShards:
     parts, ends = [np.zeros(0, dtype=token_dtype(tokenizer.vocab_size))], [np.zeros(1, dtype=np.int64)]
     num_tokens = 0
     for chunk in chunks_of(texts):
-        part, part_ends = encode_chunk(tokenizer, chunk)
-        parts.append(part)
-        ends.append(part_ends + num_tokens)
-        num_tokens += len(part)
+        encoded = encode_chunk(tokenizer, chunk)
+        parts.append(encoded.tokens)
+        ends.append(encoded.ends + num_tokens)
+        num_tokens += len(encoded.tokens)
     tokens, offsets = np.concatenate(parts), np.concatenate(ends)
     digest = hashlib.sha256(tokens.data)
     digest.update(offsets.data)
     return TokenShards(tokens, offsets, digest.hexdigest()[:16])
 
 
-def write_shard(parts: Iterable[Part], tokenizer: Any, folder: str | Path, bad_rows: BadRows | None = None) -> None:
+def write_shard(
+    chunks: Iterable[EncodedChunk], tokenizer: Any, folder: str | Path, bad_rows: BadRows | None = None
+) -> None:
     """Write tokenised documents to a folder; it appears when complete, and stays as it was when anything fails.
 
     Args:
-        bad_rows: of the source; complete when the parts are.
+        bad_rows: of the source; its counts are read when all chunks are written.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
     digest = hashlib.sha256()
@@ -140,11 +142,11 @@ def write_shard(parts: Iterable[Part], tokenizer: Any, folder: str | Path, bad_r
     num_tokens = 0
     with atomic_folder(folder) as fresh:
         with open(fresh / "tokens.bin", "wb") as file:
-            for part, part_ends in parts:
-                file.write(part.data)
-                digest.update(part.data)
-                ends.append(part_ends + num_tokens)
-                num_tokens += len(part)
+            for chunk in chunks:
+                file.write(chunk.tokens.data)
+                digest.update(chunk.tokens.data)
+                ends.append(chunk.ends + num_tokens)
+                num_tokens += len(chunk.tokens)
         offsets = np.concatenate(ends)
         digest.update(offsets.data)
         offsets.tofile(fresh / "offsets.bin")

@@ -37,7 +37,9 @@ if _BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
 
 
 def shard(model: TinyLMForCausalLM, sharding: str, runtime: Runtime) -> None:
-    """Deal the weights of `model` out to the processes, in place, before its optimizers are made; "none" leaves it.
+    """Give each process its share of the weights of `model`, in place; "none" leaves the model as it is.
+
+    Call it before the optimizers are made: each steps only its process's share.
 
     Raises:
         ValueError: fsdp in a single process, or in float16.
@@ -56,19 +58,19 @@ def shard(model: TinyLMForCausalLM, sharding: str, runtime: Runtime) -> None:
     # One unit: with tied embeddings both are the same weight, which is needed at both ends of the forward pass.
     fully_shard([model.model.embed_tokens, model.lm_head], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "hidden_states")  # what objectives call instead of `forward`
+    register_fsdp_forward_method(model, "run_backbone")  # what objectives call instead of `forward`
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has dealt this model out."""
+    """Whether each process holds only its share of this model."""
     return isinstance(model, FSDPModule)
 
 
 @contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Inside, every process has all weights of `model` as plain tensors, to save or look at; not to compute with."""
-    for part in _sharded_parts(model):
-        part.unshard()
+    for module in _sharded_modules(model):
+        module.unshard()
     try:
         yield
     finally:
@@ -77,27 +79,27 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 def reshard(model: nn.Module) -> None:
     """Leave each process its share again; a forward pass without a backward pass keeps some weights together."""
-    for part in _sharded_parts(model):
-        part.reshard()
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
-def _sharded_parts(model: nn.Module) -> list[FSDPModule]:
+def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every process must call it."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, whole_value: Tensor) -> Tensor:
-    """`whole_value`, which every process has, sharded as `tensor` is."""
+def shard_like(tensor: Tensor, full_value: Tensor) -> Tensor:
+    """`full_value`, which every process has, sharded as `tensor` is."""
     if not isinstance(tensor, DTensor):
-        return whole_value
-    return distribute_tensor(whole_value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        return full_value
+    return distribute_tensor(full_value, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
-class _Forward(nn.Module):
+class _LossModule(nn.Module):
     """`objective(model, batch)` as a module's forward pass, which DistributedDataParallel needs to see."""
 
     def __init__(self, model: TinyLMForCausalLM, objective: Objective) -> None:
@@ -109,32 +111,40 @@ class _Forward(nn.Module):
 
 
 class GradientExchange:
-    """The objective as a step computes it: called with a batch, it gives `(loss_sum, metrics)`.
+    """Sums the gradients of all processes in the backward pass of a step's last micro-batch, and only there.
 
-    The gradients of all processes are summed in the backward pass of a step's last micro-batch, and only there.
+    `loss(batch)` is the objective, as `(loss_sum, metrics)`, to be called inside `micro_batch`.
     """
 
     def __init__(self, model: TinyLMForCausalLM, objective: Objective, runtime: Runtime) -> None:
-        self.model = model
-        forward: nn.Module = _Forward(model, objective)
+        self.model, self.runtime = model, runtime
+        self.ddp: DistributedDataParallel | None = None
         if runtime.world_size > 1 and not is_sharded(model):
             buffers: dict[str, Any] = {_BUFFERS: False}
-            forward = DistributedDataParallel(forward, gradient_as_bucket_view=True, **buffers)
-        self.forward = forward
-        self.needs_rehearsal = isinstance(forward, DistributedDataParallel) and runtime.world_size > 2
-        """Whether to go through a backward pass for nothing before the first step. It is the first pass that
-        DistributedDataParallel orders its buckets by, and their order is the order in which more than two processes
-        are summed; without, the first step after a resume would round otherwise than the unbroken run's."""
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss_sum, metrics = self.forward(batch)
-        return loss_sum, metrics
+            self.ddp = DistributedDataParallel(_LossModule(model, objective), gradient_as_bucket_view=True, **buffers)
+        self.loss = self.ddp or (lambda batch: objective(model, batch))
+        self.needs_rehearsal = self.ddp is not None and runtime.world_size > 2
 
     @contextlib.contextmanager
-    def micro_batch(self, is_last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch."""
+    def micro_batch(self, batch: Batch, is_last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of a micro-batch, which is on the model's device."""
+        if self.needs_rehearsal:
+            self._rehearse(batch)
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(is_last)
-        waits = isinstance(self.forward, DistributedDataParallel) and not is_last
-        with self.forward.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+        with self.ddp.no_sync() if self.ddp is not None and not is_last else contextlib.nullcontext():
             yield
+
+    def _rehearse(self, batch: Batch) -> None:
+        """Go through one backward pass whose gradients are dropped.
+
+        DistributedDataParallel orders its buckets by the first backward pass, and that order is the order in which more
+        than two processes are summed. Without a rehearsal the first step after a resume would round differently from
+        the same step of the unbroken run.
+        """
+        device = self.runtime.device
+        with torch.random.fork_rng([device.index] if device.type == "cuda" else []), self.runtime.autocast():
+            self.loss(batch)[0].backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.needs_rehearsal = False

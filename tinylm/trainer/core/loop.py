@@ -18,7 +18,7 @@ from torch import Tensor
 from tinylm.dataset.batches import Batch
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.system.runtime import Runtime
-from tinylm.trainer.core.distributed import GradientExchange, full
+from tinylm.trainer.core.distributed import GradientExchange, full_tensor
 from tinylm.trainer.core.gradients import Scaler, accumulate_gradients
 from tinylm.trainer.core.objectives import Objective
 
@@ -62,7 +62,7 @@ def fit(
     grad_clip: float = 1.0,
     on_step: Sequence[Callable[[StepReport], None]] = (),
     scaler: Scaler = None,
-    num_workers: int = 1,
+    at_once: int = 1,
 ) -> None:
     """Train in place, from `start_step` to `num_steps` or to the end of `step_batches`, whichever comes first.
 
@@ -72,7 +72,7 @@ def fit(
         grad_clip: largest global gradient norm; 0 turns clipping off.
         on_step: called after every step, in order: logging, evaluation, saving are the recipe's.
         scaler: fp16's gradient scaler; bf16 and fp32 need none.
-        num_workers: micro-batches computed side by side, each on CPU cores of its own.
+        at_once: micro-batches computed side by side, each on CPU cores of its own.
 
     A step whose loss or gradient is not a number changes no weight and says so in its report.
     """
@@ -84,7 +84,7 @@ def fit(
         rate = learning_rate(step)
         for group in _groups(optimizers):
             group["lr"] = rate
-        totals = accumulate_gradients(exchange, micro_batches, trained, runtime, scaler, num_workers)
+        totals = accumulate_gradients(exchange, micro_batches, trained, scaler, at_once)
         grad_norm, skipped = _update_weights(optimizers, trained, totals["loss"], grad_clip, scaler)
         values = {name: value.item() for name, value in totals.items()}
         report = StepReport(
@@ -119,8 +119,8 @@ def _update_weights(
     for optimizer in optimizers if scaler is not None else ():
         scaler.unscale_(optimizer)  # type: ignore[union-attr]
     gradients = [p.grad for p in trained if p.grad is not None]
-    norm = full(torch.nn.utils.get_total_norm(gradients))
-    # fp16's scaler skips steps of its own accord until its scale fits, which is no fault.
+    norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+    # fp16's scaler skips steps by itself until its scale fits, which is not an error.
     skipped = not (math.isfinite(loss.item()) and (scaler is not None or math.isfinite(norm.item())))
     if grad_clip > 0 and not skipped:
         torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)

@@ -11,6 +11,7 @@ Shapes: B batch, T time, C width, V vocabulary, N positions with a target, P pre
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,21 +22,45 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 Objective = Callable[[TinyLMForCausalLM, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
-def target_log_probs(model: TinyLMForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+class TargetScores(NamedTuple):
+    """What `score_targets` finds.
+
+    log_probs: [N] float32.
+    positions: [N] flat positions (into B*T) of the targets.
+    auxiliary_losses: scalars by name (see `BackboneOutput`).
+    """
+
+    log_probs: Tensor
+    positions: Tensor
+    auxiliary_losses: dict[str, Tensor]
+
+
+def score_targets(model: TinyLMForCausalLM, batch: Batch) -> TargetScores:
     """Log-probability of every target token.
 
     Only positions that have a target go through the output head: in a chat most tokens are the user's, and the
     head is a large share of a tiny model's work.
-
-    Returns:
-        log_probs [N] float32, and the flat positions [N] (into B*T) they belong to.
     """
-    hidden = model.hidden_states(batch.input_ids, batch.position_ids, batch.document_ids)  # [B, T, C]
+    hidden, auxiliary_losses = model.run_backbone(batch.input_ids, batch.position_ids, batch.document_ids)  # [B, T, C]
     targets = batch.targets.reshape(-1)
     positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[positions])  # [N, V]
     log_probs = -F.cross_entropy(logits.float(), targets[positions], reduction="none")
-    return log_probs, positions
+    return TargetScores(log_probs, positions, auxiliary_losses)
+
+
+def with_auxiliary_losses(
+    loss_sum: Tensor, losses: dict[str, Tensor], count: int, is_training: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss_sum` with `count` times each auxiliary loss, and the same as metrics.
+
+    A loss sum is divided by the global count, which leaves of an auxiliary loss its mean over micro-batches. Outside
+    training it is reported only: the loss on held-out data measures the prediction alone.
+    """
+    sums = {name: count * loss for name, loss in losses.items()}
+    for value in sums.values() if is_training else ():
+        loss_sum = loss_sum + value
+    return loss_sum, {name: value.detach() for name, value in sums.items()}
 
 
 def next_token_loss(model: TinyLMForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -43,8 +68,8 @@ def next_token_loss(model: TinyLMForCausalLM, batch: Batch) -> tuple[Tensor, dic
 
     The shift by one is in the data set: `input_ids[b, t]` predicts `targets[b, t]`, -100 is ignored.
     """
-    log_probs, _ = target_log_probs(model, batch)
-    return -log_probs.sum(), {}
+    log_probs, _, auxiliary_losses = score_targets(model, batch)
+    return with_auxiliary_losses(-log_probs.sum(), auxiliary_losses, batch.count, model.training)
 
 
 def sequence_log_probs(model: TinyLMForCausalLM, batch: Batch, num_sequences: int) -> Tensor:
@@ -53,9 +78,13 @@ def sequence_log_probs(model: TinyLMForCausalLM, batch: Batch, num_sequences: in
     `batch.document_ids` numbers the documents of the batch from 0; the sum runs over a document's target tokens
     only (the answer), so a prompt costs nothing.
     """
-    log_probs, positions = target_log_probs(model, batch)
-    documents = batch.document_ids.reshape(-1)[positions]
-    return log_probs.new_zeros(num_sequences).index_add(0, documents, log_probs)
+    return sum_by_document(score_targets(model, batch), batch, num_sequences)
+
+
+def sum_by_document(scores: TargetScores, batch: Batch, num_sequences: int) -> Tensor:
+    """[num_sequences] the log-probabilities of `batch`'s targets, summed over each packed document."""
+    documents = batch.document_ids.reshape(-1)[scores.positions]
+    return scores.log_probs.new_zeros(num_sequences).index_add(0, documents, scores.log_probs)
 
 
 def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +106,7 @@ def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Te
 
 
 def make_dpo_objective(beta: float) -> Objective:
-    """DPO as a training objective; needs `batch.reference_log_probs` [P, 2], computed once before training.
+    """DPO as a training objective; needs the extra "reference_log_probs" [P, 2], computed once before training.
 
     Raises:
         ValueError: if beta is not positive.
@@ -86,16 +115,16 @@ def make_dpo_objective(beta: float) -> Objective:
         raise ValueError(f"beta is {beta}; expected a positive number such as 0.1; pass --beta 0.1")
 
     def objective(model: TinyLMForCausalLM, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if batch.reference_log_probs is None:
-            raise AssertionError("a DPO batch carries the reference's log-probabilities")
-        policy = sequence_log_probs(model, batch, 2 * batch.count).view(batch.count, 2)
-        losses, chosen, rejected = dpo_loss(policy, batch.reference_log_probs.to(policy), beta)
+        scores = score_targets(model, batch)
+        policy = sum_by_document(scores, batch, 2 * batch.count).view(batch.count, 2)
+        losses, chosen, rejected = dpo_loss(policy, batch.extras["reference_log_probs"].to(policy), beta)
         metrics = {
             "reward_margin": (chosen - rejected).detach().sum(),
             "preference_accuracy": (chosen > rejected).float().sum(),
             "log_prob_chosen": policy[:, 0].detach().sum(),
             "log_prob_rejected": policy[:, 1].detach().sum(),
         }
-        return losses.sum(), metrics
+        loss_sum, auxiliary = with_auxiliary_losses(losses.sum(), scores.auxiliary_losses, batch.count, model.training)
+        return loss_sum, {**metrics, **auxiliary}
 
     return objective

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinylm.system.runtime import device_has_bf16
-from tinylm.trainer.core.distributed import full, like
+from tinylm.trainer.core.distributed import full_tensor, shard_like
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -140,7 +140,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(torch.stack([direction for _, direction in members]))
                 for (p, _), update in zip(members, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(like(p, _wide(p, update)), alpha=-group["lr"] * 0.2 * math.sqrt(columns))
+                    p.add_(shard_like(p, _wide(p, update)), alpha=-group["lr"] * 0.2 * math.sqrt(columns))
 
     def _direction(self, p: Tensor, mu: float) -> Tensor:
         """Nesterov's look one step ahead, laid wide: [rows, columns] with rows <= columns."""
@@ -149,7 +149,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         momentum = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
-        return _wide(p, full(p.grad.lerp(momentum, mu)))  # of a shard there is no orthogonal part
+        return _wide(p, full_tensor(p.grad.lerp(momentum, mu)))  # a shard alone cannot be orthogonalised
 
 
 def _wide(p: Tensor, matrix: Tensor) -> Tensor:

@@ -1,62 +1,240 @@
-"""What a run says of itself: what will happen before the first step, and what happened after the last."""
+"""What a run shows and records: its plan, a line while it trains, its result; metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
-from tinylm.trainer.run.run_state import Run
-from tinylm.trainer.run.trainer_utils import format_seconds, print_facts
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from tinylm.commandline.terminal import ShowProgress, format_count, format_seconds, print_facts, progress
+from tinylm.files.atomic import atomic_write
+from tinylm.model.config import TinyLMConfig
+from tinylm.trainer.core.loop import StepReport
+from tinylm.trainer.run.checkpoints import Checkpoints
 
 EXPECTED_MATMUL_SHARE = 0.4
 """Share of the measured matmul speed assumed for the estimate before the first step; the live line then measures."""
 
 
-def print_plan(run: Run, flops: float, matmul_flops: float) -> None:
-    """What will happen: sizes, steps, device, estimated time and memory.
+def training_flops_per_token(config: TinyLMConfig, num_parameters: int, context_length: float) -> float:
+    """Floating-point operations of one training step per token: 6 per weight that multiplies, plus attention.
+
+    A matrix product costs 2 operations per weight forwards and 4 backwards (Kaplan et al. 2020, arXiv:2001.08361,
+    section 2.1). Attention's two products cost 12 L H D operations per token and per position it looks at;
+    causal, so about half of `context_length`. An untied embedding table multiplies nothing.
+    """
+    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_width
+    return 6.0 * (num_parameters - lookup) + attention * context_length / 2
+
+
+class RunReport:
+    """What a run shows. On a terminal the line of a step is redrawn in place; elsewhere it is printed now and then."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.stage, self.learner, self.plan = checkpoints.stage, checkpoints.learner, checkpoints.plan
+        model = self.learner.model
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        context = float(self.stage.settings.max_seq_len)
+        self.flops_per_token = training_flops_per_token(model.config, self.num_parameters, context)
+        self.matmul_flops = 1.0
+        self.tokens_per_second = 0.0
+        self.validation_loss: float | None = None
+        self.started = 0.0
+        self.show: ShowProgress = lambda text, done=None, total=None: None
+
+    def print_plan(self, matmul_flops: float) -> None:
+        """What will happen: sizes, steps, device, estimated time and memory.
+
+        Args:
+            matmul_flops: the device's measured speed, operations per second.
+        """
+        self.matmul_flops = matmul_flops
+        settings, runtime, plan = self.stage.settings, self.stage.runtime, self.plan
+        rows, unit = plan.source.rows_per_step, plan.source.unit
+        tokens = plan.num_steps * rows * settings.max_seq_len
+        seconds = tokens * self.flops_per_token / (EXPECTED_MATMUL_SHARE * matmul_flops * runtime.world_size)
+        holders = runtime.world_size if settings.sharding == "fsdp" else 1
+        device = f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}"
+        if runtime.world_size > 1:
+            device += f", {runtime.world_size} processes" + (", each a share of the model" if holders > 1 else "")
+        total, trained = self.num_parameters, self.num_trained
+        share = f", of which {trained:,} train ({trained / total:.2%})" if trained < total else ""
+        memory = self._expected_memory(holders)
+        facts = {
+            "parameters": f"{total:,}{share}",
+            "data": plan.source.description,
+            "steps": f"{plan.num_steps:,} in {settings.epochs} epoch(s), each {rows} {unit} x {settings.max_seq_len}",
+            "device": device,
+            "estimate": f"about {format_seconds(seconds)}, {memory / 1e9:.1f} GB of memory",
+            "output": str(self.checkpoints.last_folder),
+        }
+        if self.checkpoints.progress.step:
+            facts["resuming"] = f"from step {self.checkpoints.progress.step:,}"
+        print_facts(self.stage.console, f"{self.stage.name}: what will happen", facts)
+
+    def _expected_memory(self, holders: int) -> float:
+        """Bytes that a process needs: weights, gradients, moments and activations.
+
+        Activations per token: about 20 C numbers of 2 bytes for each block, and logits, 3 V of 4 bytes. fp32 weights;
+        for those that train also a gradient and two moments, of which FSDP gives each process a share.
+        """
+        settings, config = self.stage.settings, self.learner.model.config
+        activations = settings.batch_size * settings.max_seq_len * (
+            20 * config.hidden_size * config.num_hidden_layers * 2 + 3 * config.vocab_size * 4
+        )  # fmt: skip
+        # On a CPU the copy of weights and moments that is saved lies in the same memory.
+        kept = 12 * self.num_trained if self.stage.runtime.device.type == "cpu" else 0
+        return (4 * self.num_parameters + 12 * self.num_trained + kept) / holders + activations
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Inside, steps can be shown."""
+        self.started = time.perf_counter()
+        with progress(self.stage.console, self.stage.name) as self.show:
+            yield
+
+    def show_step(self, report: StepReport) -> dict[str, float]:
+        """Show a step: loss, validation loss, tokens/s, share of the matmul ceiling, time left; returns its record."""
+        speed = report.num_tokens / report.seconds
+        keep = 0.9 if self.tokens_per_second else 0.0  # a moving average over about ten steps
+        self.tokens_per_second = keep * self.tokens_per_second + (1 - keep) * speed
+        share = self.tokens_per_second * self.flops_per_token / (self.matmul_flops * self.stage.runtime.world_size)
+        elapsed = time.perf_counter() - self.started
+        remaining = elapsed / (report.step - self.checkpoints.progress.step) * (report.num_steps - report.step)
+        words = [f"{report.step}/{report.num_steps}", f"loss {report.loss:.3f}"]
+        if self.validation_loss is not None:
+            words.append(f"val {self.validation_loss:.3f}")
+        words += [f"{name.replace('_', ' ')} {value:.3g}" for name, value in report.metrics.items()]
+        words += [f"{format_count(self.tokens_per_second)} tok/s", f"{share:.0%} of matmul"]
+        line = " · ".join([*words, f"{format_seconds(remaining)} left"])
+        self.show(line, report.step, report.num_steps)
+        is_due = report.step % self.stage.settings.log_interval == 0 or report.step == report.num_steps
+        if is_due and not self.stage.console.is_terminal:
+            self.stage.console.print(f"{self.stage.name} {line}")
+        return {
+            "loss": report.loss,
+            "learning_rate": report.learning_rate,
+            "grad_norm": report.grad_norm,
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "matmul_share": round(share, 4),
+            **report.metrics,
+        }
+
+    def show_validation(self, step: int, values: Mapping[str, float], texts: Sequence[str]) -> None:
+        """Show what a validation found, and the texts that the model wrote."""
+        self.validation_loss = values["validation_loss"]
+        shown = " · ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+        self.stage.console.print(f"{self.stage.name} {step}/{self.plan.num_steps} · {shown}")
+        for text in texts:
+            self.stage.console.print(f"    {' '.join(text.split())}", style="dim", markup=False)
+
+    def print_result(self) -> None:
+        """What happened: time, best loss, how far the weights moved (relative to their size), where the model is."""
+        progress, movement = self.checkpoints.progress, self.checkpoints.movement
+        change = movement.measure()
+        facts = {"time": format_seconds(time.perf_counter() - self.started)}
+        if progress.best_validation_loss is not None:
+            facts["best validation loss"] = f"{progress.best_validation_loss:.4f}"
+        if progress.num_skipped:
+            steps = f"{progress.num_skipped:,} of {self.plan.num_steps:,} steps"
+            facts["skipped"] = f"{steps}, whose loss or gradient was not a number"
+        facts["weights moved"] = f"{change:.2%} of their size{movement.since}"
+        facts["model"] = str(self.checkpoints.last_folder)
+        print_facts(self.stage.console, f"{self.stage.name}: done", facts)
+        if change < 1e-5 and progress.step < self.plan.num_steps:
+            self.stage.console.print("warning: the weights hardly moved; raise --learning_rate or train for more steps")
+
+
+class MetricsLog:
+    """The metrics file of a run, and TensorBoard; the main process writes them, in the others nothing happens.
+
+    A resumed run drops the lines past the step it resumes from, and what a full disk has cut, so every step stands
+    there once.
 
     Args:
-        flops: operations of a training step per token.
-        matmul_flops: the device's measured speed, operations per second.
+        folder: of the run.
+        name: of the run among those of its folder: stage and width, such as pretrain_512.
+        is_main: whether this process writes.
     """
-    settings, config, runtime = run.settings, run.model.config, run.runtime
-    total = sum(p.numel() for p in run.model.parameters())
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    rows = run.sampler.rows_per_step
-    tokens = run.num_steps * rows * settings.max_seq_len
-    seconds = tokens * flops / (EXPECTED_MATMUL_SHARE * matmul_flops * runtime.world_size)
-    # Activations per token: about 20 C numbers of 2 bytes for each block, and logits, 3 V of 4 bytes. fp32
-    # weights; for those that train also a gradient and two moments, of which FSDP gives each process a share.
-    activations = settings.batch_size * settings.max_seq_len * (
-        20 * config.hidden_size * config.num_hidden_layers * 2 + 3 * config.vocab_size * 4
-    )  # fmt: skip
-    holders = runtime.world_size if settings.sharding == "fsdp" else 1
-    kept = 12 * trained if runtime.device.type == "cpu" else 0  # the copy of weights and moments that is saved
-    memory = (4 * total + 12 * trained + kept) / holders + activations
-    unit = "pairs" if run.stage == "dpo" else "rows"
-    device = f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}"
-    if runtime.world_size > 1:
-        device += f", {runtime.world_size} processes" + (", each a share of the model" if holders > 1 else "")
-    facts = {
-        "parameters": f"{total:,}"
-        + (f", of which {trained:,} train ({trained / total:.2%})" if trained < total else ""),
-        "data": f"{len(run.train_data):,} {unit}, {run.train_data.num_targets:,} target tokens",
-        "steps": f"{run.num_steps:,} in {settings.epochs} epoch(s), each {rows} {unit} x {settings.max_seq_len}",
-        "device": device,
-        "estimate": f"about {format_seconds(seconds)}, {memory / 1e9:.1f} GB of memory",
-        "output": str(run.last_folder),
-    }
-    if run.start_step:
-        facts["resuming"] = f"from step {run.start_step:,}"
-    print_facts(run.console, f"{run.stage}: what will happen", facts)
+
+    def __init__(self, folder: Path, name: str, tensorboard: bool = False, is_main: bool = True) -> None:
+        self.folder, self.name = folder, name
+        self.path = folder / f"{name}_metrics.jsonl"
+        self.tensorboard, self.is_main = tensorboard, is_main
+        self.file: IO[str] | None = None
+        self.writer: Any = None
+
+    @contextlib.contextmanager
+    def opened(self, start_step: int, evaluation_pending: bool = False) -> Iterator[None]:
+        """Open the files for the block.
+
+        Args:
+            evaluation_pending: the evaluation of `start_step` is still to come; a line of it was written by a run that
+                was killed behind it.
+        """
+        if not self.is_main:
+            yield
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if start_step > 0 and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _is_kept(line, start_step, evaluation_pending)]
+        with atomic_write(self.path) as file:
+            file.writelines(f"{line}\n".encode() for line in kept)
+        if self.tensorboard:
+            self.writer = _tensorboard_writer(self.folder / "tensorboard" / self.name, start_step)
+        try:
+            with self.path.open("a", encoding="utf-8", buffering=1) as self.file:
+                yield
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+            self.file = self.writer = None
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Record the values of one step; what is not a finite number becomes null, since JSON has no NaN."""
+        if self.file is None:
+            return
+        record = {"step": step, **{name: _json_value(value) for name, value in values.items()}}
+        self.file.write(json.dumps(record) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                if isinstance(value, str):
+                    self.writer.add_text(name, value, step)
+                else:
+                    self.writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Put the lines on the disk: before a state is saved, so that a machine that dies leaves no gap."""
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
 
-def print_result(run: Run, seconds: float, change: float) -> None:
-    """What happened: time, best loss, how far the weights moved (relative to their size), where the model is."""
-    facts = {"time": format_seconds(seconds)}
-    if run.best_validation_loss is not None:
-        facts["best validation loss"] = f"{run.best_validation_loss:.4f}"
-    if run.num_skipped:
-        facts["skipped"] = f"{run.num_skipped:,} of {run.num_steps:,} steps, whose loss or gradient was not a number"
-    facts["weights moved"] = f"{change:.2%} of their size{run.moved_since}"
-    facts["model"] = str(run.last_folder)
-    print_facts(run.console, f"{run.stage}: done", facts)
-    if change < 1e-5 and run.start_step < run.num_steps:
-        run.console.print("warning: the weights hardly moved; raise --learning_rate or train for more steps")
+def _is_kept(line: str, start_step: int, evaluation_pending: bool) -> bool:
+    try:
+        record = json.loads(line)
+        step = int(record["step"])
+    except (ValueError, KeyError, TypeError):  # cut
+        return False
+    return step < start_step or (step == start_step and not (evaluation_pending and "validation_loss" in record))
+
+
+def _json_value(value: float | str) -> float | str | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard_writer(folder: Path, start_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs the package; install it with: pip install 'tinylm[track]'") from error
+    return SummaryWriter(str(folder), purge_step=start_step + 1)

@@ -13,8 +13,6 @@ from typing import Any, Literal
 import torch
 
 from tinylm.model.model_tinylm import TinyLMForCausalLM
-from tinylm.system.runtime import Runtime
-from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.optimizer import cosine_with_warmup, make_optimizers
 
 
@@ -136,11 +134,7 @@ class TrainSettings:
         warmup_steps = round(self.warmup_fraction * num_steps)
         return cosine_with_warmup(step, num_steps, warmup_steps, self.learning_rate, self.final_lr_fraction)
 
-    def make_optimizers(self, model: TinyLMForCausalLM, runtime: Runtime) -> list[torch.optim.Optimizer]:
-        """The optimizers over the model's trainable parameters: one AdamW, or Muon and AdamW.
-
-        With `sharding` the model is first dealt out to the processes, since each steps only its share.
-        """
-        shard(model, self.sharding, runtime)
+    def make_optimizers(self, model: TinyLMForCausalLM) -> list[torch.optim.Optimizer]:
+        """The optimizers over the model's trainable parameters: one AdamW, or Muon and AdamW."""
         betas = (self.beta1, self.beta2)
         return make_optimizers(model, self.optimizer, self.learning_rate, self.weight_decay, betas)

@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
-from tinylm.dataset.batches import Dataset, load_batch
+from tinylm.dataset.batches import Batch, Dataset, load_batch
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.system.runtime import Runtime
 from tinylm.trainer.core.objectives import Objective
 
 
+def batches_of_rank(
+    data: Dataset, batch_size: int, runtime: Runtime, max_batches: int = 0
+) -> Iterator[tuple[int, Batch]]:
+    """(first row, batch) of every `world_size`-th batch of the data, in its order, on the model's device.
+
+    Every process gets as many: one that has none left gets a batch without targets, since a sharded model computes with
+    all processes or not at all.
+
+    Args:
+        max_batches: batches of `batch_size` rows to take, over all processes; 0 means all.
+    """
+    num_batches = min(-(-len(data) // batch_size), max_batches or len(data))
+    for number in range(runtime.rank, num_batches + -num_batches % runtime.world_size, runtime.world_size):
+        start = number * batch_size
+        rows = range(start, min(start + batch_size, len(data))) if number < num_batches else range(0)
+        yield start, load_batch(data, rows).to(runtime.device)
+
+
 @torch.no_grad()
 def validate(
-    model: TinyLMForCausalLM, objective: Objective, data: Dataset, batch_size: int, most_batches: int, runtime: Runtime
+    model: TinyLMForCausalLM, objective: Objective, data: Dataset, batch_size: int, max_batches: int, runtime: Runtime
 ) -> dict[str, float]:
     """Mean loss (and the objective's metrics) per target over the held-out data, and bits per byte of text.
 
-    The batches are shared out among the processes. One that has none left computes one that counts nothing, since a
-    sharded model computes with all processes or not at all.
-
     Args:
-        most_batches: batches of `batch_size` rows to look at, in the order of the data; 0 means all.
+        max_batches: batches of `batch_size` rows to look at, in the order of the data; 0 means all.
 
     Returns:
         "validation_loss" in nats, "validation_" and each metric, and "bits_per_byte" where the data knows its bytes.
     """
     model.eval()
     sums: dict[str, float] = {}
-    num_batches = min(-(-len(data) // batch_size), most_batches or len(data))
-    for number in range(runtime.rank, num_batches + -num_batches % runtime.world_size, runtime.world_size):
-        start = number * batch_size
-        batch = load_batch(data, range(start, min(start + batch_size, len(data))) if number < num_batches else ())
+    for _, batch in batches_of_rank(data, batch_size, runtime, max_batches):
         with runtime.autocast():
-            loss, metrics = objective(model, batch.to(runtime.device))
+            loss, metrics = objective(model, batch)
         for name, value in {"count": torch.tensor(batch.count), "loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     model.train()

@@ -15,7 +15,7 @@ from tinylm.checkpoint import training_state
 from tinylm.checkpoint.training_state import load_training_state, save_training_state
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.run.resume import ADJUSTABLE, FREE
-from tinylm.trainer.run.training_run import TrainingRun
+from tinylm.trainer.run.run import Run
 from tinylm.trainer.train_dpo import DPOSettings
 from tinylm.trainer.train_full_sft import FullSFTSettings
 from tinylm.trainer.train_lora import LoRASettings
@@ -31,18 +31,18 @@ def test_resume_is_exact_to_the_bit(tmp_path, optimizer):
     whole.fit()
     stopped = make_run(tmp_path / "parts", optimizer=optimizer)
     interrupt_at(stopped, 7)
-    assert load_training_state(stopped.state_folder).values["step"] == 6
+    assert load_training_state(stopped.checkpoints.state_folder).values["step"] == 6
     resumed = make_run(tmp_path / "parts", seed=1, optimizer=optimizer, resume=True)  # its own weights must not matter
     resumed.fit()
 
-    assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+    assert_same_bits(weights_of(resumed.learner.model), weights_of(whole.learner.model))
     for name in ("pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state/step_00000010"):
         assert read_bytes(tmp_path / "parts" / name) == read_bytes(tmp_path / "whole" / name), name
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     steps = [record["step"] for record in records(tmp_path / "parts") if "loss" in record]
     assert steps == list(range(1, 11))
     assert "from step 6" in said(resumed)
-    assert resumed.best_validation_loss == whole.best_validation_loss
+    assert resumed.progress.best_validation_loss == whole.progress.best_validation_loss
 
 
 def test_the_best_validation_loss_outlives_a_stop(tmp_path):
@@ -52,7 +52,7 @@ def test_the_best_validation_loss_outlives_a_stop(tmp_path):
     interrupt_at(stopped, 4)
     resumed = make_run(tmp_path, max_steps=4, save_interval=3, resume=True)
     resumed.fit()
-    assert resumed.start_step == 3 and resumed.best_validation_loss == 0.25
+    assert resumed.progress.step == 3 and resumed.progress.best_validation_loss == 0.25
 
 
 def test_dropout_is_another_at_every_step_and_is_part_of_the_run(tmp_path):
@@ -61,9 +61,9 @@ def test_dropout_is_another_at_every_step_and_is_part_of_the_run(tmp_path):
     for run in runs:
         run.fit()
     with pytest.raises(AssertionError):
-        assert_same_bits(weights_of(runs[0].model), weights_of(runs[1].model))
+        assert_same_bits(weights_of(runs[0].learner.model), weights_of(runs[1].learner.model))
     states = []
-    for _ in runs[0]._step_batches():
+    for _ in runs[0].plan.batches(0):
         states.append(torch.get_rng_state())
     assert len({bytes(state.numpy().tobytes()) for state in states}) == len(states) == 16
 
@@ -71,7 +71,7 @@ def test_dropout_is_another_at_every_step_and_is_part_of_the_run(tmp_path):
 def test_ranks_see_other_rows_and_other_dropout_in_every_epoch(tmp_path):
     """The original project set the seed anew at each epoch, the same on all ranks: they then drew the same dropout."""
     runs = [make_run(tmp_path, ranks=(rank, 2), batch_size=1) for rank in (0, 1)]
-    drawn = [[(torch.rand(4).tolist(), step[0].input_ids) for step in run._step_batches()] for run in runs]
+    drawn = [[(torch.rand(4).tolist(), step[0].input_ids) for step in run.plan.batches(0)] for run in runs]
     assert len(drawn[0]) == len(drawn[1]) == 16
     for (first, rows), (second, others) in zip(*drawn, strict=True):
         assert first != second and not torch.equal(rows, others)
@@ -82,7 +82,7 @@ def test_ranks_see_other_rows_and_other_dropout_in_every_epoch(tmp_path):
 def test_an_epoch_has_every_row_once_and_its_last_step_is_its_own(tmp_path):
     """A step never spans two epochs, so what is left over at an epoch's end cannot leak into the next."""
     run = make_run(tmp_path, data=(data := Rows(13)))
-    steps = list(run._step_batches())
+    steps = list(run.plan.batches(0))
     assert [len(step) for step in steps] == [2, 2, 2, 1] * 4
     for epoch in range(4):
         seen = [batch for step in steps[4 * epoch : 4 * epoch + 4] for batch in step]
@@ -96,14 +96,14 @@ def test_the_schedule_ends_at_a_tenth_of_its_peak_with_accumulation(tmp_path):
     run = make_run(tmp_path, max_steps=0, epochs=10, eval_interval=0)
     run.fit()
     rates = [record["learning_rate"] for record in records(tmp_path) if "learning_rate" in record]
-    assert run.num_steps == len(rates) == 40
+    assert run.plan.num_steps == len(rates) == 40
     assert rates[0] == pytest.approx(1e-2 / 8) and max(rates) == pytest.approx(1e-2)
     assert rates[-1] == pytest.approx(1e-3, rel=0.05)
 
 
 def test_folders_names_and_the_finished_flag(tmp_path):
     run = make_run(tmp_path)
-    assert run.fit() == tmp_path / "pretrain_16_epoch2" == run.last_folder
+    assert run.fit() == tmp_path / "pretrain_16_epoch2" == run.checkpoints.last_folder
     assert str(tmp_path / "pretrain_16_epoch2") in said(run).partition("pretrain: done")[0]  # the plan says so too
     names = ["pretrain_16_epoch0", "pretrain_16_epoch1", "pretrain_16_epoch2", "pretrain_16_state"]
     assert {path.name for path in tmp_path.glob("[!.]*")} == {*names, "pretrain_16_metrics.jsonl"}
@@ -117,12 +117,12 @@ def test_a_state_holds_all_a_run_needs_in_full_precision(tmp_path):
     """Resuming from half-precision weights loses every small update since. Computing in bf16 must not show here."""
     run = make_run(tmp_path, dtype=torch.bfloat16, max_steps=3, optimizer="adamw")
     run.fit()
-    state = load_training_state(run.state_folder).values
+    state = load_training_state(run.checkpoints.state_folder).values
     assert state["step"] == 3 and state["settings"]["seed"] == 42
     assert {name: w.dtype for name, w in state["weights"].items()} == {
-        name: torch.float32 for name, _ in run.model.named_parameters()
+        name: torch.float32 for name, _ in run.learner.model.named_parameters()
     }
-    assert_same_bits(state["weights"], weights_of(run.model))
+    assert_same_bits(state["weights"], weights_of(run.learner.model))
     assert any((w != w.bfloat16().float()).any() for w in state["weights"].values())
     (moments,) = state["optimizers"]
     assert moments.keys() == state["weights"].keys()
@@ -133,8 +133,8 @@ def test_a_state_holds_all_a_run_needs_in_full_precision(tmp_path):
 def test_under_lora_only_the_adapter_is_in_the_state(tmp_path):
     run = make_run(tmp_path, lora=2, max_steps=2)
     run.fit()
-    names = set(load_training_state(run.state_folder).values["weights"])
-    assert names == {name for name, p in run.model.named_parameters() if "lora_" in name} and len(names) == 14
+    names = set(load_training_state(run.checkpoints.state_folder).values["weights"])
+    assert names == {name for name, p in run.learner.model.named_parameters() if "lora_" in name} and len(names) == 14
 
 
 @pytest.mark.parametrize(
@@ -161,11 +161,11 @@ def test_under_lora_only_the_adapter_is_in_the_state(tmp_path):
 def test_a_resume_of_another_run_is_refused_in_one_line(tmp_path, change, message):
     make_run(tmp_path, max_steps=2).fit()
     run = make_run(tmp_path, **{"max_steps": 2, "resume": True, **change})
-    before = weights_of(run.model)
+    before = weights_of(run.learner.model)
     with pytest.raises(ValueError, match=message) as error:
         run.fit()
     assert "\n" not in str(error.value)
-    assert_same_bits(before, weights_of(run.model))
+    assert_same_bits(before, weights_of(run.learner.model))
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,15 @@ def test_a_setting_of_the_mathematics_cannot_change_halfway(tmp_path, name, was,
     over in silence: either way the run was not the one that was asked for, and recorded as if it were."""
     interrupt_at(make_run(tmp_path, max_steps=5), 4)
     run = make_run(tmp_path, max_steps=5, resume=True, **{name: now})
-    before = weights_of(run.model)
+    before = weights_of(run.learner.model)
     with pytest.raises(ValueError) as error:
         run.fit()
+    folder = run.checkpoints.state_folder
     assert str(error.value) == (
-        f"{run.state_folder} was made with {name} {was}, this run has {now}; pass --{name} {was} to go on with it, "
+        f"{folder} was made with {name} {was}, this run has {now}; pass --{name} {was} to go on with it, "
         "or choose another --output_dir for a new run"
     )
-    assert_same_bits(before, weights_of(run.model))
+    assert_same_bits(before, weights_of(run.learner.model))
 
 
 def test_a_diverged_run_goes_on_with_a_lower_learning_rate_and_says_so(tmp_path):
@@ -196,12 +197,12 @@ def test_a_diverged_run_goes_on_with_a_lower_learning_rate_and_says_so(tmp_path)
     assert "note: learning_rate is 0.005 from step 3 on; it was 0.01" in said(run)
     assert "note: grad_clip is 0.5 from step 3 on; it was 1.0" in said(run)
     rates = {record["step"]: record["learning_rate"] for record in records(tmp_path) if "learning_rate" in record}
-    schedule = make_run(tmp_path, max_steps=8, learning_rate=1e-2).settings.learning_rate_at
+    schedule = make_run(tmp_path, max_steps=8, learning_rate=1e-2).stage.settings.learning_rate_at
     assert rates == {step: pytest.approx(schedule(step - 1, 8) / (1 if step <= 3 else 2)) for step in range(1, 8)}
     again = make_run(tmp_path, max_steps=8, resume=True, learning_rate=5e-3, grad_clip=0.5)
     again.fit()
-    assert again.start_step == 6 and "note:" not in said(again)
-    lineage = json.loads((again.last_folder / "lineage.json").read_text())
+    assert again.progress.step == 6 and "note:" not in said(again)
+    lineage = json.loads((again.checkpoints.last_folder / "lineage.json").read_text())
     assert lineage["changed_on_resume"] == [
         {"step": 3, "setting": "learning_rate", "was": 1e-2, "now": 5e-3},
         {"step": 3, "setting": "grad_clip", "was": 1.0, "now": 0.5},
@@ -219,21 +220,21 @@ def test_what_does_not_touch_the_mathematics_may_change(tmp_path):
     free |= {"device": "cuda", "batch_size": 1, "accumulation_steps": 4, "epochs": 2}
     resumed = make_run(tmp_path / "parts", max_steps=5, dropout=0.0, resume=True, **free)
     resumed.fit()
-    assert resumed.start_step == 3 and "note:" not in said(resumed)
-    for name, weight in weights_of(resumed.model).items():
-        torch.testing.assert_close(weight, weights_of(whole.model)[name], atol=1e-4, rtol=1e-3)
+    assert resumed.progress.step == 3 and "note:" not in said(resumed)
+    for name, weight in weights_of(resumed.learner.model).items():
+        torch.testing.assert_close(weight, weights_of(whole.learner.model)[name], atol=1e-4, rtol=1e-3)
 
 
 def test_a_state_without_settings_is_held_to_what_it_has(tmp_path):
     """Written before states named their settings; such a run can still be resumed."""
     interrupt_at(stopped := make_run(tmp_path, max_steps=5), 4)
-    state = load_training_state(stopped.state_folder).values
+    state = load_training_state(stopped.checkpoints.state_folder).values
     for name in ("settings", "sources", "changed_on_resume", "first_weights"):
         del state[name]
-    save_training_state(stopped.state_folder, state)
+    save_training_state(stopped.checkpoints.state_folder, state)
     resumed = make_run(tmp_path, max_steps=5, resume=True)
     resumed.fit()
-    assert resumed.start_step == 3 and moved(resumed).endswith(", since step 3")
+    assert resumed.progress.step == 3 and moved(resumed).endswith(", since step 3")
 
 
 def test_every_setting_is_free_or_held_by_choice():
@@ -252,11 +253,11 @@ def test_a_finished_run_resumed_does_nothing_and_a_new_one_starts_over(tmp_path)
     first = make_run(tmp_path, max_steps=2)
     first.fit()
     again = make_run(tmp_path, max_steps=2, resume=True, seed=1)
-    assert again.fit() == first.last_folder
-    assert_same_bits(weights_of(again.model), weights_of(first.model))
+    assert again.fit() == first.checkpoints.last_folder
+    assert_same_bits(weights_of(again.learner.model), weights_of(first.learner.model))
     nothing = make_run(tmp_path / "elsewhere", max_steps=1, resume=True)
     nothing.fit()
-    assert "nothing to resume" in said(nothing) and nothing.start_step == 0
+    assert "nothing to resume" in said(nothing) and nothing.progress.step == 0
 
 
 def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(tmp_path):
@@ -264,14 +265,14 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(tmp_path):
     whole.fit()
     run = make_run(tmp_path / "parts", max_steps=8)
     interrupt_at(run, 7)
-    flip_a_bit(run.state_folder / "step_00000006" / "state.safetensors")
+    flip_a_bit(run.checkpoints.state_folder / "step_00000006" / "state.safetensors")
     resumed = make_run(tmp_path / "parts", max_steps=8, resume=True)
     resumed.fit()
     assert "step_00000006/state.safetensors is not what was written" in said(resumed)
-    assert "going on from step_00000004 instead" in said(resumed) and resumed.start_step == 4
-    assert_same_bits(weights_of(resumed.model), weights_of(whole.model))
+    assert "resuming from step_00000004 instead" in said(resumed) and resumed.progress.step == 4
+    assert_same_bits(weights_of(resumed.learner.model), weights_of(whole.learner.model))
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
-    for state in resumed.state_folder.glob("step_*"):
+    for state in resumed.checkpoints.state_folder.glob("step_*"):
         flip_a_bit(state / "state.json")
     with pytest.raises(ValueError, match="no state in .* is whole: .*step_00000008.*; .*step_00000006"):
         make_run(tmp_path / "parts", max_steps=8, resume=True).fit()
@@ -289,10 +290,10 @@ def test_a_model_that_cannot_be_sampled_trains_on(tmp_path):
     run = make_run(tmp_path, max_steps=4)
     losses = iter([float("nan"), 0.5])
     run.validate = lambda data: {"validation_loss": next(losses)}
-    run.sample = lambda: (_ for _ in ()).throw(ValueError("the model computes no numbers"))
+    run.learner.sample = lambda: (_ for _ in ()).throw(ValueError("the model computes no numbers"))
     run.fit()
     assert said(run).count("warning: no sample (the model computes no numbers)") == 2
-    assert run.best_validation_loss == 0.5
+    assert run.progress.best_validation_loss == 0.5
 
 
 def test_a_state_that_cannot_be_saved_is_a_warning_and_the_last_one_an_error(tmp_path, monkeypatch):
@@ -308,12 +309,12 @@ def test_a_state_that_cannot_be_saved_is_a_warning_and_the_last_one_an_error(tmp
     run = make_run(tmp_path / "a", max_steps=6)
     run.fit()
     assert "warning: the last training state could not be saved (No space left on device)" in said(run)
-    assert load_training_state(run.state_folder).values["step"] == 6
+    assert load_training_state(run.checkpoints.state_folder).values["step"] == 6
     fails.add("step_00000006")
     last = make_run(tmp_path / "b", max_steps=6)
     with pytest.raises(RuntimeError, match="the training state could not be saved: No space left"):
         last.fit()
-    assert load_training_state(last.state_folder).values["step"] == 4
+    assert load_training_state(last.checkpoints.state_folder).values["step"] == 4
 
 
 def test_what_a_killed_run_has_left_half_written_goes_and_nothing_else(tmp_path):
@@ -332,19 +333,19 @@ def test_what_a_killed_run_has_left_half_written_goes_and_nothing_else(tmp_path)
 def test_starting_over_an_unfinished_run_is_said(tmp_path, monkeypatch):
     """To learn a step number, it once read weights and optimizer state too: gigabytes, and an error if damaged."""
     interrupt_at(stopped := make_run(tmp_path), 7)
-    (stopped.state_folder / "step_00000006" / "state.safetensors").write_bytes(b"damaged")
+    (stopped.checkpoints.state_folder / "step_00000006" / "state.safetensors").write_bytes(b"damaged")
     monkeypatch.setattr("tinylm.checkpoint.training_state.read_tensors", lambda path: pytest.fail("read the tensors"))
     run = make_run(tmp_path, max_steps=1)
     run.fit()
-    assert "holds an unfinished pretrain run; starting over (--resume goes on)" in said(run)
+    assert "holds an unfinished pretrain run; starting over (--resume continues it)" in said(run)
 
 
 def test_the_report_says_how_far_the_weights_moved(tmp_path):
     """The original project's DPO had a learning rate of 1e-9: a whole run that changed nothing, and said nothing."""
     moving = make_run(tmp_path / "a", max_steps=3)
-    before = weights_of(moving.model)
+    before = weights_of(moving.learner.model)
     moving.fit()
-    after = weights_of(moving.model)
+    after = weights_of(moving.learner.model)
     moved = sum(float((after[name] - before[name]).double().pow(2).sum()) for name in before) ** 0.5
     size = sum(float(weight.double().pow(2).sum()) for weight in before.values()) ** 0.5
     assert moved / size > 0.01
@@ -355,7 +356,7 @@ def test_the_report_says_how_far_the_weights_moved(tmp_path):
     assert "warning: the weights hardly moved; raise --learning_rate" in said(idle)
 
 
-def moved(run: TrainingRun) -> str:
+def moved(run: Run) -> str:
     (line,) = [line for line in said(run).splitlines() if "weights moved" in line]
     return line.split("moved")[1].strip()
 
@@ -371,7 +372,7 @@ def test_how_far_the_weights_moved_counts_from_the_true_start(tmp_path):
     interrupt_at(make_run(tmp_path / "parts", resume=True), 7)
     resumed = make_run(tmp_path / "parts", resume=True)
     resumed.fit()
-    assert resumed.start_step == 6 and moved(resumed) == moved(whole)
+    assert resumed.progress.step == 6 and moved(resumed) == moved(whole)
     finished = make_run(tmp_path / "parts", resume=True)
     finished.fit()
     assert moved(finished) == moved(whole)
@@ -391,7 +392,7 @@ def test_brackets_in_a_path_are_shown(tmp_path):
     for resume in (True, False):
         run = make_run(tmp_path / "a[bold]b[" / "i]", max_steps=1, resume=resume)
         assert str(tmp_path / "a[bold]b[" / "i]" / "pretrain_16_epoch0") == str(run.fit())
-        assert said(run).count(str(run.last_folder)) == 2
+        assert said(run).count(str(run.checkpoints.last_folder)) == 2
         assert ("nothing to resume in " + str(tmp_path / "a[bold]b[" / "i]") in said(run)) == resume
 
 
@@ -399,13 +400,13 @@ def test_validation_is_the_mean_over_the_targets(tmp_path):
     """Batches of 2 and of 1 row: the mean over all targets, without dropout, and nothing of the model changed."""
     run = make_run(tmp_path)
     rows = run.validation_data
-    before = weights_of(run.model)
-    run.model.train()  # as it is between two steps
+    before = weights_of(run.learner.model)
+    run.learner.model.train()  # as it is between two steps
     found = run.validate(rows)["validation_loss"]
-    assert run.model.training
-    loss, _ = next_token_loss(run.model.eval(), rows.collate(rows.rows))
+    assert run.learner.model.training
+    loss, _ = next_token_loss(run.learner.model.eval(), rows.collate(rows.rows))
     assert found == pytest.approx(loss.item() / rows.num_targets, rel=1e-5)
-    assert_same_bits(before, weights_of(run.model))
+    assert_same_bits(before, weights_of(run.learner.model))
 
 
 def test_metrics_and_samples_are_recorded(tmp_path):
@@ -417,7 +418,7 @@ def test_metrics_and_samples_are_recorded(tmp_path):
     validations = [record for record in lines if "validation_loss" in record]
     assert [record["step"] for record in validations] == [2, 4]
     assert validations[0]["sample_0"] == "drawn: True" and "drawn: True" in said(run)
-    assert run.best_validation_loss == min(record["validation_loss"] for record in validations)
+    assert run.progress.best_validation_loss == min(record["validation_loss"] for record in validations)
 
 
 def test_a_compiled_run_saves_plain_names(tmp_path, monkeypatch):
@@ -433,15 +434,15 @@ def test_a_compiled_run_saves_plain_names(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_compiler)
     plain, compiled = (make_run(tmp_path / str(c), lora=2, max_steps=2, use_compile=c, dropout=0.0) for c in (0, 1))
-    names = list(weights_of(compiled.model))
+    names = list(weights_of(compiled.learner.model))
     plain.fit()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "validation_data", None)
         compiled.fit()
     assert used == ["TinyLM"]
-    assert list(weights_of(compiled.model)) == names == list(load_names(compiled.last_folder))
-    for name, weight in weights_of(compiled.model).items():
-        torch.testing.assert_close(weight, weights_of(plain.model)[name], atol=1e-4, rtol=1e-3)
+    assert list(weights_of(compiled.learner.model)) == names == list(load_names(compiled.checkpoints.last_folder))
+    for name, weight in weights_of(compiled.learner.model).items():
+        torch.testing.assert_close(weight, weights_of(plain.learner.model)[name], atol=1e-4, rtol=1e-3)
 
 
 def load_names(folder: Path) -> list[str]:
@@ -449,4 +450,4 @@ def load_names(folder: Path) -> list[str]:
 
     with safe_open(folder / "model.safetensors", "pt") as file:
         stored = set(file.keys())
-    return [name for name in weights_of(make_run(folder / "unused", lora=2).model) if name in stored]
+    return [name for name in weights_of(make_run(folder / "unused", lora=2).learner.model) if name in stored]

@@ -1,0 +1,71 @@
+"""The terminal: consoles, facts in two columns, and the one way to show how far some work has come.
+
+Nothing outside this folder prints by itself. On a terminal a progress bar is redrawn in place; in a pipe or a file
+there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+def make_console(is_main: bool = True, stderr: bool = False) -> Console:
+    """A console that neither wraps lines nor colours by guess; silent in all processes but the main one."""
+    return Console(highlight=False, soft_wrap=True, markup=True, quiet=not is_main, stderr=stderr)
+
+
+def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
+    """Two columns: what will happen, or what happened. Lines are never wrapped, so that paths can be copied."""
+    width = max(len(name) for name in facts)
+    console.print(f"[bold]{title}[/bold]")
+    for name, value in facts.items():
+        console.print(f"  [dim]{name:<{width}}[/dim]  {escape(value)}")
+
+
+class ShowProgress(Protocol):
+    """What `progress` yields: call it with a few words and, where they are known, the numbers for the bar."""
+
+    def __call__(self, text: str, done: int | None = None, total: int | None = None) -> None: ...
+
+
+@contextlib.contextmanager
+def progress(console: Console, title: str) -> Iterator[ShowProgress]:
+    """Show on a terminal how far some work has come; the bar goes when the block ends.
+
+    Without numbers the bar moves back and forth.
+    """
+    if not console.is_terminal or console.quiet:
+        yield lambda text, done=None, total=None: None
+        return
+    columns = TextColumn("[bold]{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}")
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(escape(title), total=None, text="")
+
+        def show(text: str, done: int | None = None, total: int | None = None) -> None:
+            bar.update(task, completed=done, total=total, text=escape(text))
+
+        yield show
+
+
+def format_seconds(seconds: float) -> str:
+    """12s, 3m05s, 2h07m."""
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded}s"
+    if rounded < 3600:
+        return f"{rounded // 60}m{rounded % 60:02d}s"
+    return f"{rounded // 3600}h{rounded % 3600 // 60:02d}m"
+
+
+def format_count(number: float) -> str:
+    """950, 12.3k, 4.56M, 1.20B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"

@@ -1,0 +1,351 @@
+"""The checkpoints of a run: its folder, the models it leaves there, and the states it resumes from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinylm.checkpoint.training_state import (
+    StateWriter,
+    TrainingState,
+    discard_latest_state,
+    load_training_state,
+    read_training_values,
+)
+from tinylm.files.atomic import remove_leftovers
+from tinylm.files.locks import run_lock
+from tinylm.trainer.core.distributed import full_tensor, is_sharded, reshard, unsharded
+from tinylm.trainer.core.gradients import Scaler
+from tinylm.trainer.run.resume import check_same_run, load_optimizer_states, optimizer_states, place_like
+from tinylm.trainer.run.stage import Learner, Plan, Stage
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a training state holds all of it."""
+
+    step: int = 0
+    """Optimizer steps done when this process took the run up; where it starts."""
+    evaluation_pending: bool = False
+    """The evaluation and the model folder of `step` are still to come."""
+    num_skipped: int = 0
+    """Steps of the run whose loss or gradient was not a number."""
+    best_validation_loss: float | None = None
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Settings that were changed on a resume: step, setting, was, now."""
+
+
+def snapshot(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """A copy of the trainable weights."""
+    return [p.detach().clone() for p in parameters if p.requires_grad]
+
+
+def values_fingerprint(weights: Iterable[Tensor]) -> str:
+    """16 hex digits of a SHA-256 over the exact values."""
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(full_tensor(weight).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def relative_change(before: list[Tensor], parameters: Iterable[nn.Parameter]) -> float:
+    """|after - before| / |before|, L2 over all trainable weights."""
+    after = [p.detach() for p in parameters if p.requires_grad]
+    moved = sum(float(full_tensor((a - b).float().pow(2).sum())) for a, b in zip(after, before, strict=True))
+    size = sum(float(full_tensor(b.float().pow(2).sum())) for b in before)
+    return (moved / size) ** 0.5 if size else float("inf") if moved else 0.0
+
+
+class Movement:
+    """How far the weights of a model have moved since the start of its run, whatever came between.
+
+    A training state does not hold the first weights. It holds their fingerprint, and a recipe makes the same weights
+    again from the seed; where another torch or device draws other numbers, the movement counts from the resume and
+    says so.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.first_weights = snapshot(model.parameters())
+        self.known_fingerprint: str | None = None
+        """Of the run's first weights, from the state it was resumed from."""
+        self.since = ""
+        """Empty, or from which step on the movement counts: ", since step 1,200"."""
+
+    @cached_property
+    def own_fingerprint(self) -> str:
+        """Of the weights that the recipe made; all processes must ask."""
+        return values_fingerprint(self.first_weights)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the run's first weights, for its training state."""
+        return self.known_fingerprint if self.since else self.own_fingerprint
+
+    def resume(self, fingerprint: str | None, step: int) -> None:
+        """Continue a run whose first weights had this fingerprint; the model has the weights of `step` already."""
+        if fingerprint != self.own_fingerprint:
+            self.first_weights = snapshot(self.model.parameters())
+            self.known_fingerprint, self.since = fingerprint, f", since step {step:,}"
+
+    def measure(self) -> float:
+        """The L2 norm of the change, relative to that of the first weights."""
+        return relative_change(self.first_weights, self.model.parameters())
+
+
+class Checkpoints:
+    """Saves and restores a run: weights, optimizers, plan and progress.
+
+    Args:
+        lineage: where the model comes from; goes into each model folder.
+        before_saving: called before a state is written, in the writing thread.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        learner: Learner,
+        plan: Plan,
+        progress: Progress,
+        lineage: dict[str, Any],
+        before_saving: Callable[[], None] | None = None,
+    ) -> None:
+        self.stage, self.learner, self.plan, self.progress = stage, learner, plan, progress
+        self.lineage, self.before_saving = lineage, before_saving
+        self.movement = Movement(learner.model)
+        fp16 = stage.runtime.compute_dtype == torch.float16
+        self.scaler: Scaler = torch.amp.GradScaler(stage.runtime.device.type) if fp16 else None
+        self.writer: StateWriter | None = None
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.stage.settings.output_dir)
+
+    @property
+    def name(self) -> str:
+        """What the names of all files begin with, as the original project's do: stage and width."""
+        return f"{self.stage.name}_{self.learner.model.config.hidden_size}"
+
+    @property
+    def state_folder(self) -> Path:
+        """Training states live beside the model folders, never inside one."""
+        return self.folder / f"{self.name}_state"
+
+    def model_folder(self, epoch: int) -> Path:
+        """Folder of the model after `epoch` (from 0), named as the original project names its files."""
+        return self.folder / f"{self.name}_epoch{epoch}"
+
+    @property
+    def last_folder(self) -> Path:
+        """Folder of the model that the whole run ends with."""
+        return self.model_folder(self.plan.last_epoch)
+
+    @contextlib.contextmanager
+    def owned_folder(self) -> Iterator[None]:
+        """Inside, the stage's files belong to this run alone; what a killed run has left half written is deleted."""
+        # The lock of a process that was lost with its machine may take a while to go. The other processes wait for the
+        # main one no longer than the timeout, so it waits for half of that.
+        patience = self.stage.settings.timeout / 2 if self.is_restarted() else 0.0
+        with contextlib.ExitStack() as stack:
+            refusal = None
+            if self.stage.runtime.is_main:
+                try:
+                    stack.enter_context(run_lock(self.folder / f".{self.stage.name}.lock", patience))
+                    for left in self.folder.glob(f".{self.stage.name}_*"):
+                        remove_leftovers(self.folder / left.name[1:].rsplit(".", 2)[0])
+                except (ValueError, OSError) as error:
+                    refusal = error
+            if self.stage.runtime.any_rank(refusal is not None):
+                raise refusal or ValueError("the main process could not take the run's folder")
+            yield
+
+    # --- saving --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, states can be saved beside training."""
+        model, optimizers = self.learner.model, self.learner.optimizers
+        self.writer = StateWriter(self.state_folder, optimizers, is_sharded(model), self.before_saving)
+        try:
+            yield
+        finally:
+            self.writer.close()
+
+    def save_model(self, step: int) -> None:
+        """Write the model folder of the epoch that `step` ends."""
+        progress, epoch = self.progress, self.plan.epoch_of(step)
+        facts = {
+            "epoch": epoch,
+            "step": step,
+            "finished": step == self.plan.num_steps,
+            "best_validation_loss": progress.best_validation_loss,
+            **({"skipped_steps": progress.num_skipped} if progress.num_skipped else {}),
+            **({"changed_on_resume": progress.changes} if progress.changes else {}),
+        }
+        with unsharded(self.learner.model):
+            if self.stage.runtime.is_main:
+                self.learner.save(self.model_folder(epoch), {"stage": self.stage.name, **facts, **self.lineage})
+
+    def save_state(self, step: int, evaluation_pending: bool = False) -> None:
+        """Begin to save the state after `step`. One that could not be saved is said, and the run continues: the next
+        may succeed.
+        """
+        assert self.writer is not None
+        if self.stage.runtime.is_main or is_sharded(self.learner.model):
+            error = self.writer.save(self.state(step, evaluation_pending))
+            if error is not None:
+                message = f"warning: the last training state could not be saved ({error})"
+                self.stage.console.print(message, markup=False)
+
+    def finish_saving(self) -> None:
+        """Wait until the last state is on the disk.
+
+        Raises:
+            RuntimeError: it could not be saved.
+        """
+        assert self.writer is not None
+        if error := self.writer.wait():
+            raise RuntimeError(f"the training state could not be saved: {error}") from error
+
+    def discard_state(self, step: int) -> None:
+        """Point to the state before that of `step`, whose weights compute no numbers."""
+        assert self.writer is not None
+        self.writer.wait()
+        if self.stage.runtime.is_main:
+            discard_latest_state(self.state_folder, step)
+
+    def description(self) -> dict[str, Any]:
+        """What tells this run from others; `check_same_run` says how far it must agree for a resume."""
+        settings, model = self.stage.settings, self.learner.model
+        parent = self.lineage.get("parent") or {}
+        return {
+            "identity": {
+                "stage": self.stage.name,
+                "data": self.plan.source.fingerprint,
+                "parent": parent.get("weights"),
+                "num_steps": self.plan.num_steps,
+                "rows_per_optimizer_step": self.plan.source.rows_per_step,
+                "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                **dataclasses.asdict(model.config),
+            },
+            "settings": json.loads(json.dumps(dataclasses.asdict(settings))),  # a tuple is a list, as from a YAML file
+            "sources": {"data": settings.data_path or "TinyWorld", "parent": parent.get("path")},
+        }
+
+    def state(self, step: int, evaluation_pending: bool = False) -> dict[str, Any]:
+        """All that a resume after `step` needs. Random generators are not in it: each step seeds them."""
+        model, progress = self.learner.model, self.progress
+        reshard(model)
+        return {
+            "step": step,
+            "is_pending": evaluation_pending,
+            **self.description(),
+            "launch": self.stage.runtime.launch_id,
+            "num_skipped": progress.num_skipped,
+            "changed_on_resume": progress.changes,
+            "best_validation_loss": progress.best_validation_loss,
+            "first_weights": self.movement.fingerprint,
+            # Only what trains: a frozen base under an adapter is in its own folder.
+            "weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+            "optimizers": optimizer_states(model, self.learner.optimizers),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
+    # --- resuming ------------------------------------------------------------------------------------------------
+
+    def should_resume(self) -> bool:
+        """With --resume, or when torchrun has restarted the processes."""
+        return self.stage.settings.resume or self.is_restarted()
+
+    def is_restarted(self) -> bool:
+        """Whether torchrun has restarted the processes because one was lost or came back; all must ask."""
+        runtime = self.stage.runtime
+        if runtime.any_rank(runtime.is_restart):
+            return True
+        if not runtime.launch_id:
+            return False
+        try:
+            return bool(read_training_values(self.state_folder).get("launch") == runtime.launch_id)
+        except FileNotFoundError:
+            return False
+
+    def restore(self) -> None:
+        """Resume from the newest state that is undamaged, or start from the beginning where there is none.
+
+        Raises:
+            ValueError: it is a state of another run, all states are damaged, or the processes see different ones.
+        """
+        runtime, console = self.stage.runtime, self.stage.console
+        found = self._newest_state()
+        step = int(found.values["step"]) if found is not None else 0
+        if runtime.any_rank(runtime.max_over_ranks(step) != step):
+            raise ValueError(
+                f"the processes find states of different steps in {self.state_folder}; output_dir must lie on a disk "
+                "that all machines share"
+            )
+        if found is None:
+            console.print(f"nothing to resume in {self.folder}: starting from the beginning", markup=False)
+            return
+        for line in found.damaged:
+            console.print(f"warning: {line}; resuming from {found.folder.name} instead", markup=False)
+        state = found.values
+        self._keep_rows_per_step(state)
+        changes = check_same_run(self.state_folder, state, self.description())
+        for change in changes:
+            console.print("note: {setting} is {now} from step {step} on; it was {was}".format(**change))
+        self._load_tensors(state)
+        self.movement.resume(state.get("first_weights"), step)
+        self.progress.step = step
+        self.progress.evaluation_pending = state["is_pending"]
+        self.progress.num_skipped = state["num_skipped"]
+        self.progress.best_validation_loss = state["best_validation_loss"]
+        self.progress.changes = [*state.get("changed_on_resume", []), *changes]
+
+    def _newest_state(self) -> TrainingState | None:
+        place_for = place_like(self.learner.model) if is_sharded(self.learner.model) else None
+        with contextlib.suppress(FileNotFoundError):
+            return load_training_state(self.state_folder, place_for)
+        return None
+
+    def _load_tensors(self, state: dict[str, Any]) -> None:
+        parameters = dict(self.learner.model.named_parameters())
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                parameters[name].copy_(weight)
+        load_optimizer_states(self.learner.model, self.learner.optimizers, state["optimizers"])
+        if self.scaler is not None and state["scaler"] is not None:  # None: computed in another dtype until now
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _keep_rows_per_step(self, state: dict[str, Any]) -> None:
+        """On another number of processes, a run keeps the rows of its steps; the processes share them."""
+        rows, saved = int(state["identity"]["rows_per_optimizer_step"]), state.get("settings", {})
+        asked = {name: getattr(self.stage.settings, name) for name in ("batch_size", "accumulation_steps")}
+        if rows != self.plan.source.rows_per_step and all(saved.get(name) == value for name, value in asked.items()):
+            processes = self.stage.runtime.world_size
+            self.stage.console.print(f"note: {processes} process(es) share the {rows} rows of a step now")
+            self.plan.keep_rows_per_step(rows)
+
+    def note_unfinished(self) -> None:
+        """Say it when a run is about to be replaced by one that starts over."""
+        if self.progress.step or not self.stage.runtime.is_main:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            state = read_training_values(self.state_folder)
+            is_finished = state["step"] >= state["identity"]["num_steps"]
+            what = "a finished" if is_finished else "an unfinished"
+            hint = "" if is_finished else " (--resume continues it)"
+            message = f"note: {self.folder} holds {what} {self.stage.name} run; starting over{hint}"
+            self.stage.console.print(message, markup=False)

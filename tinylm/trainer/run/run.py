@@ -1,0 +1,219 @@
+"""A training run around `fit`: it plans, trains, validates, saves, resumes and reports.
+
+Recipes make the parts (stage, learner, data) and hand them over; what all stages share is here, once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tinylm.commandline.exit_status import Stopped, StopRequest
+from tinylm.dataset.batches import Batch, Dataset
+from tinylm.files.atomic import atomic_write
+from tinylm.system.runtime import measured_matmul_flops
+from tinylm.trainer.core.distributed import is_sharded
+from tinylm.trainer.core.loop import StepReport, fit
+from tinylm.trainer.run.checkpoints import Checkpoints, Progress
+from tinylm.trainer.run.report import MetricsLog, RunReport
+from tinylm.trainer.run.stage import Learner, Plan, Stage
+from tinylm.trainer.run.validation import validate
+
+MAX_SKIPS = 10
+"""Steps in a row whose loss or gradient may be not a number; then the run has diverged and ends."""
+
+
+class Run:
+    """One stage's run. Make it, `fit()` it, and read `progress`.
+
+    Args:
+        stage: which stage is run, with which settings, on which machine.
+        learner: the model, its optimizers and its objective.
+        plan: the steps to do.
+        validation_data: held-out rows, or None.
+        lineage: where the model comes from: parent, data, tokenizer.
+    """
+
+    def __init__(
+        self, stage: Stage, learner: Learner, plan: Plan, validation_data: Dataset | None, lineage: dict[str, Any]
+    ) -> None:
+        self.stage, self.learner, self.plan, self.validation_data = stage, learner, plan, validation_data
+        self.progress = Progress()
+        self.checkpoints = Checkpoints(stage, learner, plan, self.progress, lineage, lambda: self.metrics.flush())
+        settings, is_main = stage.settings, stage.runtime.is_main
+        self.metrics = MetricsLog(self.checkpoints.folder, self.checkpoints.name, settings.tensorboard, is_main)
+        self.report = RunReport(self.checkpoints)
+        self.spikes = SpikeWatch()
+        self.skips_in_a_row = 0
+        self.micro_batches: list[Batch] = []
+        """Of the step that is being computed."""
+        self.stop_request = StopRequest()
+
+    def fit(self) -> Path:
+        """Train, from the start or from where `--resume` finds it; returns the last model folder.
+
+        Raises:
+            Stopped: a signal asked for it; the step was finished and the state saved.
+            RuntimeError: the run has diverged, or its end could not be saved.
+        """
+        settings, learner, plan = self.stage.settings, self.learner, self.plan
+        with self.checkpoints.owned_folder(), self.stop_request:
+            if self.checkpoints.should_resume():
+                self.checkpoints.restore()
+            self.report.print_plan(measured_matmul_flops(self.stage.runtime))
+            self.checkpoints.note_unfinished()
+            start = self.progress.step
+            if settings.use_compile:
+                learner.model.model.compile(dynamic=False)  # in place, so parameter names stay what they are
+            with (
+                self.metrics.opened(start, self.progress.evaluation_pending),
+                self.report.live(),
+                self.checkpoints.writing(),
+            ):
+                if self.progress.evaluation_pending:
+                    self._evaluate(start)
+                    self._save(start)
+                fit(
+                    learner.model,
+                    learner.objective,
+                    learner.optimizers,
+                    plan.learning_rate,
+                    self._step_batches(),
+                    self.stage.runtime,
+                    plan.num_steps,
+                    start_step=start,
+                    grad_clip=settings.grad_clip,
+                    on_step=(self._after_step,),
+                    scaler=self.checkpoints.scaler,
+                    at_once=plan.at_once,
+                )
+            self.report.print_result()
+        return self.checkpoints.last_folder
+
+    def validate(self, data: Dataset) -> dict[str, float]:
+        """Mean loss (and the objective's metrics) per target over held-out data, and bits per byte of text."""
+        settings, learner = self.stage.settings, self.learner
+        return validate(
+            learner.model, learner.objective, data, settings.batch_size, settings.eval_batches, self.stage.runtime
+        )
+
+    def _step_batches(self) -> Iterator[list[Batch]]:
+        for micro_batches in self.plan.batches(self.progress.step):
+            self.micro_batches = micro_batches
+            yield micro_batches
+
+    # --- after a step --------------------------------------------------------------------------------------------
+
+    def _after_step(self, report: StepReport) -> None:
+        self._log(report)
+        self._watch(report)
+        if self.stage.runtime.any_rank(bool(self.stop_request.signum)):
+            self._stop(report)
+        self._evaluate(report.step)
+        self._save(report.step)
+
+    def _log(self, report: StepReport) -> None:
+        record = self.report.show_step(report)
+        if report.step % self.stage.settings.log_interval == 0 or report.step == 1 or report.skipped:
+            self.metrics.write(report.step, record)
+
+    def _stop(self, report: StepReport) -> None:
+        """End at once: evaluation and model folder, if they are due, come when the run is resumed."""
+        where = f" after step {report.step:,}, in which nothing was updated; the state before it stays"
+        if not self.skips_in_a_row:
+            self.checkpoints.save_state(report.step, evaluation_pending=True)
+            where = f" after step {report.step:,}, which is saved"
+        self.checkpoints.finish_saving()
+        raise Stopped(self.stop_request.signum or signal.SIGTERM, where)
+
+    def _watch(self, report: StepReport) -> None:
+        """Count the steps that were skipped, and end a run that only skips."""
+        console, checkpoints = self.stage.console, self.checkpoints
+        if not report.skipped:
+            self.skips_in_a_row = 0
+            if warning := self.spikes.warning(report.loss):
+                console.print(f"warning: step {report.step:,}: {warning}")
+            return
+        self.progress.num_skipped += 1
+        self.skips_in_a_row += 1
+        what = f"step {report.step:,}: the loss is {report.loss:.4g} and the gradient norm {report.grad_norm:.4g}"
+        console.print(f"warning: {what}; nothing was updated", markup=False)
+        if self.skips_in_a_row < MAX_SKIPS:
+            return
+        path = checkpoints.folder / f"{checkpoints.name}_bad_batch_rank{self.stage.runtime.rank}.jsonl"
+        tokenizer = self.learner.tokenizer
+        write_bad_batch(path, report.step, self.micro_batches, tokenizer.decode if tokenizer is not None else None)
+        checkpoints.discard_state(report.step - MAX_SKIPS)  # that step's update may be what broke the weights
+        raise RuntimeError(
+            f"{what}, as in {MAX_SKIPS} steps in a row; the last batch is in {path}, the weights of the last good step "
+            f"are in {checkpoints.state_folder}, if one was saved: continue from there with --resume and a lower "
+            "--learning_rate or a smaller --grad_clip"
+        )
+
+    def _evaluate(self, step: int) -> None:
+        interval = self.stage.settings.eval_interval
+        is_due = (interval and step % interval == 0) or step == self.plan.num_steps
+        if self.validation_data is None or not is_due:
+            return
+        values = self.validate(self.validation_data)
+        loss, best = values["validation_loss"], self.progress.best_validation_loss
+        if math.isfinite(loss) and (best is None or loss < best):
+            self.progress.best_validation_loss = loss
+        texts = self._sample()
+        self.report.show_validation(step, values, texts)
+        self.metrics.write(step, {**values, **{f"sample_{number}": text for number, text in enumerate(texts)}})
+
+    def _sample(self) -> list[str]:
+        # A sharded model computes with all processes, or not at all.
+        if self.learner.sample is None or not (self.stage.runtime.is_main or is_sharded(self.learner.model)):
+            return []
+        try:
+            return self.learner.sample()
+        except ValueError as error:  # weights that a step has just broken: the steps that follow tell more
+            self.stage.console.print(f"warning: no sample ({error})", markup=False)
+            return []
+
+    def _save(self, step: int) -> None:
+        interval = self.stage.settings.save_interval
+        is_last, is_due = step == self.plan.num_steps, interval and step % interval == 0
+        if self.plan.ends_epoch(step):
+            self.checkpoints.save_model(step)
+        # After a skipped step the weights may be broken already; two such states would push out the last good one.
+        if is_last or ((self.plan.ends_epoch(step) or is_due) and not self.skips_in_a_row):
+            self.checkpoints.save_state(step)
+        if is_last:
+            self.checkpoints.finish_saving()
+
+
+class SpikeWatch:
+    """Tells when a loss stands far above those before it; a spike may mend itself, so it only tells."""
+
+    def __init__(self, num_steps: int = 50, factor: float = 6.0) -> None:
+        self.losses: deque[float] = deque(maxlen=num_steps)
+        self.factor = factor
+
+    def warning(self, loss: float) -> str | None:
+        """A warning if `loss` is more than `factor` standard deviations above the mean of the last `num_steps`."""
+        losses, text = self.losses, None
+        if len(losses) == losses.maxlen:
+            mean = sum(losses) / len(losses)
+            deviation = (sum((x - mean) ** 2 for x in losses) / len(losses)) ** 0.5
+            if loss > mean + self.factor * deviation:
+                text = f"the loss jumped to {loss:.4g}, after {mean:.4g} on average; look at the data of this step"
+        losses.append(loss)
+        return text
+
+
+def write_bad_batch(path: Path, step: int, batches: Iterable[Batch], decode: Callable[[list[int]], str] | None) -> None:
+    """Write the rows of a step whose loss was not a number, for inspection: a JSON object a line."""
+    with atomic_write(path) as file:
+        for number, batch in enumerate(batches):
+            for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
+                text = {"text": decode(ids)} if decode is not None else {}
+                row = {"step": step, "micro_batch": number, **text, "input_ids": ids, "targets": targets}
+                file.write(json.dumps(row).encode() + b"\n")

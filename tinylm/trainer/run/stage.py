@@ -1,0 +1,126 @@
+"""What a run is made from: the stage that is run (who), what learns in it, and the plan of its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from rich.console import Console
+
+from tinylm.checkpoint.model_folder import save_model
+from tinylm.commandline.terminal import make_console
+from tinylm.dataset.batches import Batch, StepSource
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.system.runtime import Runtime, seed_everything, setup_runtime
+from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.trainer.core.objectives import Objective
+from tinylm.trainer.run.train_settings import TrainSettings
+
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Settings]):
+    """A training stage as one process runs it."""
+
+    name: str
+    """pretrain, full_sft, lora or dpo: what the names of all its files begin with."""
+    settings: Settings
+    runtime: Runtime
+    console: Console
+
+    def with_settings(self, **changes: Any) -> Stage[Settings]:
+        """The same stage with some settings replaced."""
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **changes))
+
+
+def start_stage(name: str, settings: Settings) -> Stage[Settings]:
+    """Choose device and precision, join the other processes, and seed the random generators."""
+    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
+    seed_everything(settings.seed)
+    return Stage(name, settings, runtime, make_console(runtime.is_main))
+
+
+@dataclass
+class Learner:
+    """What learns in a stage, how it is scored and how it is saved."""
+
+    model: TinyLMForCausalLM
+    tokenizer: Tokenizer
+    optimizers: Sequence[torch.optim.Optimizer]
+    objective: Objective
+    sample: Callable[[], list[str]] | None = None
+    """Texts to look at after each validation; shown and recorded."""
+    parent: dict[str, Any] | None = None
+    """The model that the stage started from: path, stage, fingerprint of the weights."""
+    save_folder: Callable[[Path, dict[str, Any]], None] | None = None
+    """(folder, lineage) -> writes an adapter folder, say; by default the model folder is written."""
+
+    def save(self, folder: Path, lineage: dict[str, Any]) -> None:
+        """Write the model folder, or what `save_folder` writes."""
+        if self.save_folder is not None:
+            self.save_folder(folder, lineage)
+        else:
+            save_model(folder, self.model, self.tokenizer, lineage)
+
+
+class Plan:
+    """Steps of a run, counted from 0; a step never spans two epochs.
+
+    Args:
+        source: where the steps come from.
+        at_once: micro-batches computed at a time.
+    """
+
+    def __init__(self, settings: TrainSettings, runtime: Runtime, source: StepSource, at_once: int = 1) -> None:
+        self.settings, self.runtime = settings, runtime
+        self.source, self.at_once = source, at_once
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return self.source.steps_per_epoch
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.settings.epochs * self.steps_per_epoch
+        return min(steps, self.settings.max_steps) if self.settings.max_steps else steps
+
+    @property
+    def last_epoch(self) -> int:
+        """Number of the epoch, from 0, in which the run ends."""
+        return self.epoch_of(self.num_steps)
+
+    def epoch_of(self, step: int) -> int:
+        """Number of the epoch, from 0, that the `step`-th step belongs to (the first step has `step` 1)."""
+        return -(-step // self.steps_per_epoch) - 1
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch, or the run, ends with the `step`-th step."""
+        return step % self.steps_per_epoch == 0 or step == self.num_steps
+
+    def keep_rows_per_step(self, rows: int) -> None:
+        """Plan steps of `rows` rows, which the processes of the run share."""
+        self.source = self.source.with_rows_per_step(rows)
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimizer step `step` (from 0)."""
+        return self.settings.learning_rate_at(step, self.num_steps)
+
+    def batches(self, start_step: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each optimizer step from `start_step` on.
+
+        Dropout's generator is seeded by (seed, step, rank): a resumed run draws what the unbroken run drew, with no
+        generator state to keep.
+        """
+        step = start_step
+        for epoch in range(step // self.steps_per_epoch, self.settings.epochs):
+            for batches in self.source.batches(epoch, step % self.steps_per_epoch):
+                torch.manual_seed((self.settings.seed * 1_000_003 + step) * 1_009 + self.runtime.rank)
+                yield batches
+                step += 1
