@@ -16,7 +16,15 @@ def terminal(**options) -> Console:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (185, "3m05s"), (3599.4, "59m59s"), (3599.6, "1h00m"), (7620, "2h07m")],
+    [
+        (0.4, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (185, "3m05s"),
+        (3599.4, "59m59s"),
+        (3599.6, "1h00m"),
+        (7620, "2h07m"),
+    ],
 )
 def test_seconds(seconds, text):
     assert format_seconds(seconds) == text

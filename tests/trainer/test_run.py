@@ -151,8 +151,8 @@ def test_under_lora_only_the_adapter_is_in_the_state(tmp_path):
         ),
         ({"batch_size": 4}, "made with num_steps 2|rows_per_optimizer_step 4, this run has 8"),
         ({"max_steps": 9}, "made with num_steps 2, this run has 9"),
-        ({"optimizer": "muon"}, "made with optimizer adamw, this run has muon; pass --optimizer adamw to go on with"),
-        ({"seed_setting": 7}, "made with seed 42, this run has 7; pass --seed 42 to go on with"),
+        ({"optimizer": "muon"}, "made with optimizer adamw, this run has muon; pass --optimizer adamw to resume it"),
+        ({"seed_setting": 7}, "made with seed 42, this run has 7; pass --seed 42 to resume it"),
         ({"shape": {"num_hidden_layers": 2}}, "this run has"),
         ({"shape": {"num_attention_heads": 4, "num_key_value_heads": 2}}, "num_attention_heads 2, this run has 4"),
         ({"lora": 2}, "made with trained parameters"),
@@ -183,7 +183,7 @@ def test_a_setting_of_the_mathematics_cannot_change_halfway(tmp_path, name, was,
         run.fit()
     folder = run.checkpoints.state_folder
     assert str(error.value) == (
-        f"{folder} was made with {name} {was}, this run has {now}; pass --{name} {was} to go on with it, "
+        f"{folder} was made with {name} {was}, this run has {now}; pass --{name} {was} to resume it, "
         "or choose another --output_dir for a new run"
     )
     assert_same_bits(before, weights_of(run.learner.model))

@@ -3,7 +3,7 @@
     tinylm quickstart
 
 tokenizer -> pretrain -> full SFT -> LoRA and DPO -> scoreboard -> chat. Each stage is the recipe that its own
-command runs, with settings fit for TinyWorld. What is finished is skipped, what was interrupted goes on.
+command runs, with settings fit for TinyWorld. Finished stages are skipped, interrupted ones are resumed.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
 
 
 def claim_folder(settings: QuickstartSettings) -> None:
-    """Write into the folder which quickstart it holds; another one could not go on from its stages.
+    """Write into the folder which quickstart it holds; one with other settings could not use its stages.
 
     Raises:
         ValueError: it holds a quickstart with another scale or seed.
@@ -152,7 +152,7 @@ def claim_folder(settings: QuickstartSettings) -> None:
         if theirs != ours:
             flags = " ".join(f"--{name} {value}" for name, value in theirs.items())
             raise ValueError(
-                f"{settings.output_dir} holds a quickstart made with {flags}; pass these to go on with it, or choose "
+                f"{settings.output_dir} holds a quickstart made with {flags}; pass these to continue it, or choose "
                 "another --output_dir for a new one"
             )
     else:
@@ -161,7 +161,7 @@ def claim_folder(settings: QuickstartSettings) -> None:
 
 
 def is_finished(settings: TrainSettings, folder: Path) -> bool:
-    """Whether `folder` holds what a whole run with these settings makes."""
+    """Whether `folder` holds the result of a finished run with these settings."""
     try:
         lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -280,7 +280,7 @@ def main(argv: list[str]) -> int:
     console.print(board.to_table())
     show_bars(rows, console)
     if settings.scale < 1:
-        console.print(f"a rehearsal with {settings.scale:.0%} of the data: the whole is needed to reach all of these")
+        console.print(f"a rehearsal with {settings.scale:.0%} of the data; reaching all of these takes all of it")
     seconds = time.perf_counter() - started
     out = Path(settings.output_dir)
     report = {
