@@ -21,7 +21,7 @@ from tinylm.checkpoint.weights_file import read_tensors
 from tinylm.commandline.settings import parse_settings
 from tinylm.dataset.shards.shard_cache import cached_token_shards
 from tinylm.dataset.shards.token_shards import open_shard
-from tinylm.dataset.sources.records import load_conversations, load_preferences, load_texts
+from tinylm.dataset.sources.records import iterate_texts, load_conversations, load_preferences
 from tinylm.export.pth import export_pth
 from tinylm.files.atomic import write_manifest
 from tinylm.model.lora import LoRAConfig, apply_lora
@@ -184,5 +184,5 @@ TARGETS = {
     "YAML": Target("data", "run.yaml", lambda rng, data: mutate_lines(rng, data, _YAML_SIGNS), _read_settings, False),
     "chats": Target("data", "chats.jsonl", _rows, _read_rows(load_conversations)),
     "preferences": Target("data", "pairs.jsonl", _rows, _read_rows(load_preferences)),
-    "texts": Target("data", "texts.jsonl", _rows, _read_rows(load_texts)),
+    "texts": Target("data", "texts.jsonl", _rows, _read_rows(iterate_texts)),
 }
