@@ -53,26 +53,15 @@ class TrainingState:
     damaged: tuple[str, ...] = ()
 
 
-def save_training_state(folder: str | Path, state: dict[str, Any]) -> Path:
-    """Publish a state in `folder`, as that of its "step"; returns the step's folder.
-
-    Args:
-        state: nested dicts, lists and tuples of tensors, str, int, float, bool and None. Dtypes, tuples and integer
-            keys come back as they were.
-
-    Raises:
-        TypeError: a value of another type (a bug of the caller: it could not be restored).
-        OSError: it could not be written; what was there before is untouched.
-    """
-    tensors: dict[str, Tensor] = {}
-    values = _flatten(state, tensors, "")
-    return _publish(Path(folder), int(state["step"]), values, tensors, None)
-
-
 def _publish(
     folder: Path, step: int, values: dict[str, Any], tensors: Mapping[str, Tensor], group: ProcessGroup | None
 ) -> Path:
-    """Write a step's folder, point `latest` to it, prune. With a `group`, the part of its first process."""
+    """Write a step's folder, point `latest` to it, prune. With a `group`, the part of its first process.
+
+    There are two writers, of one format, and `_read_all` reads both: `torch.distributed.checkpoint` alone would need 3
+    to 5 times as long for a state that one process holds (2.1 to 3.7 s for 310 MB, in place of 0.4 to 1.2 s), and
+    memory for all of it once more, since it makes the file as a bytes object first.
+    """
     place = folder / f"step_{step:08d}"
     with atomic_folder(place) as fresh:
         if group is None:
@@ -203,7 +192,7 @@ def _prune(folder: Path, newest: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def withdraw_state(folder: Path, step: int) -> None:
+def discard_latest_state(folder: Path, step: int) -> None:
     """Point `latest` to the state before that of `step`, which has turned out to be of no use, if there is one."""
     name = f"step_{step:08d}"
     older = sorted(path.name for path in folder.glob("step_*") if path.name < name)

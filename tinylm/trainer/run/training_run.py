@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tinylm.checkpoint.training_state import StateWriter, withdraw_state
+from tinylm.checkpoint.training_state import StateWriter, discard_latest_state
 from tinylm.commandline.exit_status import Stopped, StopRequest
 from tinylm.dataset.batches import Batch, Dataset, step_batches
 from tinylm.files.atomic import remove_leftovers
@@ -181,7 +181,7 @@ class TrainingRun(Run):
         write_bad_batch(self.output_dir / name, report.step, self.batches, self.decode)
         self.states.wait()
         if self.runtime.is_main:  # what the last update left computes no numbers
-            withdraw_state(self.state_folder, report.step - MOST_SKIPS)
+            discard_latest_state(self.state_folder, report.step - MOST_SKIPS)
         raise RuntimeError(
             f"{what}, as in {MOST_SKIPS} steps in a row; the last batch is in {self.output_dir / name}, the weights of "
             f"the last good step are in {self.state_folder}, if one was saved: go on from there with --resume and a "
