@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import stat
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,41 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         file.flush()
         assert not target.exists()
     assert target.read_bytes() == b"half"
-    umask = os.umask(0)
-    os.umask(umask)
-    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.fixture(params=[0o022, 0o027])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_results_have_the_modes_that_the_user_gives_to_new_files(
+    tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Temporary files are private. Reading the umask by changing it made another thread's files open to everybody."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+        with atomic_write(tmp_path / "file") as file:
+            file.write(b"x")
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "inside").mkdir()
+            for name in ("private", "inside/private"):
+                os.close(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600))  # as safetensors makes them
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~umask
+    for name in ("file", "folder/private", "folder/inside/private"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask, name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows it")
+def test_where_the_system_does_not_show_the_umask_it_is_that_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False if str(path).startswith("/proc") else os.path.exists(path))
+    monkeypatch.setattr(atomic_files, "_UMASK_AT_START", 0o031)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"x")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o646
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])

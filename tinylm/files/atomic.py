@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -68,6 +69,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         try:
             yield fresh
             for entry in sorted(fresh.rglob("*")):
+                if entry.is_file():
+                    entry.chmod(_default_mode(0o666))  # safetensors makes its files private
                 _sync(entry)
             fresh.chmod(_default_mode(0o777))
             _sync(fresh)
@@ -159,11 +162,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_UMASK_AT_START = os.umask(0o077)
+os.umask(_UMASK_AT_START)
+
+
 def _default_mode(full: int) -> int:
-    """The permissions the user's umask gives a new file; temporary files are private, results not."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return full & ~mask
+    """The permissions of a new file under the user's umask; temporary files are private, results are not.
+
+    The umask is read without changing it, since other threads may be making files. Linux shows it; elsewhere it is the
+    one that the program started with.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"^Umask:\s*([0-7]+)$", status.read_text(), flags=re.MULTILINE) if status.exists() else None
+    return full & ~(int(found[1], 8) if found else _UMASK_AT_START)
 
 
 # --------------------------------------------------------------------------------------------------
