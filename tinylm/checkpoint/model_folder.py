@@ -24,9 +24,9 @@ from tinylm.checkpoint.weights_file import (
     num_elements,
     read_weights,
     replaceable_folder,
-    write_json,
     write_tensors,
 )
+from tinylm.files.atomic import write_json
 from tinylm.files.untrusted import read_json, shown
 from tinylm.model.config import TinyLMConfig
 from tinylm.model.hf_config import config_from_hf, config_to_hf

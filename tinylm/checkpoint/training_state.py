@@ -30,9 +30,9 @@ from torch.distributed import ProcessGroup, checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tinylm.checkpoint.weights_file import read_header, read_json, read_tensors, write_tensors
+from tinylm.checkpoint.weights_file import read_header, read_tensors, write_tensors
 from tinylm.files.atomic import atomic_folder, atomic_write, check_manifest, remove_leftovers, write_manifest
-from tinylm.files.untrusted import shown
+from tinylm.files.untrusted import read_own_json, shown
 
 _TENSORS, _VALUES, _LATEST = "state.safetensors", "state.json", "latest"
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
@@ -273,7 +273,7 @@ def state_folders(folder: Path) -> list[Path]:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    record = read_json(folder / _VALUES)
+    record = read_own_json(folder / _VALUES)
     if record.get("format") != FORMAT or not isinstance(record.get("state"), dict):
         found = shown(record.get("format"))
         raise ValueError(f"{folder / _VALUES} has format {found}; expected {FORMAT}: it is not ours")

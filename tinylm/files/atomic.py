@@ -11,12 +11,13 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,6 +79,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON object whole or not at all. NaN and infinite numbers become null, since JSON has no others."""
+    with atomic_write(path) as file:
+        text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+        file.write(text.encode("utf-8") + b"\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remove_leftovers(path: str | Path) -> None:
