@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinylm.checkpoint.model_folder import load_model
-from tinylm.commandline.exit_status import GO_ON_AGAIN, run_main
+from tinylm.commandline.exit_status import RERUN_ADVICE, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.dataset import tinyworld
 from tinylm.evaluation.skills import MEAN, PERSONA, PERSONA_RIGHT, PREFERENCE, STORY_MEAN, WARM, Scoreboard, scoreboard
@@ -317,4 +317,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, advice=GO_ON_AGAIN))
+    sys.exit(run_main(main, advice=RERUN_ADVICE))
