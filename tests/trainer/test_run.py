@@ -11,8 +11,9 @@ import torch
 from run_parts import interrupt_at, make_run, records, said
 from trainer_parts import Rows, assert_same_bits, read_bytes, weights_of
 
+from tests.checkpoint.saved_states import save_state
 from tinylm.checkpoint import training_state
-from tinylm.checkpoint.training_state import load_training_state, save_training_state
+from tinylm.checkpoint.training_state import load_training_state
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.run.resume import ADJUSTABLE, FREE
 from tinylm.trainer.run.run import Run
@@ -231,7 +232,7 @@ def test_a_state_without_settings_is_held_to_what_it_has(tmp_path):
     state = load_training_state(stopped.checkpoints.state_folder).values
     for name in ("settings", "sources", "changed_on_resume", "first_weights"):
         del state[name]
-    save_training_state(stopped.checkpoints.state_folder, state)
+    save_state(stopped.checkpoints.state_folder, state)
     resumed = make_run(tmp_path, max_steps=5, resume=True)
     resumed.fit()
     assert resumed.progress.step == 3 and moved(resumed).endswith(", since step 3")

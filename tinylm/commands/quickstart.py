@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tinylm.checkpoint.model_folder import load_model
-from tinylm.checkpoint.weights_file import read_json
-from tinylm.commandline.exit_status import GO_ON_AGAIN, run_main
+from tinylm.commandline.exit_status import RERUN_ADVICE, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import format_seconds, make_console, progress
 from tinylm.dataset import tinyworld
-from tinylm.evaluation.results import write_json
 from tinylm.evaluation.skills import MEAN, PERSONA, PERSONA_RIGHT, PREFERENCE, STORY_MEAN, WARM, Scoreboard, scoreboard
+from tinylm.files.atomic import write_json
+from tinylm.files.untrusted import read_own_json
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.lora import unload_lora
 from tinylm.model.weights import weights_fingerprint
@@ -148,7 +148,7 @@ def claim_folder(settings: QuickstartSettings) -> None:
     record = Path(settings.output_dir) / "quickstart.json"
     ours = {"scale": settings.scale, "seed": settings.seed}
     if record.exists():
-        theirs = read_json(record)
+        theirs = read_own_json(record)
         if theirs != ours:
             flags = " ".join(f"--{name} {value}" for name, value in theirs.items())
             raise ValueError(
@@ -306,4 +306,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, advice=GO_ON_AGAIN))
+    sys.exit(run_main(main, advice=RERUN_ADVICE))
