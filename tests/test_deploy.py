@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.processes import PATIENCE
 from tinylm.commandline.settings import parse_settings
 from tinylm.trainer.train_pretrain import PretrainSettings
 
@@ -153,6 +154,14 @@ SCONTROL = """\
 if [ "$1 $2" = "show hostnames" ]; then echo localhost; else echo "$*" >> "$REQUEUED"; fi
 """
 
+SLOW_RECIPE = """\
+import sys
+sys.path[:0] = {paths}
+from recorded_recipe import main
+sys.exit(main([{folder!r}, "pretrain", *sys.argv[1:]]))
+"""
+NUM_STEPS = 80
+
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
@@ -174,13 +183,18 @@ def cluster(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[list[str]]:
-    """The script as Slurm would start it, from a folder that has the package but no .venv; with a minute model."""
-    (tmp_path / "checkout").mkdir()
-    (tmp_path / "checkout" / "tinylm").symlink_to(ROOT / "tinylm")
+    """The script as Slurm would start it, from a folder that has the recipe but no .venv; with a minute model.
+
+    The recipe is one whose steps take SECONDS_PER_STEP: the signal must come before the last of them, on the busiest
+    machine.
+    """
+    recipe = tmp_path / "checkout" / RECIPE
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text(SLOW_RECIPE.format(paths=[str(ROOT), str(ROOT / "tests" / "distributed")], folder=str(tmp_path)))
     shutil.copy(SLURM, tmp_path / "checkout")
     words = "--preset tiny --hidden_size 32 --num_hidden_layers 1 --num_attention_heads 4 --num_key_value_heads 2 "
     words += "--device cpu --dtype float32 --max_seq_len 64 --batch_size 1 --log_interval 1 --eval_interval 0 "
-    words += "--tinyworld_documents 400 --max_steps 200 --save_interval 1000"
+    words += f"--tinyworld_documents 64 --max_steps {NUM_STEPS} --save_interval 1000"
     yield ["bash", "slurm.sbatch", *words.split(), "--output_dir", str(tmp_path / "out")]
 
 
@@ -194,15 +208,15 @@ def steps_done(folder: Path) -> list[int]:
 def run_and_signal(job: list[str], cluster: dict[str, str], folder: Path, number: int) -> tuple[int, str]:
     """Start the job, send the batch script a signal in mid-run; returns the script's status and what it said."""
     with (folder / "said").open("w+") as said:
-        script = subprocess.Popen(job, cwd=folder / "checkout", env=cluster, stdout=said, stderr=subprocess.STDOUT,
-                                  start_new_session=True)  # fmt: skip
+        script = subprocess.Popen(job, cwd=folder / "checkout", env={**cluster, "SECONDS_PER_STEP": "2"}, stdout=said,
+                                  stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         try:
-            deadline = time.monotonic() + 120
-            while "1/200" not in (folder / "said").read_text():
+            deadline = time.monotonic() + PATIENCE
+            while f"1/{NUM_STEPS}" not in (folder / "said").read_text():
                 assert time.monotonic() < deadline and script.poll() is None, (folder / "said").read_text()
                 time.sleep(0.1)
             os.kill(script.pid, number)
-            status = script.wait(timeout=90)
+            status = script.wait(timeout=PATIENCE)
         finally:
             with contextlib.suppress(ProcessLookupError):  # what a script that failed has left behind
                 os.killpg(script.pid, signal.SIGKILL)
@@ -217,11 +231,12 @@ def test_preemption_saves_and_requeues_and_the_next_start_goes_on(cluster, job, 
     assert found and status not in (0, 137), said
     assert (tmp_path / "requeued").read_text().split() == ["requeue", cluster["SLURM_JOB_ID"]]
     step = int(found[1].replace(",", ""))
-    assert step < 200
-    done = subprocess.run(job, cwd=tmp_path / "checkout", env=cluster, capture_output=True, text=True, timeout=200)
+    assert step < NUM_STEPS
+    fewer = {**cluster, "NPROC_PER_NODE": "1"}  # the job comes back with one GPU
+    done = subprocess.run(job, cwd=tmp_path / "checkout", env=fewer, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert f"from step {step:,}" in done.stdout
-    assert steps_done(tmp_path / "out")[-1] == 200
+    assert steps_done(tmp_path / "out")[-1] == NUM_STEPS
     assert (tmp_path / "requeued").read_text().count("requeue") == 1, "a finished run stays out of the queue"
 
 

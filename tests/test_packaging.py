@@ -46,7 +46,7 @@ def test_pip_reads_the_requirements(repository: Path, name: str) -> None:
     """
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
     options = ["--dry-run", "--no-deps", "--no-index", "-r", name]
-    done = subprocess.run([*pip, *options], cwd=repository, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*pip, *options], cwd=repository, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

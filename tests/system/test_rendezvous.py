@@ -11,7 +11,7 @@ from torch.distributed import HashStore, Store
 from tinylm.system.rendezvous import agree_on_name
 
 
-def meet(store: Store, ranks: list[int], world_size: int, timeout: float = 10) -> list[str]:
+def meet(store: Store, ranks: list[int], world_size: int, timeout: float = 300) -> list[str]:
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(lambda rank: agree_on_name(store, rank, world_size, timeout), ranks))
 
@@ -31,10 +31,10 @@ def test_a_late_process_is_not_taken_for_the_one_before_it():
     store = HashStore()
     meet(store, [0, 1], 2)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(agree_on_name, store, 0, 2, 10)
+        first = pool.submit(agree_on_name, store, 0, 2, 300)
         with pytest.raises(NotYet):
             first.result(timeout=0.3)
-        second = pool.submit(agree_on_name, store, 1, 2, 10)
+        second = pool.submit(agree_on_name, store, 1, 2, 300)
         assert first.result() == second.result()
 
 

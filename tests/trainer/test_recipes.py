@@ -283,7 +283,7 @@ def test_torchrun_in_the_original_place(repository, stages, data, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repository)},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout and done.stdout.count("pretrain: done") == 1
