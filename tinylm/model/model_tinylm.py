@@ -9,7 +9,7 @@ V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tinylm.model.attention import AttentionPlan, attention, plan_attention
 from tinylm.model.config import PRESETS, TinyLMConfig
 from tinylm.model.kv_cache import KVCache
+from tinylm.model.parameter_roles import Role, parameter_roles
 from tinylm.model.positions import LearnedPositions, RotaryEmbedding, SinusoidalPositions, apply_rotary
 
 __all__ = [
@@ -75,6 +76,8 @@ class BackboneOutput(NamedTuple):
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, 1910.07467)."""
+
+    parameter_roles: ClassVar[dict[str, Role]] = {"weight": "vector"}
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -174,6 +177,12 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
+class OutputHead(nn.Linear):
+    """Hidden states to logits: a row of weights for each token, so a table rather than a map between hidden states."""
+
+    parameter_roles: ClassVar[dict[str, Role]] = {"weight": "table", "bias": "vector"}
+
+
 class TinyLM(nn.Module):
     """The backbone: token ids in, hidden states (and auxiliary losses) out."""
 
@@ -265,7 +274,7 @@ class TinyLMForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = TinyLM(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._init_weights()
@@ -274,11 +283,12 @@ class TinyLMForCausalLM(nn.Module):
     def _init_weights(self) -> None:
         std = self.config.initializer_range
         residual_std = std * (2 * self.config.num_hidden_layers) ** -0.5
+        roles = parameter_roles(self)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif parameter.ndim == 2:
-                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            elif roles[name] != "vector":
+                is_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                 parameter.normal_(0.0, residual_std if is_residual else std)
         for layer in self.model.layers:
             layer.self_attn.start_by_likeness()  # type: ignore[union-attr,operator]
