@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.model.small_models import YARN, random_ids, reference_of, small_config, small_model
 from tinylm.model import attention as attention_module
@@ -64,6 +65,18 @@ def test_presets_have_their_exact_parameter_counts(preset, count):
 def test_parameter_formula_counts_every_option(changes):
     model = small_model(**changes)
     assert model.num_parameters() == model.config.num_parameters()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_flops_are_those_that_torch_counts(tied):
+    """Of one causal row, where half of the score matrix counts; norms multiply, though not as matrices do."""
+    model = small_model(tie_word_embeddings=tied).train()
+    ids = random_ids(1, 128)  # one block of queries: the whole square of scores is computed
+    with FlopCounterMode(display=False) as counter:
+        model(ids).sum().backward()
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    square = model.training_flops_per_token(2 * 128) - 6 * norms
+    assert 128 * square == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["rope", "sinusoidal", "learned"])
@@ -176,9 +189,9 @@ def test_residual_projections_start_smaller_with_depth():
 def test_queries_start_like_their_own_keys():
     attention = TinyLMForCausalLM(small_config(hidden_size=256)).model.layers[0].self_attn
     queries, keys = attention.q_proj.weight.view(4, -1), attention.k_proj.weight.view(2, -1)  # [H, D*C], [K, D*C]
-    likeness = torch.corrcoef(torch.cat((queries, keys)))[:4, 4:]
+    correlation = torch.corrcoef(torch.cat((queries, keys)))[:4, 4:]
     expected = torch.tensor([[0.7, 0.0], [0.7, 0.0], [0.0, 0.7], [0.0, 0.7]])
-    torch.testing.assert_close(likeness, expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(correlation, expected, atol=0.03, rtol=0)
 
 
 def test_five_gradient_steps_lower_the_loss():

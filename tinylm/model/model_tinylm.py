@@ -34,7 +34,7 @@ __all__ = [
     "TinyLMForCausalLM",
 ]
 
-QUERY_KEY_LIKENESS = 0.7
+QUERY_KEY_CORRELATION = 0.7
 """Correlation of a query head's first weights with its key head's; chosen by single runs (docs/trials.md)."""
 
 
@@ -114,17 +114,17 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     @torch.no_grad()
-    def start_by_likeness(self) -> None:
-        """Mix into each query head's first weights those of its key head, so that a token looks for others like it.
+    def mimetic_init(self) -> None:
+        """Mimetic initialisation (Trockman and Kolter 2023, arXiv:2305.09828): queries start like their keys.
 
-            W_q = r W_k + sqrt(1 - r^2) W_q'        W_q' the weights that were there, r = QUERY_KEY_LIKENESS
+            W_q = r W_k + sqrt(1 - r^2) W_q'        W_q' the weights that were there, r = QUERY_KEY_CORRELATION
 
-        Trained transformers look like that, W_q^T W_k close to a multiple of the identity, and those that start so need
-        less data (Trockman and Kolter 2023, arXiv:2305.09828). The weights' variance stays what it was.
+        In trained transformers W_q^T W_k is close to a multiple of the identity: a token looks for others like itself.
+        Models that start this way need less data. The weights' variance stays what it was.
         """
         keys = self.k_proj.weight.view(-1, 1, self.head_dim, self.k_proj.in_features)  # [K, 1, D, C]
         queries = self.q_proj.weight.view(keys.shape[0], -1, *keys.shape[2:])  # [K, G, D, C]
-        queries.mul_((1 - QUERY_KEY_LIKENESS**2) ** 0.5).add_(QUERY_KEY_LIKENESS * keys)
+        queries.mul_((1 - QUERY_KEY_CORRELATION**2) ** 0.5).add_(QUERY_KEY_CORRELATION * keys)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         batch, time, _ = x.shape
@@ -291,7 +291,7 @@ class TinyLMForCausalLM(nn.Module):
                 is_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                 parameter.normal_(0.0, residual_std if is_residual else std)
         for layer in self.model.layers:
-            layer.self_attn.start_by_likeness()  # type: ignore[union-attr,operator]
+            layer.self_attn.mimetic_init()  # type: ignore[union-attr,operator]
 
     @property
     def device(self) -> torch.device:
@@ -306,6 +306,18 @@ class TinyLMForCausalLM(nn.Module):
     def num_parameters(self) -> int:
         """Number of distinct weights (a tied matrix counts once)."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def training_flops_per_token(self, context_length: float) -> float:
+        """Floating-point operations of one training step per token: 6 per weight that multiplies, plus attention.
+
+        A matrix product costs 2 operations per weight forwards and 4 backwards (Kaplan et al. 2020, arXiv:2001.08361,
+        section 2.1). Attention's two products cost 12 L H D operations per token and per position it looks at;
+        causal, so about half of `context_length`. An untied embedding table multiplies nothing.
+        """
+        config = self.config
+        lookup = 0 if config.tie_word_embeddings else self.model.embed_tokens.weight.numel()
+        attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_width
+        return 6.0 * (self.num_parameters() - lookup) + attention * context_length / 2
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for this model: `batch_size` rows with room for `max_length` tokens each."""
