@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -303,3 +304,37 @@ def test_models_without_a_llama_equivalent_say_so():
             require_llama_shape(config)
     require_llama_shape(small_config())
     assert dataclasses.is_dataclass(TinyLMConfig)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
+def test_only_training_passes_are_compiled():
+    """Samples and validations once ran through the training graph: one compilation for every length."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, plain = small_model(qk_norm=True), small_model(qk_norm=True)
+    plain.load_state_dict(model.state_dict())
+    names = [name for name, _ in model.named_parameters()]
+    model.compile_for_training(backend=backend)
+    assert [name for name, _ in model.named_parameters()] == names and model.state_dict().keys() == set(names) | {
+        "lm_head.weight"
+    }
+    ids = random_ids(2, 24)
+    for _ in range(2):
+        model.train()
+        torch.testing.assert_close(model.hidden_states(ids), plain.hidden_states(ids))
+        torch.testing.assert_close(model(ids), plain(ids))
+        assert len(graphs) == 1
+        for length in (5, 9, 14):
+            other = random_ids(1, length)
+            cache = model.new_cache(1, length)
+            torch.testing.assert_close(model(other, cache=cache), plain(other))
+            model.eval()
+            torch.testing.assert_close(model(other), plain(other))
+            copied = copy.deepcopy(model).train()
+            torch.testing.assert_close(copied(other), plain(other))
+            model.train()
+        assert len(graphs) == 1

@@ -8,8 +8,9 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -307,6 +308,17 @@ class TinyLMForCausalLM(nn.Module):
         """Number of distinct weights (a tied matrix counts once)."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def compile_for_training(self, **options: Any) -> None:
+        """From now on, forward passes in training mode and without a cache run through `torch.compile`.
+
+        Validation, generation and samples have other lengths at every call and never touch the compiled graph. The
+        parameters keep their names, and copies of the model are not compiled.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self.model.compile(dynamic=False, **options)
+
     def training_flops_per_token(self, context_length: float) -> float:
         """Floating-point operations of one training step per token: 6 per weight that multiplies, plus attention.
 
@@ -342,7 +354,12 @@ class TinyLMForCausalLM(nn.Module):
         Raises:
             ValueError: more tokens or higher positions than the model (or the cache) has room for.
         """
-        return self.model(input_ids, position_ids, document_ids, cache)
+        return self._backbone(cache)(input_ids, position_ids, document_ids, cache)
+
+    def _backbone(self, cache: KVCache | None) -> Callable[..., BackboneOutput]:
+        """The backbone as a training pass may call it, compiled if it was; as any other pass must call it, never so."""
+        # `_call_impl` is what a module's `__call__` does when it is not compiled.
+        return self.model if self.training and cache is None else self.model._call_impl
 
     def hidden_states(
         self,
@@ -362,4 +379,4 @@ class TinyLMForCausalLM(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in the compute dtype; arguments and errors as in `run_backbone`."""
-        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache).hidden_states)
+        return self.lm_head(self._backbone(cache)(input_ids, position_ids, document_ids, cache).hidden_states)
