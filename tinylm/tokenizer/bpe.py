@@ -11,13 +11,12 @@ al. 2019):
 4. Encode: apply the learned merges to each piece, the earliest learned first.
 
 Ids here run from 0: first the 256 bytes in `BYTE_ALPHABET`'s order, then one id for each merge. The special
-tokens (`<|endoftext|>` and so on) are no business of BPE: `tinylm.tokenizer.tokenizer` puts them before
-these ids.
+tokens (`<|endoftext|>` and so on) do not concern BPE: `tinylm.tokenizer.tokenizer` puts them before these ids.
 
 Training is here twice: `train_bpe_naive`, to read, and `train_bpe`, to use. Both learn, one for one, the merges of the
-`tokenizers` library's BpeTrainer on the same text; tests hold the three together. The pieces depend on which characters the regular-expression engine knows as letters. `regex` and
-`tokenizers` ship different editions of the Unicode tables, so pieces can differ around letters standardised
-after Unicode 16 (2024).
+`tokenizers` library's BpeTrainer on the same text; tests hold the three together. The pieces depend on which characters
+the regular-expression engine knows as letters. `regex` and `tokenizers` ship different editions of the Unicode tables,
+so pieces can differ around letters standardised after Unicode 16 (2024).
 """
 
 from __future__ import annotations
