@@ -19,8 +19,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinylm.model.model_tinylm import TinyLMConfig
-from tinylm.trainer.run.report import training_flops_per_token
+import torch
+
+from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 
 BUCKET_BYTES = 25 * 2**20
 """DistributedDataParallel's default."""
@@ -117,8 +118,10 @@ def fsdp_step(compute: float, num_bytes: float, world: int, layers: int, machine
 def predict(preset: str, world: int, tokens: int, machine: Machine) -> tuple[Step, Step]:
     """(DDP, FSDP2) for a preset on `world` GPUs with `tokens` each."""
     config = TinyLMConfig.preset(preset, vocab_size=6400)
-    parameters = config.num_parameters()
-    flops = training_flops_per_token(config, parameters, 512) * tokens
+    with torch.device("meta"):
+        model = TinyLMForCausalLM(config)
+    parameters = model.num_parameters()
+    flops = model.training_flops_per_token(512) * tokens
     update = 7 * 4 * parameters / machine.memory  # AdamW reads 4 float32 numbers for each parameter and writes 3
     ddp = ddp_step(flops / machine.flops, 4 * parameters, world, machine)
     fsdp = fsdp_step(flops / machine.flops, 4 * parameters, world, config.num_hidden_layers, machine)

@@ -22,7 +22,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from tinylm.evaluation.results import write_json
+from tinylm.files.atomic import write_json
 from tinylm.model.hf_config import config_to_hf
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.system.runtime import Runtime, measured_matmul_flops

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tinylm import __version__
-from tinylm.commandline.exit_status import GO_ON, GO_ON_AGAIN
+from tinylm.commandline.exit_status import RERUN_ADVICE, RESUME_ADVICE, run_main
 
 
 class Command(NamedTuple):
@@ -21,18 +21,18 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command("tinylm.commands.quickstart:main", "train a small chat model from nothing", GO_ON_AGAIN),
+    "quickstart": Command("tinylm.commands.quickstart:main", "train a small chat model from nothing", RERUN_ADVICE),
     "tokenizer": Command("tinylm.trainer.train_tokenizer:main", "train a tokenizer on text"),
-    "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", GO_ON),
-    "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", GO_ON),
-    "lora": Command("tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", GO_ON),
-    "dpo": Command("tinylm.trainer.train_dpo:main", "teach a model which of two answers is preferred", GO_ON),
+    "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", RESUME_ADVICE),
+    "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", RESUME_ADVICE),
+    "lora": Command("tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", RESUME_ADVICE),
+    "dpo": Command("tinylm.trainer.train_dpo:main", "teach a model which of two answers is preferred", RESUME_ADVICE),
     "chat": Command("tinylm.commands.chat:main", "talk with a model in the terminal"),
     "eval": Command("tinylm.commands.evaluate:main", "measure a model"),
     "merge": Command("tinylm.commands.merge:main", "fold an adapter into its model"),
     "export": Command("tinylm.commands.export:main", "write a model for other programs"),
     "verify": Command("tinylm.commands.verify:main", "check a model's files and where it comes from"),
-    "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes", GO_ON),
+    "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes", RESUME_ADVICE),
 }
 
 
@@ -49,9 +49,6 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean tinylm {near[0]}? " if near else ""
         return _fail(f"unknown command {argv[0]!r}; {hint}see tinylm --help")
-    # imported here, because --help and --version must answer at once
-    from tinylm.commandline.exit_status import run_main
-
     command = COMMANDS[argv[0]]
     return run_main(lambda rest: _load(command.target)(rest), argv[1:], command.advice)
 

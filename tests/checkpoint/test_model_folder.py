@@ -144,6 +144,22 @@ def test_saving_is_atomic_and_replaces_only_models(tmp_path, folder, tokenizer, 
     assert load_model(folder)[2] == {"stage": "second"}
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_all_files_of_a_folder_have_the_same_mode(tmp_path, tokenizer, umask):
+    """The weights came out readable for their owner only, beside a config that everybody could read."""
+    before = os.umask(umask)
+    try:
+        model = small_model()
+        save_model(tmp_path / "model", model, tokenizer, {})
+        save_adapter(apply_lora(model, LoRAConfig(rank=2)), tmp_path / "adapter", "../model", {})
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: path.stat().st_mode & 0o777 for name in ("model", "adapter") for path in (tmp_path / name).iterdir()
+    }
+    assert len(modes) == 10 and set(modes.values()) == {0o666 & ~umask}, modes
+
+
 def test_resolving_paths(tmp_path, folder):
     assert resolve_model_path(tmp_path) == folder == resolve_model_path(folder)
     (tmp_path / "empty").mkdir()

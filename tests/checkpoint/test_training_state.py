@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from tests.checkpoint.saved_states import save_state
 from tests.model.small_models import random_ids, small_model
 from tinylm.checkpoint import training_state
 from tinylm.checkpoint.training_state import (
@@ -16,7 +17,6 @@ from tinylm.checkpoint.training_state import (
     discard_latest_state,
     load_training_state,
     read_training_values,
-    save_training_state,
 )
 from tinylm.files.atomic import write_manifest
 from tinylm.model.weights import weights_fingerprint
@@ -66,7 +66,7 @@ def assert_same(a, b) -> None:
 
 def test_training_state_comes_back_exactly(tmp_path):
     state = nested_state()
-    place = save_training_state(tmp_path / "state", state)
+    place = save_state(tmp_path / "state", state)
     assert {path.name for path in place.iterdir()} == {"state.safetensors", "state.json", "manifest.json"}
     assert_same(load_training_state(tmp_path / "state").values, state)
     (place / "state.safetensors").unlink()
@@ -95,7 +95,7 @@ def test_an_optimizer_resumes_bit_for_bit(tmp_path):
 
     model, optimizer = make()
     step(model, optimizer, 1)
-    save_training_state(tmp_path / "s", {"step": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    save_state(tmp_path / "s", {"step": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
     step(model, optimizer, 2)
     expected = weights_fingerprint(model)
     model, optimizer = make()
@@ -109,7 +109,7 @@ def test_an_optimizer_resumes_bit_for_bit(tmp_path):
 def test_one_damaged_byte_in_any_file_is_found_and_the_state_before_is_taken(tmp_path):
     folder = tmp_path / "state"
     for step in (1, 2):
-        save_training_state(folder, {**nested_state(), "step": step})
+        save_state(folder, {**nested_state(), "step": step})
     newest = folder / "step_00000002"
     assert load_training_state(folder).folder == newest
     for name in ("state.safetensors", "state.json", "manifest.json"):
@@ -136,7 +136,7 @@ def test_one_damaged_byte_in_any_file_is_found_and_the_state_before_is_taken(tmp
 @pytest.mark.parametrize("latest", ["gone", "", "step_00000009", "../elsewhere", b"\xff"])
 def test_a_lost_latest_costs_nothing(tmp_path, latest):
     for step in (1, 2):
-        save_training_state(tmp_path, {"step": step})
+        save_state(tmp_path, {"step": step})
     assert (tmp_path / "latest").read_text() == "step_00000002"
     (tmp_path / "latest").unlink()
     if latest != "gone":
@@ -146,30 +146,30 @@ def test_a_lost_latest_costs_nothing(tmp_path, latest):
 
 def test_a_state_that_is_not_published_is_not_taken(tmp_path):
     """Its folder has its name already, and the writer was killed before `latest` moved."""
-    save_training_state(tmp_path, {"step": 1})
-    save_training_state(tmp_path, {"step": 2})
+    save_state(tmp_path, {"step": 1})
+    save_state(tmp_path, {"step": 2})
     (tmp_path / "latest").write_text("step_00000001")
     assert load_training_state(tmp_path).values == {"step": 1}
 
 
 def test_two_states_stay_and_nothing_half_written(tmp_path):
     for step in (1, 2, 3):
-        save_training_state(tmp_path, {"step": step})
+        save_state(tmp_path, {"step": step})
     (tmp_path / ".step_00000004.abc.tmp").mkdir()
     (tmp_path / ".step_00000004.abc.tmp" / "state.safetensors").write_bytes(b"half")
     (tmp_path / ".latest.abc.tmp").write_bytes(b"half")  # each kill once left one of these for good
-    save_training_state(tmp_path, {"step": 4})
+    save_state(tmp_path, {"step": 4})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000003", "step_00000004"]
-    save_training_state(tmp_path, {"step": 2})  # a run that was started over
+    save_state(tmp_path, {"step": 2})  # a run that was started over
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000002"]
 
 
 def test_a_state_that_turns_out_useless_is_discarded(tmp_path):
     """It gives way to the one before it, in favour of which the next save deletes it. The only one stays."""
-    save_training_state(tmp_path, {"step": 1})
+    save_state(tmp_path, {"step": 1})
     discard_latest_state(tmp_path, 1)
     assert load_training_state(tmp_path).values == {"step": 1}
-    save_training_state(tmp_path, {"step": 2})
+    save_state(tmp_path, {"step": 2})
     discard_latest_state(tmp_path, 3)  # there is none
     assert load_training_state(tmp_path).values == {"step": 2}
     discard_latest_state(tmp_path, 2)
@@ -177,13 +177,13 @@ def test_a_state_that_turns_out_useless_is_discarded(tmp_path):
 
 
 def test_the_previous_state_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
-    save_training_state(tmp_path, {"step": 1})
+    save_state(tmp_path, {"step": 1})
     before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.setattr(
         "tinylm.checkpoint.training_state.write_manifest", lambda _: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
-        save_training_state(tmp_path, {"step": 2})
+        save_state(tmp_path, {"step": 2})
     assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -246,7 +246,7 @@ def test_a_save_that_fails_is_told_once_and_the_next_one_counts(tmp_path, monkey
 
 def test_values_that_could_not_come_back_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"data\[1\] is a set"):
-        save_training_state(tmp_path / "s", {"step": 1, "data": [1, {2}]})
+        save_state(tmp_path / "s", {"step": 1, "data": [1, {2}]})
     assert not (tmp_path / "s").exists()
 
 
@@ -257,7 +257,7 @@ def test_values_that_could_not_come_back_are_refused(tmp_path):
 )  # fmt: skip
 def test_a_record_that_nobody_here_wrote_is_refused_by_name(tmp_path, record):
     """Found by the fuzzer: a TypeError, or an error that named no file."""
-    place = save_training_state(tmp_path, {"step": 7})
+    place = save_state(tmp_path, {"step": 7})
     (place / "state.json").write_text(json.dumps({"format": 2, "state": record}))
     write_manifest(place)
     with pytest.raises(ValueError, match=r"state.json (is no record of a state|has format)"):

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 
+from tests.checkpoint.saved_states import save_state
 from tests.model.small_models import small_model
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.checkpoint.model_folder import save_model
-from tinylm.checkpoint.training_state import save_training_state
 from tinylm.commands import verify
 from tinylm.model.lora import LoRAConfig, apply_lora
 from tinylm.model.weights import weights_fingerprint
@@ -103,7 +103,7 @@ def test_an_adapter(family, capsys):
 
 def test_states(tmp_path, capsys):
     for step in (3, 6):
-        save_training_state(tmp_path, {"step": step})
+        save_state(tmp_path, {"step": step})
     status, marks, text = findings(capsys, tmp_path)
     assert status == 0 and "from step 6" in text and set(marks.values()) == {"right"}
     (tmp_path / "step_00000006" / "state.json").write_text("{}")

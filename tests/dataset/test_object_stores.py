@@ -24,14 +24,8 @@ from tinylm.dataset.pretrain_dataset import load_pretrain_data
 from tinylm.dataset.shards import shard_cache
 from tinylm.dataset.shards.shard_cache import cached_token_shards, shard_name
 from tinylm.dataset.sources import object_stores
-from tinylm.dataset.sources.records import (
-    BadRows,
-    find_files,
-    find_sources,
-    load_conversations,
-    load_texts,
-    read_records,
-)
+from tinylm.dataset.sources.finding import find_files, find_sources
+from tinylm.dataset.sources.records import BadRows, iterate_texts, load_conversations, read_records
 
 ROWS = [{"text": f"The little boat number {number} sailed over the quiet sea.\n"} for number in range(40)]
 CHAT = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
@@ -139,7 +133,7 @@ def test_the_same_corpus_has_the_same_fingerprint(store, local: Path, tokenizer,
     there = load_pretrain_data("s3://corpus/books", tokenizer, 32, tmp_path / "s3", validation_fraction=0.2)
     here = load_pretrain_data(str(local), tokenizer, 32, tmp_path / "disk", validation_fraction=0.2)
     assert [part.fingerprint for part in there] == [part.fingerprint for part in here]
-    assert load_texts("s3://corpus/books/") == load_texts(str(local)) == [row["text"] for row in ROWS]
+    assert list(iterate_texts("s3://corpus/books/")) == list(iterate_texts(str(local))) == [row["text"] for row in ROWS]
 
 
 def test_records_name_their_address(store) -> None:
@@ -183,7 +177,7 @@ def test_a_large_object_is_read_in_order(store, monkeypatch) -> None:
     table = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist([{"text": text}] * 30), table, compression="none", use_dictionary=False)
     store("large/b.parquet", table.getvalue())
-    assert load_texts("s3://corpus/large") == [text] * 31
+    assert list(iterate_texts("s3://corpus/large")) == [text] * 31
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,10 +208,10 @@ def test_wrong_kinds_of_objects(store, tmp_path: Path) -> None:
         find_files("s3://corpus/pictures")
     store("broken/a.jsonl.gz", b"plain")
     with pytest.raises(ValueError, match="s3://corpus/broken/a.jsonl.gz: cannot be read .*damaged"):
-        load_texts("s3://corpus/broken/a.jsonl.gz")
+        list(iterate_texts("s3://corpus/broken/a.jsonl.gz"))
     store("broken/a.parquet", b"PAR1")
     with pytest.raises(ValueError, match="s3://corpus/broken/a.parquet: cannot be read as parquet"):
-        load_texts("s3://corpus/broken/a.parquet")
+        list(iterate_texts("s3://corpus/broken/a.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +233,7 @@ def test_a_failure_while_an_object_is_read(store, monkeypatch, failure: Exceptio
     address = f"s3://corpus/books/{name}"
     monkeypatch.setattr("s3fs.core.S3File.read", fail)
     with pytest.raises(ValueError, match="^" + re.escape(f"{address}: {line}")):
-        load_texts(address)
+        list(iterate_texts(address))
 
 
 def test_no_credentials(store, monkeypatch) -> None:
@@ -269,7 +263,7 @@ def test_without_the_libraries(monkeypatch, local: Path, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     if missing == "s3fs":  # fsspec keeps the classes it has imported
         monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3", raising=False)
-    assert len(load_texts(str(local))) == 40
+    assert len(list(iterate_texts(str(local)))) == 40
     with pytest.raises(ValueError, match=r"s3://corpus/books: .* is not installed; .*; pip install 'tinylm\[cloud\]'$"):
         find_files("s3://corpus/books")
 
@@ -299,4 +293,4 @@ def test_other_stores_come_with_fsspec(tmp_path: Path) -> None:
     with fsspec.open("memory://corpus/a.txt", "w") as file:
         file.write("One")
     assert find_files("memory://corpus") == ["memory:///corpus/a.txt"]
-    assert load_texts("memory://corpus") == ["One"]
+    assert list(iterate_texts("memory://corpus")) == ["One"]

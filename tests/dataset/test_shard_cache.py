@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from tinylm.dataset.pretrain_dataset import load_pretrain_data
 from tinylm.dataset.shards import shard_cache, tokenizing
 from tinylm.dataset.shards.shard_cache import cached_token_shards, shard_name
 from tinylm.dataset.shards.token_shards import TokenShards, tokenize_texts
-from tinylm.dataset.sources.records import BadRows, find_sources
+from tinylm.dataset.sources.finding import find_sources
+from tinylm.dataset.sources.records import BadRows
 
 
 @pytest.fixture
@@ -64,6 +66,38 @@ def test_worker_processes_write_the_same_shards(tokenizer, corpus: Path, tmp_pat
     one = cached_token_shards(str(corpus), tokenizer, tmp_path / "one", num_processes=1)
     assert two.fingerprint == one.fingerprint and documents(two) == documents(one)
     assert done[-1] == (18, len(two.tokens)) and len(done) >= 18
+
+
+def test_only_large_files_go_to_worker_processes(tokenizer, corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    """And one claim is held at a time, so that other processes find work."""
+    spread: list[str] = []
+    locks: list[int] = []
+    write_shard = shard_cache.write_shard
+
+    @contextmanager
+    def in_this_process(function, shared, num_processes):
+        assert num_processes == shard_cache.available_cores(6)
+
+        def spread_map(chunks):
+            for chunk in chunks:
+                spread.append(chunk[0].text[:3])
+                yield function(*shared, chunk)
+
+        yield spread_map
+
+    def write(chunks, tokenizer, folder, bad_rows) -> None:
+        locks.append(len(list(folder.parent.glob("*.lock"))))
+        write_shard(chunks, tokenizer, folder, bad_rows)
+
+    expected = cached_token_shards(str(corpus), tokenizer, tmp_path / "expected")
+    (corpus / "c.txt").write_text((corpus / "c.txt").read_text() + "<|endoftext|>\n" * 5)
+    monkeypatch.setattr(shard_cache, "process_map", in_this_process)
+    monkeypatch.setattr(shard_cache, "write_shard", write)
+    monkeypatch.setattr(shard_cache, "PARALLEL_FROM", (corpus / "c.txt").stat().st_size)
+    found = cached_token_shards(str(corpus), tokenizer, tmp_path / "cache")
+    assert documents(found) == documents(expected)
+    assert spread == ["c 0"]
+    assert locks == [1] * 6
 
 
 def test_opened_at_once_when_nothing_has_changed(tokenizer, corpus: Path, tmp_path: Path, monkeypatch) -> None:

@@ -12,13 +12,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from tinylm.dataset.sources.finding import SUFFIXES, find_files
+from tinylm.dataset.sources.record_shapes import BadRow
 from tinylm.dataset.sources.records import (
-    BadRow,
+    READERS,
     BadRows,
-    find_files,
+    iterate_texts,
     load_conversations,
     load_preferences,
-    load_texts,
     read_records,
 )
 
@@ -163,15 +164,15 @@ def test_bad_preferences(row, reason: str, write_jsonl) -> None:
 
 def test_the_limit_of_bad_rows_is_exact(write_jsonl) -> None:
     good = {"text": "x"}
-    assert len(load_texts(write_jsonl(*[good] * 999, b"{"))) == 999
+    assert len(list(iterate_texts(write_jsonl(*[good] * 999, b"{")))) == 999
     with pytest.raises(ValueError, match="1 of 999 rows are bad.*--max_bad_rows 0.01$"):
-        load_texts(write_jsonl(*[good] * 998, b"{"))
+        list(iterate_texts(write_jsonl(*[good] * 998, b"{")))
 
 
 def test_an_error_lists_ten_rows_and_counts_the_rest(write_jsonl) -> None:
     path = write_jsonl(*[{"texts": "x"}] * 25, {"text": "y"})
     with pytest.raises(ValueError, match=r"line 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, \.\.\. 15 more: the fields texts"):
-        load_texts(path)
+        list(iterate_texts(path))
 
 
 def test_text_files_split_at_their_end_marks(tmp_path: Path) -> None:
@@ -192,9 +193,9 @@ def test_kinds_of_files_agree(tmp_path: Path) -> None:
     (tmp_path / ".hidden.txt").write_text("not data")
     (tmp_path / "notes.pdf").write_text("not data")
     for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.parquet"):
-        assert load_texts(str(tmp_path / name)) == ["One", "Zwölf\n"]
-    assert len(load_texts(str(tmp_path))) == 8
-    assert len(load_texts(str(tmp_path / "*.jsonl*"))) == 4
+        assert list(iterate_texts(str(tmp_path / name))) == ["One", "Zwölf\n"]
+    assert len(list(iterate_texts(str(tmp_path)))) == 8
+    assert len(list(iterate_texts(str(tmp_path / "*.jsonl*")))) == 4
     assert [r.line for r in read_records(str(tmp_path / "d.parquet"))] == [1, 2]
 
 
@@ -206,7 +207,7 @@ def test_chats_in_parquet(tmp_path: Path) -> None:
 def test_a_missing_column_lists_those_found(tmp_path: Path) -> None:
     parquet.write_table(pa.Table.from_pylist([{"id": 1, "body": "x"}]), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match='a.parquet, line 1: the fields body, id; expected {"text"}'):
-        load_texts(str(tmp_path / "a.parquet"))
+        list(iterate_texts(str(tmp_path / "a.parquet")))
 
 
 def test_placeholders_are_filled(write_jsonl) -> None:
@@ -218,7 +219,7 @@ def test_placeholders_are_filled(write_jsonl) -> None:
 def test_an_empty_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match=f"{name}: .*expected|{name}: cannot be read"):
-        load_texts(str(tmp_path / name))
+        list(iterate_texts(str(tmp_path / name)))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -234,13 +235,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "plain.jsonl.gz").write_bytes(b"{}")
     for name in ("cut", "plain"):
         with pytest.raises(ValueError, match=f"{name}.jsonl.gz: cannot be read"):
-            load_texts(str(tmp_path / f"{name}.jsonl.gz"), BadRows(limit=1))
+            list(iterate_texts(str(tmp_path / f"{name}.jsonl.gz"), BadRows(limit=1)))
     (tmp_path / "latin.txt").write_bytes(b"fine\ncaf\xe9\n")
     with pytest.raises(ValueError, match="latin.txt, line 2: not UTF-8"):
-        load_texts(str(tmp_path / "latin.txt"))
+        list(iterate_texts(str(tmp_path / "latin.txt")))
     (tmp_path / "a.json").write_text('{"text": "x"}')
     with pytest.raises(ValueError, match="a.json: holds a dict; expected a list"):
-        load_texts(str(tmp_path / "a.json"))
+        list(iterate_texts(str(tmp_path / "a.json")))
 
 
 def test_without_a_counter_the_first_bad_row_is_raised(write_jsonl) -> None:
@@ -264,14 +265,18 @@ def test_the_hub_streams_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
             return iter([{"text": "x"}])
 
     monkeypatch.setitem(sys.modules, "datasets", Library)
-    assert load_texts("hub:somebody/something:test") == ["x"]
+    assert list(iterate_texts("hub:somebody/something:test")) == ["x"]
 
 
 def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path: Path, monkeypatch) -> None:
     """64 KB of gzip held 64 MB of one line, which was read whole, then decoded, then parsed."""
-    monkeypatch.setattr("tinylm.dataset.sources.file_readers.MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr("tinylm.dataset.sources.records.MAX_ROW_BYTES", 1 << 20)
     path = tmp_path / "bomb.jsonl.gz"
     with gzip.open(path, "wb") as file:
         file.write(b'{"text": "good"}\n{"text": "' + b"a" * (8 << 20))
     with pytest.raises(ValueError, match=r"bomb.jsonl.gz, line 2: over 1 MB without an end; expected one"):
         list(read_records(str(path)))
+
+
+def test_every_kind_of_file_that_is_found_can_be_read() -> None:
+    assert tuple(READERS) == SUFFIXES

@@ -14,7 +14,8 @@ import pytest
 from tinylm.dataset.shards import token_shards, tokenizing
 from tinylm.dataset.shards.token_shards import TokenShards, count_bad_rows, open_shard, tokenize_texts, write_shard
 from tinylm.dataset.shards.tokenizing import chunks_of, encode_chunk, sections_of, token_dtype
-from tinylm.dataset.sources.records import BadRow, BadRows
+from tinylm.dataset.sources.record_shapes import BadRow
+from tinylm.dataset.sources.records import BadRows
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 TEXTS = ["The boat.", "", "A longer text about the sea.\n\nAnd boats\n", "ü", "x" * 50]

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from tinylm.dataset.batches import Batch
-from tinylm.evaluation.bits_per_byte import dataset_loss, text_loss, token_byte_lengths
+from tinylm.evaluation.bits_per_byte import text_loss
 from tinylm.evaluation.results import mean_and_error, ratio_and_error
 
 TEXTS = ["The cat sat on the mat.", "Zürich — 東京 🙂", "a"]
@@ -32,30 +31,6 @@ def test_uniform_model_needs_log2_of_the_vocabulary_per_token(table_model, token
     report = text_loss(model, tokenizer, ["once upon a time"])
     tokens = len(tokenizer.encode("once upon a time"))
     assert report.bits_per_byte == pytest.approx(tokens * math.log2(6400) / 16, rel=1e-5)
-
-
-def test_byte_lengths_add_up_to_the_text(tokenizer):
-    lengths = token_byte_lengths(tokenizer)
-    for text in TEXTS:
-        assert int(lengths[tokenizer.encode(text)].sum()) == len(text.encode())
-    assert int(lengths[[0, 1, 2]].sum()) == 0, "special tokens stand for no text"
-
-
-def test_packed_batches_equal_documents_one_by_one(model, tokenizer, reference_logprobs):
-    """Two documents and filler in one row: nothing leaks between them, and the filler counts nothing."""
-    first, second = [0, *tokenizer.encode(TEXTS[0]), 0], [0, *tokenizer.encode(TEXTS[1]), 0]
-    inputs, targets = first[:-1] + second[:-1] + [0, 0], first[1:] + second[1:] + [-100, -100]
-    positions = [*range(len(first) - 1), *range(len(second) - 1), 0, 0]
-    documents = [0] * (len(first) - 1) + [1] * (len(second) - 1) + [-1, -1]
-    tensors = [torch.tensor([row]) for row in (inputs, targets, positions, documents)]
-    batch = Batch(*tensors, count=len(inputs) - 2)
-    report = dataset_loss(model, [batch, batch], token_byte_lengths(tokenizer))
-    nats = -sum(reference_logprobs(model, first)) - sum(reference_logprobs(model, second))
-    assert report.num_tokens == 2 * (len(inputs) - 2)
-    assert report.loss == pytest.approx(2 * nats / report.num_tokens, rel=1e-9)
-    size = len((TEXTS[0] + TEXTS[1]).encode())
-    assert report.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-9)
-    assert dataset_loss(model, [batch]).num_bytes == 0
 
 
 def test_standard_errors():

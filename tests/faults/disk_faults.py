@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
+from tests.checkpoint.saved_states import save_state
 from tests.model.small_models import small_model
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.checkpoint.model_folder import load_model, save_model
-from tinylm.checkpoint.training_state import load_training_state, save_training_state
+from tinylm.checkpoint.training_state import load_training_state
 from tinylm.files.atomic import atomic_write, check_manifest, remove_leftovers
 from tinylm.model.lora import LoRAConfig, apply_lora
 from tinylm.model.weights import weights_fingerprint
@@ -88,7 +89,7 @@ def state_of(step: int) -> dict[str, Any]:
 def save_states(*steps: int) -> Callable[[Path], None]:
     def save(folder: Path) -> None:
         for step in steps:
-            save_training_state(folder / "run" / "state", state_of(step))
+            save_state(folder / "run" / "state", state_of(step))
 
     return save
 
@@ -166,7 +167,7 @@ SCENARIOS = {
     "state": Scenario(save_states(1, 2), save_states(3), read_state, save_states(4), "run/state/step_00000002/*"),
     "first state": Scenario(lambda folder: None, save_states(3), read_state, save_states(4)),
     "state of the same step": Scenario(
-        in_order(save_states(1, 2), lambda folder: save_training_state(
+        in_order(save_states(1, 2), lambda folder: save_state(
             folder / "run" / "state", {**state_of(3), "is_pending": True}
         )), save_states(3), read_state, save_states(4), "run/state/step_00000002/*",
     ),

@@ -14,7 +14,8 @@ import torch
 from commands import differences, files, last_step, metrics_of, state_folder
 from disk_faults import KILL, LASTING, NO_SYNC, save_states
 
-from tinylm.checkpoint.training_state import load_training_state, read_training_values, save_training_state
+from tests.checkpoint.saved_states import save_state
+from tinylm.checkpoint.training_state import load_training_state, read_training_values
 
 YEAR = 365 * 86400
 
@@ -128,7 +129,7 @@ def test_one_damaged_byte_anywhere(tmp_path, tally, stride):
     """A flipped bit in any byte of any file, or a file cut anywhere: the state before it is taken, and it is said why;
     a damaged `latest` costs nothing."""
     for step in (1, 2):
-        save_training_state(tmp_path, {"step": step, "weights": {"w": torch.arange(9.0) * step}})
+        save_state(tmp_path, {"step": step, "weights": {"w": torch.arange(9.0) * step}})
     newest, lost, tried = tmp_path / "step_00000002", [], 0
     for path in [*sorted(newest.iterdir()), tmp_path / "latest"]:
         good = path.read_bytes()

@@ -6,12 +6,22 @@ import errno
 import json
 import os
 import stat
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tinylm.files import atomic as atomic_files
-from tinylm.files.atomic import atomic_folder, atomic_write, check_manifest, remove_leftovers, write_manifest
+from tinylm.files.atomic import (
+    atomic_folder,
+    atomic_write,
+    check_manifest,
+    remove_leftovers,
+    write_json,
+    write_manifest,
+)
+from tinylm.files.untrusted import MAX_JSON_BYTES, read_json, read_own_json
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -21,9 +31,41 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         file.flush()
         assert not target.exists()
     assert target.read_bytes() == b"half"
-    umask = os.umask(0)
-    os.umask(umask)
-    assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~umask
+
+
+@pytest.fixture(params=[0o022, 0o027])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_results_have_the_modes_that_the_user_gives_to_new_files(
+    tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Temporary files are private. Reading the umask by changing it made another thread's files open to everybody."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+        with atomic_write(tmp_path / "file") as file:
+            file.write(b"x")
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "inside").mkdir()
+            for name in ("private", "inside/private"):
+                os.close(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600))  # as safetensors makes them
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~umask
+    for name in ("file", "folder/private", "folder/inside/private"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask, name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows it")
+def test_where_the_system_does_not_show_the_umask_it_is_that_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False if str(path).startswith("/proc") else os.path.exists(path))
+    monkeypatch.setattr(atomic_files, "_UMASK_AT_START", 0o031)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"x")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o646
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -138,6 +180,49 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -
         (tmp_path / name).write_text("stays")
     remove_leftovers(tmp_path / "model")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model.keep", ".model2.abc.tmp", "model"]
+
+
+def test_json_that_every_reader_takes(tmp_path: Path) -> None:
+    path = tmp_path / "naïve.json"
+    data = {"loss": float("inf"), "rows": [1.5, float("nan"), (2, float("-inf"))], "name": "模型 é", "ok": True}
+    write_json(path, data)
+    assert "模型 é" in path.read_text(encoding="utf-8") and path.read_bytes().endswith(b"}\n")
+    assert read_json(path) == {"loss": None, "rows": [1.5, None, [2, None]], "name": "模型 é", "ok": True}
+    with pytest.raises(TypeError):
+        write_json(path, {"name": "other", "what": {1, 2}})
+    assert read_json(path)["name"] == "模型 é" and list(tmp_path.iterdir()) == [path]
+
+
+def test_our_own_json_may_be_large_and_hold_infinity(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"best": float("inf"), "long": "x" * MAX_JSON_BYTES}))
+    assert read_own_json(path)["best"] == float("inf")
+    with pytest.raises(ValueError, match="at most 1048576 are expected"):
+        read_json(path)
+    path.write_text('{"best": Infinity}')
+    with pytest.raises(ValueError, match="not finite"):
+        read_json(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the files are told by /proc")
+def test_the_entry_of_a_new_folder_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut after the rename would take a first model away again."""
+    rename, fsync, calls = os.rename, os.fsync, []
+
+    def watched_rename(source: Path, destination: Path) -> None:
+        rename(source, destination)
+        calls.append(f"rename to {Path(destination).name}")
+
+    def watched_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        calls.append(f"fsync {os.readlink(f'/proc/self/fd/{descriptor}')}")
+
+    monkeypatch.setattr(os, "rename", watched_rename)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_bytes(b"x")
+    assert calls[-2:] == ["rename to model", f"fsync {tmp_path}"]
+    assert [Path(call.split()[1]).name for call in calls[:-2]] == ["weights", folder.name]
 
 
 @pytest.fixture

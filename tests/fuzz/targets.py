@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.saved_states import save_state
 from tests.fuzz.mutations import NASTY, mutate_bytes, mutate_json, mutate_lines, mutate_pth, mutate_safetensors
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.checkpoint.model_folder import load_model, save_model
-from tinylm.checkpoint.training_state import load_training_state, save_training_state
+from tinylm.checkpoint.training_state import load_training_state
 from tinylm.checkpoint.weights_file import read_tensors
 from tinylm.commandline.settings import parse_settings
 from tinylm.dataset.shards.shard_cache import cached_token_shards
 from tinylm.dataset.shards.token_shards import open_shard
-from tinylm.dataset.sources.records import load_conversations, load_preferences, load_texts
+from tinylm.dataset.sources.records import iterate_texts, load_conversations, load_preferences
 from tinylm.export.pth import export_pth
 from tinylm.files.atomic import write_manifest
 from tinylm.model.lora import LoRAConfig, apply_lora
@@ -70,7 +71,7 @@ def make_seeds(root: Path) -> None:
     moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3)}
     state = {"step": 7, "best": None, "weights": {"a.b": torch.ones(2, 3)}, "optimizers": [{"a.b": moments}]}
     state |= {"identity": {"stage": "pretrain"}, "betas": (0.9, 0.95), "odd": {0: 1}}
-    save_training_state(root / "state", state)
+    save_state(root / "state", state)
     (root / "data").mkdir()
     call = {
         "role": "assistant",
@@ -184,5 +185,5 @@ TARGETS = {
     "YAML": Target("data", "run.yaml", lambda rng, data: mutate_lines(rng, data, _YAML_SIGNS), _read_settings, False),
     "chats": Target("data", "chats.jsonl", _rows, _read_rows(load_conversations)),
     "preferences": Target("data", "pairs.jsonl", _rows, _read_rows(load_preferences)),
-    "texts": Target("data", "texts.jsonl", _rows, _read_rows(load_texts)),
+    "texts": Target("data", "texts.jsonl", _rows, _read_rows(iterate_texts)),
 }

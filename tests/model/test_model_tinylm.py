@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.model.small_models import YARN, random_ids, reference_of, small_config, small_model
 from tinylm.model import attention as attention_module
@@ -64,6 +66,18 @@ def test_presets_have_their_exact_parameter_counts(preset, count):
 def test_parameter_formula_counts_every_option(changes):
     model = small_model(**changes)
     assert model.num_parameters() == model.config.num_parameters()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_flops_are_those_that_torch_counts(tied):
+    """Of one causal row, where half of the score matrix counts; norms multiply, though not as matrices do."""
+    model = small_model(tie_word_embeddings=tied).train()
+    ids = random_ids(1, 128)  # one block of queries: the whole square of scores is computed
+    with FlopCounterMode(display=False) as counter:
+        model(ids).sum().backward()
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    square = model.training_flops_per_token(2 * 128) - 6 * norms
+    assert 128 * square == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["rope", "sinusoidal", "learned"])
@@ -176,9 +190,9 @@ def test_residual_projections_start_smaller_with_depth():
 def test_queries_start_like_their_own_keys():
     attention = TinyLMForCausalLM(small_config(hidden_size=256)).model.layers[0].self_attn
     queries, keys = attention.q_proj.weight.view(4, -1), attention.k_proj.weight.view(2, -1)  # [H, D*C], [K, D*C]
-    likeness = torch.corrcoef(torch.cat((queries, keys)))[:4, 4:]
+    correlation = torch.corrcoef(torch.cat((queries, keys)))[:4, 4:]
     expected = torch.tensor([[0.7, 0.0], [0.7, 0.0], [0.0, 0.7], [0.0, 0.7]])
-    torch.testing.assert_close(likeness, expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(correlation, expected, atol=0.03, rtol=0)
 
 
 def test_five_gradient_steps_lower_the_loss():
@@ -290,3 +304,37 @@ def test_models_without_a_llama_equivalent_say_so():
             require_llama_shape(config)
     require_llama_shape(small_config())
     assert dataclasses.is_dataclass(TinyLMConfig)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
+def test_only_training_passes_are_compiled():
+    """Samples and validations once ran through the training graph: one compilation for every length."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model, plain = small_model(qk_norm=True), small_model(qk_norm=True)
+    plain.load_state_dict(model.state_dict())
+    names = [name for name, _ in model.named_parameters()]
+    model.compile_for_training(backend=backend)
+    assert [name for name, _ in model.named_parameters()] == names and model.state_dict().keys() == set(names) | {
+        "lm_head.weight"
+    }
+    ids = random_ids(2, 24)
+    for _ in range(2):
+        model.train()
+        torch.testing.assert_close(model.hidden_states(ids), plain.hidden_states(ids))
+        torch.testing.assert_close(model(ids), plain(ids))
+        assert len(graphs) == 1
+        for length in (5, 9, 14):
+            other = random_ids(1, length)
+            cache = model.new_cache(1, length)
+            torch.testing.assert_close(model(other, cache=cache), plain(other))
+            model.eval()
+            torch.testing.assert_close(model(other), plain(other))
+            copied = copy.deepcopy(model).train()
+            torch.testing.assert_close(copied(other), plain(other))
+            model.train()
+        assert len(graphs) == 1

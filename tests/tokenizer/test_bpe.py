@@ -21,6 +21,7 @@ from tinylm.tokenizer.bpe import (
     count_pieces,
     split_pieces,
     train_bpe,
+    train_bpe_naive,
 )
 from tinylm.tokenizer.split_patterns import SPLIT_PATTERN, cut_text
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -108,7 +109,26 @@ def test_training_gives_the_librarys_merges_on_anything(texts: list[str]) -> Non
     assert [merge.split(" ") for merge in ours["merges"]] == theirs["merges"]
 
 
-def test_worked_example() -> None:
+@pytest.mark.parametrize("name", TRAINING_TEXTS)
+def test_training_gives_the_naive_trainers_merges(name: str) -> None:
+    piece_counts = count_pieces([text[:8000] for text in TRAINING_TEXTS[name]])
+    assert train_bpe(piece_counts, 700).merges == train_bpe_naive(piece_counts, 700).merges
+
+
+def test_training_gives_the_naive_trainers_merges_on_the_worlds_texts(world_texts: list[str]) -> None:
+    piece_counts = count_pieces([text[:200] for text in world_texts])
+    assert train_bpe(piece_counts, 500).merges == train_bpe_naive(piece_counts, 500).merges
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(alphabet="ab c\n1é中", max_size=60), min_size=1, max_size=6))
+def test_training_gives_the_naive_trainers_merges_on_anything(texts: list[str]) -> None:
+    piece_counts = count_pieces(texts)
+    assert train_bpe(piece_counts, 400).merges == train_bpe_naive(piece_counts, 400).merges
+
+
+@pytest.mark.parametrize("train", [train_bpe, train_bpe_naive])
+def test_worked_example(train) -> None:
     """Wikipedia's BPE example, aaabdaaabac, by hand.
 
     Pairs: aa 4 (overlapping ones count, twice in each aaa), ab 2, da 1, bd 1, ba 1, ac 1.
@@ -120,7 +140,7 @@ def test_worked_example() -> None:
     piece = "aaabdaaabac"
     assert split_pieces(piece) == [piece]
     a, b, c = (BYTE_ALPHABET.index(ord(letter)) for letter in "abc")
-    bpe = train_bpe({piece: 1}, 256 + 4)
+    bpe = train({piece: 1}, 256 + 4)
     assert bpe.merges == [(a, a), (a, b), (256, 257), (a, c)]
     assert bpe.tokens[256:] == [b"aa", b"ab", b"aaab", b"ac"]
     assert bpe.encode(piece) == [258, BYTE_ALPHABET.index(ord("d")), 258, 259]

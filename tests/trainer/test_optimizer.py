@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from trainer_parts import batch_of, random_documents, small_model
 
+from tinylm.model import model_tinylm
 from tinylm.model.lora import LoRAConfig, apply_lora
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.core.optimizer import (
@@ -128,6 +130,69 @@ def test_only_matrices_inside_the_blocks_decay(tied, name, positions):
     assert ("lm_head.weight" in kept) == (not tied) and any(n.endswith(".bias") for n in kept)
     with_muon = {names[id(p)] for o in optimizers if isinstance(o, Muon) for g in o.param_groups for p in g["params"]}
     assert with_muon == (decayed if name == "muon" else set())
+
+
+class Experts(nn.Module):
+    """Two stacks of three matrices [out, in], and a scale for each expert."""
+
+    parameter_roles: ClassVar = {"up_proj": "matrix", "down_proj": "matrix", "gain": "vector"}
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.full((3, 2 * width, width), torch.nan))
+        self.down_proj = nn.Parameter(torch.full((3, width, 2 * width), torch.nan))
+        self.gain = nn.Parameter(torch.tensor([1.0, 0.5, 2.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("btc,eoc->beto", x, self.up_proj).relu()
+        return torch.einsum("beto,eco,e->btc", hidden, self.down_proj, self.gain)
+
+
+@pytest.fixture
+def expert_model(monkeypatch):
+    monkeypatch.setattr(model_tinylm, "SwiGLU", lambda config: Experts(config.hidden_size))
+    return small_model(num_hidden_layers=2)
+
+
+def test_expert_stacks_are_initialised(expert_model):
+    """They were left as they came from memory, since they are not two-dimensional."""
+    experts = expert_model.model.layers[1].mlp
+    assert experts.up_proj.std().item() == pytest.approx(0.3, rel=0.1)
+    assert experts.down_proj.std().item() == pytest.approx(0.3 / 2, rel=0.1)  # written into the residual stream
+    assert experts.gain.tolist() == [1.0, 0.5, 2.0]
+
+
+def test_each_expert_learns_as_a_matrix_of_its_own(expert_model):
+    """Muon and decay on a stack [3, out, in] are those on three matrices."""
+    muon, _ = make_optimizers(expert_model, "muon", learning_rate=0.02, weight_decay=0.3)
+    names = {id(p): name for name, p in expert_model.named_parameters()}
+    with_muon = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert {f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")} <= with_muon
+    assert not any("gain" in name for name in with_muon)
+    stacks = [p for p in muon.param_groups[0]["params"] if p.ndim == 3]
+    single = [[nn.Parameter(matrix.detach().clone()) for matrix in stack] for stack in stacks]
+    alone = Muon([p for matrices in single for p in matrices], lr=0.02, weight_decay=0.3)
+    before = [stack.detach().clone() for stack in stacks]
+    for step in range(3):
+        expert_model.zero_grad()
+        batch = batch_of(random_documents(4, seed=step))
+        (next_token_loss(expert_model, batch)[0] / batch.count).backward()
+        for stack, matrices in zip(stacks, single, strict=True):
+            for place, matrix in enumerate(matrices):
+                matrix.grad = stack.grad[place].clone()
+        muon.step()
+        alone.step()
+    for stack, matrices, start in zip(stacks, single, before, strict=True):
+        torch.testing.assert_close(stack.detach(), torch.stack([m.detach() for m in matrices]), atol=1e-4, rtol=1e-3)
+        assert (stack.detach() - start).abs().max() > 1e-2
+
+
+def test_a_parameter_without_a_role_is_named():
+    model = small_model()
+    model.model.layers[0].mlp.router = nn.Bilinear(2, 2, 2)
+    message = "the parameter model.layers.0.mlp.router.weight has no role; state matrix, table or vector for 'weight'"
+    with pytest.raises(ValueError, match=f"{message} in Bilinear.parameter_roles"):
+        make_optimizers(model)
 
 
 def test_weights_without_decay_stay_when_nothing_pulls_at_them():

@@ -11,8 +11,9 @@ import torch
 from run_parts import interrupt_at, make_run, records, said
 from trainer_parts import Rows, assert_same_bits, read_bytes, weights_of
 
+from tests.checkpoint.saved_states import save_state
 from tinylm.checkpoint import training_state
-from tinylm.checkpoint.training_state import load_training_state, save_training_state
+from tinylm.checkpoint.training_state import load_training_state
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.run.resume import ADJUSTABLE, FREE
 from tinylm.trainer.run.run import Run
@@ -151,8 +152,8 @@ def test_under_lora_only_the_adapter_is_in_the_state(tmp_path):
         ),
         ({"batch_size": 4}, "made with num_steps 2|rows_per_optimizer_step 4, this run has 8"),
         ({"max_steps": 9}, "made with num_steps 2, this run has 9"),
-        ({"optimizer": "muon"}, "made with optimizer adamw, this run has muon; pass --optimizer adamw to go on with"),
-        ({"seed_setting": 7}, "made with seed 42, this run has 7; pass --seed 42 to go on with"),
+        ({"optimizer": "muon"}, "made with optimizer adamw, this run has muon; pass --optimizer adamw to resume it"),
+        ({"seed_setting": 7}, "made with seed 42, this run has 7; pass --seed 42 to resume it"),
         ({"shape": {"num_hidden_layers": 2}}, "this run has"),
         ({"shape": {"num_attention_heads": 4, "num_key_value_heads": 2}}, "num_attention_heads 2, this run has 4"),
         ({"lora": 2}, "made with trained parameters"),
@@ -183,7 +184,7 @@ def test_a_setting_of_the_mathematics_cannot_change_halfway(tmp_path, name, was,
         run.fit()
     folder = run.checkpoints.state_folder
     assert str(error.value) == (
-        f"{folder} was made with {name} {was}, this run has {now}; pass --{name} {was} to go on with it, "
+        f"{folder} was made with {name} {was}, this run has {now}; pass --{name} {was} to resume it, "
         "or choose another --output_dir for a new run"
     )
     assert_same_bits(before, weights_of(run.learner.model))
@@ -231,7 +232,7 @@ def test_a_state_without_settings_is_held_to_what_it_has(tmp_path):
     state = load_training_state(stopped.checkpoints.state_folder).values
     for name in ("settings", "sources", "changed_on_resume", "first_weights"):
         del state[name]
-    save_training_state(stopped.checkpoints.state_folder, state)
+    save_state(stopped.checkpoints.state_folder, state)
     resumed = make_run(tmp_path, max_steps=5, resume=True)
     resumed.fit()
     assert resumed.progress.step == 3 and moved(resumed).endswith(", since step 3")

@@ -13,9 +13,9 @@ from tinylm.checkpoint.weights_file import (
     read_header,
     read_weights,
     replaceable_folder,
-    write_json,
     write_tensors,
 )
+from tinylm.files.atomic import write_json
 from tinylm.files.untrusted import read_json, shown
 from tinylm.model.lora import PROJECTIONS, LoRAConfig, adaptable_layers, apply_lora, lora_layers, unload_lora
 from tinylm.model.weights import weights_fingerprint

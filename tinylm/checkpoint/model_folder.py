@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinylm.checkpoint.adapter_folder import load_adapter, save_adapter
+from tinylm.checkpoint.adapter_folder import load_adapter
 from tinylm.checkpoint.original_pth import config_from_tensors, read_pth
 from tinylm.checkpoint.weight_shards import WEIGHTS, shapes_of, weight_files
 from tinylm.checkpoint.weights_file import (
@@ -24,25 +24,16 @@ from tinylm.checkpoint.weights_file import (
     num_elements,
     read_weights,
     replaceable_folder,
-    write_json,
     write_tensors,
 )
+from tinylm.files.atomic import write_json
 from tinylm.files.untrusted import read_json, shown
 from tinylm.model.config import TinyLMConfig
 from tinylm.model.hf_config import config_from_hf, config_to_hf
 from tinylm.model.lora import has_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
-from tinylm.model.weights import base_state, unwrapped, weights_fingerprint
+from tinylm.model.weights import base_state, unwrapped
 from tinylm.tokenizer.tokenizer import Tokenizer
-
-__all__ = [
-    "adapter_base",
-    "load_model",
-    "resolve_model_path",
-    "save_adapter",
-    "save_model",
-    "weights_fingerprint",
-]
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _LAYER_0 = "model.layers.0."

@@ -8,7 +8,6 @@ known from its first kilobytes.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,13 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinylm.files import untrusted as untrusted_files
 from tinylm.files.atomic import MANIFEST, atomic_folder, check_manifest, write_manifest
 from tinylm.files.untrusted import MAX_JSON_BYTES, check_file, parse_json, shown
 
 _MAX_NAME = 512  # characters; PEFT's longest have some 80
 _MAX_DIMENSIONS = 8
-_MAX_OWN_JSON = 64 << 20  # bytes
 # The types that torch has; the format knows some of less than a byte too, which no model here is stored in.
 _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "I64": 8, "I32": 4, "I16": 2,
@@ -188,17 +185,3 @@ def replaceable_folder(path: str | Path, marker: str) -> Iterator[Path]:
     with atomic_folder(folder) as fresh:
         yield fresh
         write_manifest(fresh)
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file that this program wrote for itself, where Infinity is a number too.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not a JSON object.
-    """
-    return untrusted_files.read_json(path, finite=False, max_bytes=_MAX_OWN_JSON)
-
-
-def write_json(path: Path, data: Mapping) -> None:
-    """Write a JSON object, indented, in UTF-8."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

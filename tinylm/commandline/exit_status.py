@@ -18,7 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-GO_ON, GO_ON_AGAIN = "run the same command with --resume", "run the same command again to go on"
+RESUME_ADVICE = "run the same command with --resume"
+RERUN_ADVICE = "run the same command again to go on"
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -70,7 +71,7 @@ _ADVICE = {
 """The system's words for an error of a path, where they do not say what to do."""
 
 
-def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None, advice: str = GO_ON) -> int:
+def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None, advice: str = RESUME_ADVICE) -> int:
     """Call a command's `main` and turn whatever it raises into one line on stderr and an exit status.
 
     Status 2 for the user's mistakes (ValueError, a path that cannot be used), 128 + n for

@@ -17,7 +17,7 @@ from tinylm.checkpoint.model_folder import load_model
 from tinylm.commandline.settings import parse_settings
 from tinylm.dataset import tinyworld
 from tinylm.evaluation.preferences import ReferenceModel, as_reference
-from tinylm.evaluation.results import Measure, measures_json, measures_table, write_json
+from tinylm.evaluation.results import Measure, measures_json, measures_table
 from tinylm.evaluation.sequence_logprob import TOKENS_PER_BATCH, Progress
 from tinylm.evaluation.skills import Scoreboard, score_skills
 from tinylm.evaluation.tasks import (
@@ -28,6 +28,7 @@ from tinylm.evaluation.tasks import (
     recognise_task,
     run_task,
 )
+from tinylm.files.atomic import write_json
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.lora import adapters_disabled, has_lora
 from tinylm.system.runtime import Runtime, setup_runtime

@@ -3,7 +3,7 @@
     tinylm quickstart
 
 tokenizer -> pretrain -> full SFT -> LoRA and DPO -> scoreboard -> chat. Each stage is the recipe that its own
-command runs, with settings fit for TinyWorld. What is finished is skipped, what was interrupted goes on.
+command runs, with settings fit for TinyWorld. Finished stages are skipped, interrupted ones are resumed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tinylm.checkpoint.model_folder import load_model
-from tinylm.checkpoint.weights_file import read_json
-from tinylm.commandline.exit_status import GO_ON_AGAIN, run_main
+from tinylm.commandline.exit_status import RERUN_ADVICE, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import format_seconds, make_console, progress
 from tinylm.dataset import tinyworld
-from tinylm.evaluation.results import write_json
 from tinylm.evaluation.skills import MEAN, PERSONA, PERSONA_RIGHT, PREFERENCE, STORY_MEAN, WARM, Scoreboard, scoreboard
+from tinylm.files.atomic import write_json
+from tinylm.files.untrusted import read_own_json
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.lora import unload_lora
 from tinylm.model.weights import weights_fingerprint
@@ -140,7 +140,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
 
 
 def claim_folder(settings: QuickstartSettings) -> None:
-    """Write into the folder which quickstart it holds; another one could not go on from its stages.
+    """Write into the folder which quickstart it holds; one with other settings could not use its stages.
 
     Raises:
         ValueError: it holds a quickstart with another scale or seed.
@@ -148,11 +148,11 @@ def claim_folder(settings: QuickstartSettings) -> None:
     record = Path(settings.output_dir) / "quickstart.json"
     ours = {"scale": settings.scale, "seed": settings.seed}
     if record.exists():
-        theirs = read_json(record)
+        theirs = read_own_json(record)
         if theirs != ours:
             flags = " ".join(f"--{name} {value}" for name, value in theirs.items())
             raise ValueError(
-                f"{settings.output_dir} holds a quickstart made with {flags}; pass these to go on with it, or choose "
+                f"{settings.output_dir} holds a quickstart made with {flags}; pass these to continue it, or choose "
                 "another --output_dir for a new one"
             )
     else:
@@ -161,7 +161,7 @@ def claim_folder(settings: QuickstartSettings) -> None:
 
 
 def is_finished(settings: TrainSettings, folder: Path) -> bool:
-    """Whether `folder` holds what a whole run with these settings makes."""
+    """Whether `folder` holds the result of a finished run with these settings."""
     try:
         lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -280,7 +280,7 @@ def main(argv: list[str]) -> int:
     console.print(board.to_table())
     show_bars(rows, console)
     if settings.scale < 1:
-        console.print(f"a rehearsal with {settings.scale:.0%} of the data: the whole is needed to reach all of these")
+        console.print(f"a rehearsal with {settings.scale:.0%} of the data; reaching all of these takes all of it")
     seconds = time.perf_counter() - started
     out = Path(settings.output_dir)
     report = {
@@ -306,4 +306,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, advice=GO_ON_AGAIN))
+    sys.exit(run_main(main, advice=RERUN_ADVICE))

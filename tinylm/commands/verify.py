@@ -19,11 +19,11 @@ from rich.markup import escape
 
 from tinylm.checkpoint.model_folder import adapter_base, load_model, resolve_model_path
 from tinylm.checkpoint.training_state import load_training_state, state_folders
-from tinylm.checkpoint.weights_file import read_json
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.files.atomic import check_manifest
+from tinylm.files.untrusted import read_own_json
 from tinylm.model.lora import unload_lora
 from tinylm.model.weights import weights_fingerprint
 from tinylm.system.code_version import code_version
@@ -63,7 +63,7 @@ def verify_folder(folder: Path) -> Iterator[Finding]:
     """Look at a model folder or an adapter folder, and at what it says of its origin."""
     yield _checked("files", lambda: _check_files(folder))
     yield _checked("weights", lambda: _check_weights(folder))
-    lineage = read_json(folder / "lineage.json") if (folder / "lineage.json").is_file() else {}
+    lineage = read_own_json(folder / "lineage.json") if (folder / "lineage.json").is_file() else {}
     if not lineage:
         yield Finding("lineage", None, "no lineage.json: nobody can tell what made this model")
         return
@@ -88,7 +88,7 @@ def _check_state(place: Path) -> str:
 
 def _check_files(folder: Path) -> str:
     check_manifest(folder)
-    files = read_json(folder / "manifest.json")["files"]
+    files = read_own_json(folder / "manifest.json")["files"]
     return f"{len(files)} files are what was written, {sum(facts['bytes'] for facts in files.values()):,} bytes"
 
 
@@ -157,7 +157,7 @@ def main(argv: list[str]) -> int:
     for finding in findings:
         console.print(f"  {marks[finding.is_right]}  {finding.what:<13}  {escape(finding.text)}")
     if (folder / "lineage.json").is_file():
-        for name, value in show_lineage(read_json(folder / "lineage.json")):
+        for name, value in show_lineage(read_own_json(folder / "lineage.json")):
             console.print(f"  [dim]{name:<8}[/dim]  {escape(value)}")
     return 1 if any(finding.is_right is False for finding in findings) else 0
 

@@ -12,15 +12,15 @@ ranks compute the same number of micro-batches.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from tinylm.dataset.rows import FILLER_DOCUMENT, IGNORE_INDEX, Batch, Row
+from tinylm.system.ordered_map import ordered_map
 
 __all__ = [
     "FILLER_DOCUMENT", "IGNORE_INDEX", "Batch", "BatchSampler", "Dataset", "Row", "StepSource", "StoredSteps",
@@ -132,17 +132,8 @@ def step_batches(
     if num_workers <= 0:
         yield from map(load, steps)
         return
-    pending: deque[Future[list[Batch]]] = deque()
-    executor = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
-    try:
-        for step in steps:
-            pending.append(executor.submit(load, step))
-            if len(pending) > 2 * num_workers:  # each thread has one step in hand and one ready
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="batches") as threads:
+        yield from ordered_map(threads, load, steps, ahead=2 * num_workers + 1)  # each has one in hand and one ready
 
 
 class StepSource(Protocol):

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.tokenizer.chat_template import chat_turns
+from tinylm.dataset.sources.record_shapes import PreferencePair
+from tinylm.tokenizer.chat_template import Message, chat_turns
 
 Turn = tuple[list[int], list[bool]]
-Message = dict[str, str]
-Pair = tuple[list[Message], list[Message], list[Message]]
 
 WHOLE, CUT, DROPPED = "whole", "cut", "dropped"
 
@@ -159,7 +158,7 @@ def encode_chats(tokenizer: Any, row_length: int, chats: Sequence[list[Message]]
     return Documents.join(kept), [outcome for _, outcome in fitted]
 
 
-def encode_pairs(tokenizer: Any, row_length: int, pairs: Sequence[Pair]) -> tuple[Documents, list[str]]:
+def encode_pairs(tokenizer: Any, row_length: int, pairs: Sequence[PreferencePair]) -> tuple[Documents, list[str]]:
     """Tokenise and fit pairs: documents 2i and 2i + 1 are kept pair i's chosen and rejected answers."""
     turns: list[Turn] = []
     outcomes = []

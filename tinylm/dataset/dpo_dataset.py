@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinylm.dataset.documents import Documents, Pair, encode_pairs
+from tinylm.dataset.documents import Documents, encode_pairs
 from tinylm.dataset.packing import pack_rows
 from tinylm.dataset.rows import Batch, build_row, collate_rows
 from tinylm.dataset.sft_dataset import Outcomes, documents_fingerprint, encode_all
+from tinylm.dataset.sources.record_shapes import PreferencePair
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class DPODataset:
     @classmethod
     def from_preferences(
         cls,
-        preferences: Iterable[Pair],
+        preferences: Iterable[PreferencePair],
         tokenizer: Any,
         max_seq_len: int,
         num_processes: int | None = None,

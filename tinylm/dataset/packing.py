@@ -18,7 +18,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """Tokens `start` to `stop` of a document, which fill `stop - start - 1` positions of a row."""
 
     document: int
@@ -44,21 +44,21 @@ class RunningTextPacking:
     def __len__(self) -> int:
         return -(-self.num_positions // self.row_length)
 
-    def row(self, index: int) -> list[Piece]:
-        """The pieces of row `index`, in order."""
+    def row(self, index: int) -> list[Segment]:
+        """The segments of row `index`, in order."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         begin = index * self.row_length
         end = min(begin + self.row_length, self.num_positions)
         first = int(np.searchsorted(self.starts, begin, side="right")) - 1
-        pieces = []
+        segments = []
         for document in range(first, len(self.starts) - 1):
             start, stop = int(self.starts[document]), int(self.starts[document + 1])
             if start >= end:
                 break
             if start < stop:  # a document of one token has no position
-                pieces.append(Piece(document, max(begin, start) - start, min(end, stop) - start + 1))
-        return pieces
+                segments.append(Segment(document, max(begin, start) - start, min(end, stop) - start + 1))
+        return segments
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from tinylm.dataset.packing import RunningTextPacking
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
 from tinylm.dataset.shards.shard_cache import cached_token_shards
 from tinylm.dataset.shards.token_shards import TokenShards, tokenize_texts
-from tinylm.dataset.sources.records import BadRows, find_sources
+from tinylm.dataset.sources.finding import find_sources
+from tinylm.dataset.sources.records import BadRows
 from tinylm.dataset.splits import Spans, hold_out_documents
 
 
@@ -97,12 +98,12 @@ class PretrainDataset:
         return digest.hexdigest()[:16]
 
     def row(self, index: int) -> Row:
-        """Row `index`: the pieces of documents that fall into it. Positions restart in each piece."""
-        pieces = self.packing.row(index)
-        starts = [int(self.starts[piece.document]) for piece in pieces]
+        """Row `index`: the segments of documents that fall into it. Positions restart in each segment."""
+        segments = self.packing.row(index)
+        starts = [int(self.starts[segment.document]) for segment in segments]
         return build_row(
-            (self.shards.tokens[start + piece.start : start + piece.stop], None)
-            for start, piece in zip(starts, pieces, strict=True)
+            (self.shards.tokens[start + segment.start : start + segment.stop], None)
+            for start, segment in zip(starts, segments, strict=True)
         )
 
     def collate(self, rows: Sequence[Row]) -> Batch:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.dataset.documents import CUT, DROPPED, Documents, Message, encode_chats
+from tinylm.dataset.documents import CUT, DROPPED, Documents, encode_chats
 from tinylm.dataset.packing import WholePacking, check_row_length, pack_rows
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
 from tinylm.dataset.shards.tokenizing import available_cores, chunked, process_map
+from tinylm.tokenizer.chat_template import Message
 
 CHUNK_SIZE = 2_000
 """Chats sent to a worker at a time: about a second of work."""

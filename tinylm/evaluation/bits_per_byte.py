@@ -5,17 +5,14 @@
 Loss per token depends on how coarse the tokenizer is; bits per byte does not, so it compares models across
 tokenizers. It is also the size, relative to the text's, that an arithmetic coder with this model would
 compress to (Shannon, 1948).
-Shapes: B rows, T time, C width, N targets, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from tinylm.evaluation.results import Measure, ratio_and_error
 from tinylm.evaluation.sequence_logprob import (
@@ -23,11 +20,7 @@ from tinylm.evaluation.sequence_logprob import (
     Progress,
     continuation_logprobs,
     perplexity,
-    token_logprobs,
 )
-
-IGNORED = -100
-"""The target value of positions that are not predicted."""
 
 
 @dataclass(frozen=True)
@@ -67,44 +60,6 @@ class LossReport:
             error = self.bits_per_byte_error
             rows.append(Measure(task, "bits per byte", self.bits_per_byte, error, self.num_texts))
         return rows
-
-
-def token_byte_lengths(tokenizer: Any) -> torch.Tensor:
-    """UTF-8 bytes that each token id stands for, [V] int64; zero for the special tokens."""
-    lengths = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
-    for token_id in range(tokenizer.vocab_size):
-        if token_id not in tokenizer.special_ids:
-            lengths[token_id] = len(tokenizer.token_bytes(token_id))
-    return lengths
-
-
-@torch.inference_mode()
-def dataset_loss(model: Any, batches: Iterable[Any], byte_lengths: torch.Tensor | None = None) -> LossReport:
-    """Loss over packed batches, as training sees them: the validation loss of a recipe.
-
-    Args:
-        batches: `Batch`es; `input_ids[b, t]` predicts `targets[b, t]`, -100 is ignored.
-        byte_lengths: from `token_byte_lengths`; without it no bits per byte are given.
-    """
-    nats, num_tokens, num_bytes, num_texts = 0.0, 0, 0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        device = next(model.parameters()).device
-        for batch in batches:
-            batch = batch.to(device)
-            wanted = batch.targets != IGNORED
-            targets = batch.targets[wanted]  # [N]
-            hidden = model.hidden_states(batch.input_ids, batch.position_ids, batch.document_ids)  # [B, T, C]
-            values, _ = token_logprobs(model, hidden[wanted], targets)
-            nats -= float(values.sum())
-            num_tokens += targets.numel()
-            num_texts += torch.unique(batch.document_ids[wanted]).numel()
-            if byte_lengths is not None:
-                num_bytes += int(byte_lengths[targets.cpu()].sum())
-    finally:
-        model.train(was_training)
-    return LossReport(nats, num_tokens, num_bytes, num_texts)
 
 
 def text_loss(

@@ -16,8 +16,8 @@ from typing import Any
 
 from tinylm.evaluation.results import Measure, measure_of
 from tinylm.evaluation.sequence_logprob import TOKENS_PER_BATCH, Progress, TokenIds, sequence_logprobs
+from tinylm.tokenizer.chat_template import Message
 
-Message = dict[str, str]
 EncodeChat = Callable[[list[Message]], tuple[TokenIds, Sequence[bool]]]
 """Messages to (ids, mask of the assistant's tokens), the tokenizer and its template bound in."""
 ReferenceModel = Callable[[], AbstractContextManager[Any]]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-
-from tinylm.files.atomic import atomic_write
 
 
 @dataclass(frozen=True)
@@ -76,13 +72,6 @@ def measures_table(measures: Sequence[Measure], title: str) -> Table:
     return table
 
 
-def write_json(path: str | Path, report: dict[str, Any]) -> None:
-    """Write a report whole or not at all. Infinite values become null, which JSON can hold."""
-    with atomic_write(path) as file:
-        text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
-        file.write(text.encode("utf-8") + b"\n")
-
-
 def measures_json(measures: Sequence[Measure]) -> list[dict[str, Any]]:
     """Measures as plain dictionaries."""
     return [asdict(measure) for measure in measures]
@@ -91,11 +80,3 @@ def measures_json(measures: Sequence[Measure]) -> list[dict[str, Any]]:
 def _number(value: float) -> str:
     """Four decimals for small numbers, four significant digits for large ones (perplexities)."""
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

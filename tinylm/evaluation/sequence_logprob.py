@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from tinylm.model.log_probs import exact_logits, target_log_probs
 
 TokenIds = Sequence[int]
 Progress = Callable[[int, int], None]
@@ -186,11 +187,9 @@ def _score_batch(model: Any, batch: list[_Piece]) -> tuple[torch.Tensor, torch.T
 def token_logprobs(
     model: Any, hidden: torch.Tensor, targets: torch.Tensor, rows_per_step: int = 4096
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and whether it is the most probable token.
+    """Log-probability of each target and whether it is the most probable token, from exact logits.
 
-    The head and the softmax run in float32 (float64 for a float64 model) whatever the precision of the rest:
-    a bfloat16 logit near 16 is rounded to a multiple of 1/8, enough to make ties of close calls. They take a
-    few thousand rows at a time, since N x V numbers at once would not fit for long texts.
+    A few thousand rows at a time, since N x V numbers at once would not fit for long texts.
 
     Args:
         hidden: [N, C], after the final norm.
@@ -200,18 +199,12 @@ def token_logprobs(
         [N] float64 (nats; float32 on MPS, which has no float64) and [N] bool. A target that shares the top
         score with another token counts as the most probable.
     """
-    values, hits = [], []
     sum_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
-    head_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    weight = model.lm_head.weight.to(head_dtype)  # [V, C]
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, hidden.shape[0], rows_per_step):
-            logits = F.linear(hidden[start : start + rows_per_step].to(head_dtype), weight)  # [n, V]
-            chosen = logits.gather(1, targets[start : start + rows_per_step, None])[:, 0]
-            values.append((chosen - logits.logsumexp(dim=-1)).to(sum_dtype))
-            hits.append(chosen >= logits.amax(dim=-1))
-    if not values:
-        return hidden.new_zeros(0, dtype=sum_dtype), hidden.new_zeros(0, dtype=torch.bool)
+    values, hits = [hidden.new_zeros(0, dtype=sum_dtype)], [hidden.new_zeros(0, dtype=torch.bool)]
+    for part, wanted in zip(hidden.split(rows_per_step), targets.split(rows_per_step), strict=True):
+        logits = exact_logits(model.lm_head, part)  # [n, V]
+        values.append(target_log_probs(logits, wanted).to(sum_dtype))
+        hits.append(logits.gather(1, wanted[:, None])[:, 0] >= logits.amax(dim=-1))
     return torch.cat(values), torch.cat(hits)
 
 

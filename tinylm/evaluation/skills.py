@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 from rich.table import Table
 
+from tinylm.dataset.sources.record_shapes import PreferencePair
 from tinylm.evaluation.preferences import ReferenceModel, as_reference, preference_accuracy
 from tinylm.evaluation.results import mean_and_error
 from tinylm.system.cpu_parallel import map_on_cores
-from tinylm.tokenizer.chat_template import encode_chat
-
-Messages = list[dict[str, str]]
+from tinylm.tokenizer.chat_template import Message, encode_chat
 
 MEAN, STORY_MEAN, WARM, PERSONA, PERSONA_RIGHT, PREFERENCE = (
     "mean of skills",
@@ -45,7 +44,7 @@ class Replier(Protocol):
         """Its tokenizer."""
         ...
 
-    def reply_batch(self, conversations: list[Messages], settings: Any, /) -> list[str]:
+    def reply_batch(self, conversations: list[list[Message]], settings: Any, /) -> list[str]:
         """One reply for each conversation."""
         ...
 
@@ -130,7 +129,7 @@ def _longest_right(tokenizer: Any, items: list[Any], most: int) -> int:
     return min(most, max(map(len, answers)) + MANNERS_TOKENS)
 
 
-def question_of(messages: Messages) -> Messages:
+def question_of(messages: list[Message]) -> list[Message]:
     """An item's messages without the final reference answer."""
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("a test item without a final assistant message; expected its reference answer there")
@@ -148,7 +147,7 @@ def _preference_share(replier: Replier, world: Any, num_items: int, split: str, 
     return mean_and_error(report.points)[0]
 
 
-def preference_parts(pair: Any) -> tuple[Messages, Messages, Messages]:
+def preference_parts(pair: Any) -> PreferencePair:
     """A preference pair as (prompt, chosen, rejected) lists of messages, from a row of strings or
     messages."""
     data = pair if isinstance(pair, Mapping) else vars(pair)

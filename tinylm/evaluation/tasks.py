@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tinylm.dataset.sources.records import BadRow, Record, find_files, messages_of, preference_of, read_records, text_of
+from tinylm.dataset.sources.finding import find_files
+from tinylm.dataset.sources.record_shapes import BadRow, Record, messages_of, preference_of, text_of
+from tinylm.dataset.sources.records import read_records
 from tinylm.evaluation.bits_per_byte import LossReport, text_loss
 from tinylm.evaluation.exact_match import answer_matches, token_f1
 from tinylm.evaluation.minimal_pairs import MinimalPair, minimal_pair_accuracy

@@ -11,11 +11,13 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,6 +70,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         try:
             yield fresh
             for entry in sorted(fresh.rglob("*")):
+                if entry.is_file():
+                    entry.chmod(_default_mode(0o666))  # safetensors makes its files private
                 _sync(entry)
             fresh.chmod(_default_mode(0o777))
             _sync(fresh)
@@ -75,6 +79,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON object whole or not at all. NaN and infinite numbers become null, since JSON has no others."""
+    with atomic_write(path) as file:
+        text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+        file.write(text.encode("utf-8") + b"\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remove_leftovers(path: str | Path) -> None:
@@ -159,11 +178,19 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_UMASK_AT_START = os.umask(0o077)
+os.umask(_UMASK_AT_START)
+
+
 def _default_mode(full: int) -> int:
-    """The permissions the user's umask gives a new file; temporary files are private, results not."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return full & ~mask
+    """The permissions of a new file under the user's umask; temporary files are private, results are not.
+
+    The umask is read without changing it, since other threads may be making files. Linux shows it; elsewhere it is the
+    one that the program started with.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"^Umask:\s*([0-7]+)$", status.read_text(), flags=re.MULTILINE) if status.exists() else None
+    return full & ~(int(found[1], 8) if found else _UMASK_AT_START)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ MAX_JSON_BYTES = 1 << 20
 """A config, an index, a lineage, a safetensors header. Python's objects take up to 30 times the room of their text
 (`[],` is 3 bytes, an empty list 64), so this bounds the memory; 10,000 tensors fit in."""
 
+_MAX_OWN_JSON_BYTES = 64 << 20
+
 _MAX_DEPTH = 64  # what walks through the values afterwards recurses: Python's own limit is 1,000 calls
 _MAX_DIGITS = 40  # a 128-bit number has 39, and float() takes any of these without overflowing
 _HALF_PAIR = re.compile(rb"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
@@ -84,12 +86,21 @@ def parse_json(raw: bytes | str, max_values: int | None = None, finite: bool = T
     return value
 
 
-def read_json(path: Path, finite: bool = True, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of up to `MAX_JSON_BYTES`, with finite numbers only.
 
     Raises:
         FileNotFoundError: no such file. ValueError: `check_file`'s, too large, or not a JSON object.
     """
+    return _read_object(path, MAX_JSON_BYTES, finite=True)
+
+
+def read_own_json(path: Path) -> dict[str, Any]:
+    """`read_json` for a file that this program wrote for itself: it may be larger, and Infinity is a number too."""
+    return _read_object(path, _MAX_OWN_JSON_BYTES, finite=False)
+
+
+def _read_object(path: Path, max_bytes: int, finite: bool) -> dict[str, Any]:
     check_file(path, "it is needed to load what lies beside it")
     size = path.stat().st_size
     if size > max_bytes:

@@ -8,8 +8,9 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from tinylm.model.attention import AttentionPlan, attention, plan_attention
 from tinylm.model.config import PRESETS, TinyLMConfig
 from tinylm.model.kv_cache import KVCache
+from tinylm.model.parameter_roles import Role, parameter_roles
 from tinylm.model.positions import LearnedPositions, RotaryEmbedding, SinusoidalPositions, apply_rotary
 
 __all__ = [
@@ -33,7 +35,7 @@ __all__ = [
     "TinyLMForCausalLM",
 ]
 
-QUERY_KEY_LIKENESS = 0.7
+QUERY_KEY_CORRELATION = 0.7
 """Correlation of a query head's first weights with its key head's; chosen by single runs (docs/trials.md)."""
 
 
@@ -76,6 +78,8 @@ class BackboneOutput(NamedTuple):
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, 1910.07467)."""
 
+    parameter_roles: ClassVar[dict[str, Role]] = {"weight": "vector"}
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -111,17 +115,17 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     @torch.no_grad()
-    def start_by_likeness(self) -> None:
-        """Mix into each query head's first weights those of its key head, so that a token looks for others like it.
+    def mimetic_init(self) -> None:
+        """Mimetic initialisation (Trockman and Kolter 2023, arXiv:2305.09828): queries start like their keys.
 
-            W_q = r W_k + sqrt(1 - r^2) W_q'        W_q' the weights that were there, r = QUERY_KEY_LIKENESS
+            W_q = r W_k + sqrt(1 - r^2) W_q'        W_q' the weights that were there, r = QUERY_KEY_CORRELATION
 
-        Trained transformers look like that, W_q^T W_k close to a multiple of the identity, and those that start so need
-        less data (Trockman and Kolter 2023, arXiv:2305.09828). The weights' variance stays what it was.
+        In trained transformers W_q^T W_k is close to a multiple of the identity: a token looks for others like itself.
+        Models that start this way need less data. The weights' variance stays what it was.
         """
         keys = self.k_proj.weight.view(-1, 1, self.head_dim, self.k_proj.in_features)  # [K, 1, D, C]
         queries = self.q_proj.weight.view(keys.shape[0], -1, *keys.shape[2:])  # [K, G, D, C]
-        queries.mul_((1 - QUERY_KEY_LIKENESS**2) ** 0.5).add_(QUERY_KEY_LIKENESS * keys)
+        queries.mul_((1 - QUERY_KEY_CORRELATION**2) ** 0.5).add_(QUERY_KEY_CORRELATION * keys)
 
     def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
         batch, time, _ = x.shape
@@ -172,6 +176,12 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+class OutputHead(nn.Linear):
+    """Hidden states to logits: a row of weights for each token, so a table rather than a map between hidden states."""
+
+    parameter_roles: ClassVar[dict[str, Role]] = {"weight": "table", "bias": "vector"}
 
 
 class TinyLM(nn.Module):
@@ -265,7 +275,7 @@ class TinyLMForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = TinyLM(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._init_weights()
@@ -274,14 +284,15 @@ class TinyLMForCausalLM(nn.Module):
     def _init_weights(self) -> None:
         std = self.config.initializer_range
         residual_std = std * (2 * self.config.num_hidden_layers) ** -0.5
+        roles = parameter_roles(self)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif parameter.ndim == 2:
-                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            elif roles[name] != "vector":
+                is_residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
                 parameter.normal_(0.0, residual_std if is_residual else std)
         for layer in self.model.layers:
-            layer.self_attn.start_by_likeness()  # type: ignore[union-attr,operator]
+            layer.self_attn.mimetic_init()  # type: ignore[union-attr,operator]
 
     @property
     def device(self) -> torch.device:
@@ -296,6 +307,29 @@ class TinyLMForCausalLM(nn.Module):
     def num_parameters(self) -> int:
         """Number of distinct weights (a tied matrix counts once)."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def compile_for_training(self, **options: Any) -> None:
+        """From now on, forward passes in training mode and without a cache run through `torch.compile`.
+
+        Validation, generation and samples have other lengths at every call and never touch the compiled graph. The
+        parameters keep their names, and copies of the model are not compiled.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        self.model.compile(dynamic=False, **options)
+
+    def training_flops_per_token(self, context_length: float) -> float:
+        """Floating-point operations of one training step per token: 6 per weight that multiplies, plus attention.
+
+        A matrix product costs 2 operations per weight forwards and 4 backwards (Kaplan et al. 2020, arXiv:2001.08361,
+        section 2.1). Attention's two products cost 12 L H D operations per token and per position it looks at;
+        causal, so about half of `context_length`. An untied embedding table multiplies nothing.
+        """
+        config = self.config
+        lookup = 0 if config.tie_word_embeddings else self.model.embed_tokens.weight.numel()
+        attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_width
+        return 6.0 * (self.num_parameters() - lookup) + attention * context_length / 2
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for this model: `batch_size` rows with room for `max_length` tokens each."""
@@ -320,7 +354,12 @@ class TinyLMForCausalLM(nn.Module):
         Raises:
             ValueError: more tokens or higher positions than the model (or the cache) has room for.
         """
-        return self.model(input_ids, position_ids, document_ids, cache)
+        return self._backbone(cache)(input_ids, position_ids, document_ids, cache)
+
+    def _backbone(self, cache: KVCache | None) -> Callable[..., BackboneOutput]:
+        """The backbone as a training pass may call it, compiled if it was; as any other pass must call it, never so."""
+        # `_call_impl` is what a module's `__call__` does when it is not compiled.
+        return self.model if self.training and cache is None else self.model._call_impl
 
     def hidden_states(
         self,
@@ -340,4 +379,4 @@ class TinyLMForCausalLM(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in the compute dtype; arguments and errors as in `run_backbone`."""
-        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache).hidden_states)
+        return self.lm_head(self._backbone(cache)(input_ids, position_ids, document_ids, cache).hidden_states)

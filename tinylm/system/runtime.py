@@ -11,7 +11,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -74,15 +74,6 @@ class Runtime:
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` is true in any process; all of them get the same answer, and must ask together."""
         return bool(self.max_over_ranks(flag))
-
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main process runs the block first, the others after it: they find its cache instead of racing it."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
 
     @property
     def is_restart(self) -> bool:

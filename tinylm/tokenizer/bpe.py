@@ -11,13 +11,12 @@ al. 2019):
 4. Encode: apply the learned merges to each piece, the earliest learned first.
 
 Ids here run from 0: first the 256 bytes in `BYTE_ALPHABET`'s order, then one id for each merge. The special
-tokens (`<|endoftext|>` and so on) are no business of BPE: `tinylm.tokenizer.tokenizer` puts them before
-these ids.
+tokens (`<|endoftext|>` and so on) do not concern BPE: `tinylm.tokenizer.tokenizer` puts them before these ids.
 
-The merges are, one for one, those of the `tokenizers` library's BpeTrainer on the same text; a test holds
-us to it. The pieces depend on which characters the regular-expression engine knows as letters. `regex` and
-`tokenizers` ship different editions of the Unicode tables, so pieces can differ around letters standardised
-after Unicode 16 (2024).
+Training is here twice: `train_bpe_naive`, to read, and `train_bpe`, to use. Both learn, one for one, the merges of the
+`tokenizers` library's BpeTrainer on the same text; tests hold the three together. The pieces depend on which characters
+the regular-expression engine knows as letters. `regex` and `tokenizers` ship different editions of the Unicode tables,
+so pieces can differ around letters standardised after Unicode 16 (2024).
 """
 
 from __future__ import annotations
@@ -78,6 +77,38 @@ def count_pieces(texts: Iterable[str]) -> Counter[str]:
     return counts
 
 
+def train_bpe_naive(piece_counts: Mapping[str, int], vocab_size: int) -> BytePairEncoding:
+    """The textbook algorithm: count all pairs, merge the most frequent one everywhere, repeat.
+
+    It is here to be read, and as the reference that tests hold `train_bpe` to. It takes O(merges x text). Arguments
+    and result are those of `train_bpe`.
+    """
+    words = {piece: list(_utf8(piece).translate(_BYTE_TO_ID)) for piece in piece_counts}
+    bpe = BytePairEncoding([])
+    while len(bpe.tokens) < vocab_size:
+        pair_counts: Counter[Pair] = Counter()
+        for piece, ids in words.items():
+            for pair in zip(ids, ids[1:], strict=False):
+                pair_counts[pair] += piece_counts[piece]
+        if not pair_counts:
+            break
+        best = min(pair_counts, key=lambda pair: (-pair_counts[pair], pair))
+        new_id = bpe.add_merge(best)
+        words = {piece: _merge(ids, best, new_id) for piece, ids in words.items()}
+    return bpe
+
+
+def _merge(ids: list[int], pair: Pair, new_id: int) -> list[int]:
+    """Replace `pair` by `new_id`, from left to right."""
+    merged: list[int] = []
+    position = 0
+    while position < len(ids):
+        found = tuple(ids[position : position + 2]) == pair
+        merged.append(new_id if found else ids[position])
+        position += 2 if found else 1
+    return merged
+
+
 def train_bpe(
     piece_counts: Mapping[str, int], vocab_size: int, progress: Callable[[int, int], None] | None = None
 ) -> BytePairEncoding:
@@ -86,11 +117,11 @@ def train_bpe(
     Among equally frequent pairs, the one with the smaller ids wins: the rule of `tokenizers`, and a
     deterministic one.
 
-    Done naively, each merge recounts all pairs of all pieces. Here a merge touches only the pieces that
-    contain the pair (an inverted index, pair -> pieces) and corrects the counts of the neighbouring pairs.
-    A heap gives the most frequent pair; its entries grow stale as counts fall, so one that is popped with
-    an old count is pushed back with the present one. (Counts of *old* pairs only ever fall, so the first
-    entry found up to date is the maximum.)
+    The merges are those of `train_bpe_naive`, which recounts all pairs of all pieces for each of them. Here a merge
+    touches only the pieces that contain the pair (an inverted index, pair -> pieces) and corrects the counts of the
+    neighbouring pairs. A heap gives the most frequent pair. Its entries become outdated as counts fall, so an entry
+    that is popped with an old count is pushed back with the present one. (The count of an *old* pair never rises, so
+    the first entry found up to date is the maximum.)
 
     Args:
         piece_counts: how often each piece occurs, from `count_pieces`.

@@ -22,8 +22,8 @@ from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE as CHAT_TEMPLATE
 from tinylm.tokenizer.chat_template_jinja import TOOLS_INTRODUCTION
 from tinylm.tokenizer.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]
-"""{"role": one of ROLES, "content": a string}"""
+Message = dict[str, str]
+"""{"role": one of ROLES, "content": the text}"""
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -16,6 +16,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from tinylm.dataset.shards.token_shards import (
     write_shard,
 )
 from tinylm.dataset.shards.tokenizing import EncodedChunk, available_cores, chunks_of, encode_chunk, process_map
-from tinylm.dataset.sources.object_stores import is_address, open_binary
-from tinylm.dataset.sources.records import HUB_PREFIX, NO_ROWS, BadRows, Source, find_sources, texts_of_file
+from tinylm.dataset.sources.finding import HUB_PREFIX, Source, find_sources, is_address, open_binary
+from tinylm.dataset.sources.records import NO_ROWS, BadRows, read_texts
 from tinylm.files.atomic import remove_leftovers
 from tinylm.files.locks import try_to_lock
 
 PARALLEL_FROM = 4 << 20
-"""Bytes of sources from which starting worker processes pays."""
+"""Bytes of a file from which worker processes pay. A smaller one is tokenised in this process, where the `tokenizers`
+library uses all cores too."""
 
 SAMPLE_BYTES = 1 << 20
 """How much of a file's start and of its end goes into the fingerprint, beside its size and time of change."""
@@ -58,7 +60,7 @@ def cached_token_shards(
 
     Args:
         path: as for `find_files`.
-        num_processes: that tokenise; None is one per core for more than 4 MB, else none.
+        num_processes: that tokenise, 0 for this one alone; None is one per core for files from PARALLEL_FROM on.
         progress: called with (documents, tokens) that this process has done so far.
         notice: called with a line about each damaged shard.
 
@@ -125,23 +127,24 @@ def _tokenize_missing(
 
     It never waits for other processes: they may wait for what is unfinished here.
     """
-    if num_processes is None:
-        size = sum(source.size for source in missing.values())
-        num_processes = available_cores(len(missing)) if size >= PARALLEL_FROM else 0
     shards: dict[Path, Shard] = {}
     new_folders = [path for path in next(iter(missing)).parents if not path.exists()]
+    cores = available_cores(len(missing)) if num_processes is None else num_processes
     try:
-        with process_map(encode_chunk, (tokenizer,), num_processes) as map_chunks:
+        with process_map(encode_chunk, (tokenizer,), cores) as map_chunks:  # starts no process before its first use
             for folder, source in missing.items():
                 with _claim(folder) as is_ours:
                     if is_ours is False:
                         continue
-                    if not (done := _open_good([folder], tokenizer)):  # by another process, since we looked
-                        bad_rows = BadRows()
-                        chunks = map_chunks(chunks_of(texts_of_file(source.path, bad_rows)))
-                        write_shard(counter.count(chunks), tokenizer, folder, bad_rows)
-                        done = {folder: open_shard(folder, tokenizer)}
-                    shards |= done
+                    shards |= _open_good([folder], tokenizer)  # another process may have made it since we looked
+                    if folder in shards:
+                        continue
+                    bad_rows = BadRows()
+                    chunks = chunks_of(read_texts(source.path, bad_rows))
+                    is_large = num_processes is not None or source.size >= PARALLEL_FROM
+                    encoded = map_chunks(chunks) if is_large else map(partial(encode_chunk, tokenizer), chunks)
+                    write_shard(counter.count(encoded), tokenizer, folder, bad_rows)
+                    shards[folder] = open_shard(folder, tokenizer)  # what is damaged now would be so the next time too
     finally:
         _remove_empty(new_folders)
     return shards

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from tinylm.dataset.shards.tokenizing import EncodedChunk, chunks_of, encode_chunk, token_dtype
-from tinylm.dataset.sources.records import BadRow, BadRows
+from tinylm.dataset.sources.record_shapes import BadRow
+from tinylm.dataset.sources.records import BadRows
 from tinylm.files.atomic import atomic_folder
 from tinylm.files.untrusted import parse_json, shown
 

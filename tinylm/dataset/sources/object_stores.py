@@ -19,11 +19,6 @@ BUFFER_BYTES = 1 << 20
 """Read from a store's own buffer at a time, so that a line costs no call of it."""
 
 
-def is_address(path: str) -> bool:
-    """True for s3://..., gs://..., hf://... and what else fsspec knows."""
-    return "://" in path
-
-
 def list_objects(address: str) -> list[tuple[str, int, str]]:
     """(address, bytes, version) of the object, or of all objects under the folder, or that match the glob; sorted.
 
@@ -33,7 +28,7 @@ def list_objects(address: str) -> list[tuple[str, int, str]]:
         FileNotFoundError: nothing is there.
         ValueError: the library for this kind of store is missing, or the store cannot be reached.
     """
-    with _explained(address):
+    with _in_plain_words(address):
         system, path = _file_system(address)
         system.invalidate_cache()  # a listing of earlier in this process may be out of date
         if glob.has_magic(path):
@@ -46,13 +41,13 @@ def list_objects(address: str) -> list[tuple[str, int, str]]:
         files = [info for info in found.values() if info["type"] == "file"]
         objects = [(system.unstrip_protocol(info["name"]), int(info["size"] or 0), _version(info)) for info in files]
     if not objects:
-        raise FileNotFoundError(_nothing_at(address))
+        raise FileNotFoundError(_not_found(address))
     return sorted(objects)
 
 
-def open_binary(path: str) -> io.BufferedIOBase:
-    """Open a file of this machine, or an object by its address. Whatever fails later names the address."""
-    return io.BufferedReader(_Object(path), BUFFER_BYTES) if is_address(path) else open(path, "rb")
+def open_object(address: str) -> io.BufferedIOBase:
+    """Open an object for reading. Whatever fails later names the address."""
+    return io.BufferedReader(_Object(address), BUFFER_BYTES)
 
 
 class _Object(io.RawIOBase):
@@ -60,7 +55,7 @@ class _Object(io.RawIOBase):
 
     def __init__(self, address: str) -> None:
         self.address = address
-        with _explained(address):
+        with _in_plain_words(address):
             system, path = _file_system(address)
             self.handle = system.open(path, "rb")
 
@@ -78,7 +73,7 @@ class _Object(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            with _explained(self.address):
+            with _in_plain_words(self.address):
                 data = self.handle.read(len(buffer))
         except FileNotFoundError as error:  # it went away; an OSError would be taken for damage of the file
             raise ValueError(str(error)) from None
@@ -99,30 +94,30 @@ def _file_system(address: str) -> tuple[Any, str]:
 
         system, path = fsspec.core.url_to_fs(address)
     except ImportError:
-        raise _Refused(
+        raise _PlainError(
             f"{address}: the library for {kind}:// is not installed; expected fsspec and the store's own; "
             "pip install 'tinylm[cloud]'"
         ) from None
     except ValueError as error:
         if "Protocol not known" not in str(error):
             raise
-        raise _Refused(f"{address}: unknown kind of address; expected s3://, gs:// or hf://; correct it") from None
+        raise _PlainError(f"{address}: unknown kind of address; expected s3://, gs:// or hf://; correct it") from None
     return system, path
 
 
-class _Refused(ValueError):
+class _PlainError(ValueError):
     """An error that is in our words already."""
 
 
 @contextlib.contextmanager
-def _explained(address: str) -> Iterator[None]:
+def _in_plain_words(address: str) -> Iterator[None]:
     """Every library has exceptions of its own, from OSError to none of Python's: all become one line."""
     try:
         yield
-    except _Refused:
+    except _PlainError:
         raise
     except FileNotFoundError:
-        raise FileNotFoundError(_nothing_at(address)) from None
+        raise FileNotFoundError(_not_found(address)) from None
     except Exception as error:
         if isinstance(error, PermissionError):
             advice = "check the address, and whether these credentials may read it"
@@ -133,7 +128,7 @@ def _explained(address: str) -> Iterator[None]:
         raise ValueError(f"{address}: cannot be read ({_first_line(error)}); {advice}") from None
 
 
-def _nothing_at(address: str) -> str:
+def _not_found(address: str) -> str:
     """Stores say so too of what is there but private."""
     return (
         f"{address}: no such object, folder or bucket; expected data files; check the address, and the credentials if "

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tinylm.files.untrusted import parse_json
+from tinylm.tokenizer.chat_template import Message
 from tinylm.tokenizer.chat_template_jinja import TOOLS_INTRODUCTION
 
-Message = dict[str, str]
+PreferencePair = tuple[list[Message], list[Message], list[Message]]
+"""(prompt, chosen answer, rejected answer)"""
 
 _MAX_REASON = 600  # characters; the longest of our own have 400
 
-ROLES = {
+ROLE_ALIASES = {
     "system": "system",
     "user": "user",
     "human": "user",
@@ -76,7 +78,7 @@ def text_of(record: Record) -> str:
         BadRow: if it has no such field, or the text is empty or not a string.
     """
     if "text" not in record.data:
-        _fail(record, f'{_fields(record)}; expected {{"text"}}; rename the column that holds the text')
+        _fail(record, f'{_field_names(record)}; expected {{"text"}}; rename the column that holds the text')
     text = _string(record, record.data["text"], "text")
     if not text:
         _fail(record, "the text is empty")
@@ -97,9 +99,9 @@ def messages_of(record: Record) -> list[Message]:
     elif data.get("instruction") is not None and data.get("output") is not None:
         messages = _alpaca_prompt(record) + [_message("assistant", _string(record, data["output"], "output"))]
     elif data.get("prompt") is not None and data.get("completion") is not None:
-        messages = _side(record, "prompt", "user") + _side(record, "completion", "assistant")
+        messages = _messages_in_field(record, "prompt", "user") + _messages_in_field(record, "completion", "assistant")
     else:
-        _fail(record, f"{_fields(record)}; expected {CHAT_SHAPES}")
+        _fail(record, f"{_field_names(record)}; expected {CHAT_SHAPES}")
     messages = _with_system(record, messages)
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not answers:
@@ -109,7 +111,7 @@ def messages_of(record: Record) -> list[Message]:
     return messages
 
 
-def preference_of(record: Record) -> tuple[list[Message], list[Message], list[Message]]:
+def preference_of(record: Record) -> PreferencePair:
     """A preference pair: (prompt, chosen, rejected). Both answers follow the same prompt.
 
     Two equal answers are no error: real data has them, and DPODataset leaves them out and counts them.
@@ -119,8 +121,11 @@ def preference_of(record: Record) -> tuple[list[Message], list[Message], list[Me
     """
     data = record.data
     if data.get("chosen") is None or data.get("rejected") is None:
-        _fail(record, f"{_fields(record)}; expected {PREFERENCE_SHAPES}")
-    chosen, rejected = _side(record, "chosen", "assistant"), _side(record, "rejected", "assistant")
+        _fail(record, f"{_field_names(record)}; expected {PREFERENCE_SHAPES}")
+    chosen, rejected = (
+        _messages_in_field(record, "chosen", "assistant"),
+        _messages_in_field(record, "rejected", "assistant"),
+    )
     if chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":  # whole conversations
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -131,11 +136,11 @@ def preference_of(record: Record) -> tuple[list[Message], list[Message], list[Me
     elif data.get("messages") is not None:
         prompt = _messages(record, data["messages"], "messages")
     elif data.get("prompt") is not None:
-        prompt = _side(record, "prompt", "user")
+        prompt = _messages_in_field(record, "prompt", "user")
     elif data.get("instruction") is not None:
         prompt = _alpaca_prompt(record)
     else:
-        _fail(record, f"{_fields(record)}: no prompt; expected {PREFERENCE_SHAPES}")
+        _fail(record, f"{_field_names(record)}: no prompt; expected {PREFERENCE_SHAPES}")
     prompt = _with_system(record, prompt)
     if not prompt:
         _fail(record, "chosen and rejected do not begin with the same prompt; expected one they share")
@@ -148,39 +153,39 @@ def preference_of(record: Record) -> tuple[list[Message], list[Message], list[Me
 def _messages(record: Record, value: Any, field: str) -> list[Message]:
     """A list of messages in either spelling, checked and renamed to ours."""
     if not isinstance(value, Sequence) or isinstance(value, str):
-        _fail(record, f"{field} is {_kind(value)}; expected a list of messages")
+        _fail(record, f"{field} is {_type_name(value)}; expected a list of messages")
     if not value:
         _fail(record, f"{field} is empty; expected at least one message")
     messages = []
     for number, entry in enumerate(value):
         where = f"{field}[{number}]"
         if not isinstance(entry, dict):
-            _fail(record, f'{where} is {_kind(entry)}; expected {{"role", "content"}} or {{"from", "value"}}')
-        messages.append(_one_message(record, entry, where))
+            _fail(record, f'{where} is {_type_name(entry)}; expected {{"role", "content"}} or {{"from", "value"}}')
+        messages.append(_checked_message(record, entry, where))
     return messages
 
 
-def _one_message(record: Record, entry: dict[str, Any], where: str) -> Message:
+def _checked_message(record: Record, entry: dict[str, Any], where: str) -> Message:
     role_key, content_key = ("from", "value") if entry.get("role") is None else ("role", "content")
     if entry.get(role_key) is None:
         found = ", ".join(sorted(map(str, entry))) or "none"
         _fail(record, f'{where} has the fields {found}; expected {{"role", "content"}} or {{"from", "value"}}')
     role = entry[role_key]
-    if not isinstance(role, str) or role not in ROLES:
-        _fail(record, f"{where} has the role {role!r:.40}; expected one of {', '.join(ROLES)}")
+    if not isinstance(role, str) or role not in ROLE_ALIASES:
+        _fail(record, f"{where} has the role {role!r:.40}; expected one of {', '.join(ROLE_ALIASES)}")
     content = entry.get(content_key)
     calls = entry.get("tool_calls") or []
     if not isinstance(calls, list):
-        _fail(record, f"{where}.tool_calls is {_kind(calls)}; expected a list of calls")
+        _fail(record, f"{where}.tool_calls is {_type_name(calls)}; expected a list of calls")
     if calls:
         spoken = [_string(record, content, f"{where}.{content_key}")] if content else []
-        content = "\n".join([*spoken, *(_call(record, call, where) for call in calls)])
+        content = "\n".join([*spoken, *(_tool_call(record, call, where) for call in calls)])
     elif isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(_string(record, part.get("text"), f"{where}.text") for part in content)
-    return _message(ROLES[role], _string(record, content, f"{where}.{content_key}"))
+    return _message(ROLE_ALIASES[role], _string(record, content, f"{where}.{content_key}"))
 
 
-def _call(record: Record, call: Any, where: str) -> str:
+def _tool_call(record: Record, call: Any, where: str) -> str:
     """An OpenAI tool call as the JSON object that the system message asks for."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "name" not in function:
@@ -191,7 +196,7 @@ def _call(record: Record, call: Any, where: str) -> str:
     return _json_text(record, {"name": function["name"], "arguments": arguments}, f"{where}.tool_calls")
 
 
-def _side(record: Record, field: str, role: str) -> list[Message]:
+def _messages_in_field(record: Record, field: str, role: str) -> list[Message]:
     """A field that is a string, one message or a list of messages. A string is what `role` says."""
     value = record.data[field]
     if isinstance(value, str):
@@ -226,7 +231,7 @@ def _with_system(record: Record, messages: list[Message]) -> list[Message]:
     if isinstance(tools, dict):
         tools = [tools]
     if tools and not isinstance(tools, list):
-        _fail(record, f"tools is {_kind(tools)}; expected a list of tools")
+        _fail(record, f"tools is {_type_name(tools)}; expected a list of tools")
     parts = [_string(record, system, "system")] if system else []
     rest = messages
     if messages and messages[0]["role"] == "system":
@@ -261,7 +266,7 @@ def _json_text(record: Record, value: Any, field: str) -> str:
 
 def _string(record: Record, value: Any, field: str) -> str:
     if not isinstance(value, str):
-        _fail(record, f"{field} is {_kind(value)}; expected a string")
+        _fail(record, f"{field} is {_type_name(value)}; expected a string")
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -270,11 +275,11 @@ def _string(record: Record, value: Any, field: str) -> str:
     return value
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return "missing" if value is None else f"of type {type(value).__name__}"
 
 
-def _fields(record: Record) -> str:
+def _field_names(record: Record) -> str:
     return f"the fields {', '.join(sorted(record.data)) or '(none)'}"
 
 

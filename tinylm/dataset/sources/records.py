@@ -1,35 +1,34 @@
-"""Sources: files, folders, globs, addresses, data sets of the hub -> records; every error names file and line.
+"""Records: the rows of data files, and the texts, chats and preference pairs in them; errors name file and line.
 
-A path may name several, separated by commas; `@files.txt` is a file that names them, one a line.
-Kinds of file, by the end of their names: .txt and .md (one document, or several between lines that hold just
-<|endoftext|>), .jsonl and .jsonl.gz (an object a line), .json (a list of objects), .parquet (a record a row).
+By the end of a file's name: .txt and .md (one document, or several between lines that hold just <|endoftext|>),
+.jsonl and .jsonl.gz (an object a line), .json (a list of objects), .parquet (a record a row). A row that cannot be read
+is a BadRow, which is counted; a file that cannot be read is an error.
 """
 
 from __future__ import annotations
 
-import glob
+import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
-from tinylm.dataset.sources.file_readers import READERS, make_record, opened
-from tinylm.dataset.sources.object_stores import is_address, list_objects
-from tinylm.dataset.sources.record_shapes import BadRow, Message, Record, messages_of, preference_of, text_of
+from tinylm.dataset.sources.finding import HUB_PREFIX, find_files, open_unpacked, suffix_of
+from tinylm.dataset.sources.record_shapes import (
+    BadRow,
+    Message,
+    PreferencePair,
+    Record,
+    messages_of,
+    preference_of,
+    text_of,
+)
 
-__all__ = [
-    "BadRow", "BadRows", "Message", "Record", "Source", "find_files", "find_sources", "iterate_texts",
-    "load_conversations", "load_preferences", "load_texts", "messages_of", "preference_of", "read_records",
-    "text_of", "texts_of_file",
-]  # fmt: skip
+DOCUMENT_END = "<|endoftext|>"
+"""A line of a text file that holds only this ends a document, as in the TinyStories files."""
 
-SUFFIXES = tuple(READERS)
-
-HUB_PREFIX = "hub:"
-
-LIST_PREFIX = "@"
+MAX_ROW_BYTES = 64 << 20
+"""Of a line of JSON: a gzipped file of 64 KB can hold one of as many MB, and a row takes several times its text."""
 
 NUM_LISTED = 10
 """Bad rows that an error lists; the rest are counted."""
@@ -37,17 +36,6 @@ NUM_LISTED = 10
 NO_ROWS = "no rows; expected at least one; check the file"
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One file of a corpus, or one object, or one data set of the hub."""
-
-    path: str
-    size: int = 0
-    """bytes; 0 where only reading tells"""
-    version: str = ""
-    """changes when the content does; "" where only reading tells"""
 
 
 @dataclass
@@ -96,11 +84,6 @@ class BadRows:
         )
 
 
-def load_texts(path: str, bad_rows: BadRows | None = None, replacements: Mapping[str, str] | None = None) -> list[str]:
-    """All documents under `path`; see `read_records` and BadRows. Raises ValueError if there is none."""
-    return list(_values(path, text_of, bad_rows, replacements))
-
-
 def load_conversations(
     path: str, bad_rows: BadRows | None = None, replacements: Mapping[str, str] | None = None
 ) -> list[list[Message]]:
@@ -110,28 +93,28 @@ def load_conversations(
         bad_rows: counts what is skipped and sets the limit; the default limit without it.
         replacements: {"name": "Ada"} puts Ada wherever the data says {{name}}.
     """
-    return list(_values(path, messages_of, bad_rows, replacements))
+    return list(_load(path, messages_of, bad_rows, replacements))
 
 
 def load_preferences(
     path: str, bad_rows: BadRows | None = None, replacements: Mapping[str, str] | None = None
-) -> list[tuple[list[Message], list[Message], list[Message]]]:
+) -> list[PreferencePair]:
     """All preference pairs under `path`; see `read_records` and BadRows. Raises ValueError if there is
     none."""
-    return list(_values(path, preference_of, bad_rows, replacements))
+    return list(_load(path, preference_of, bad_rows, replacements))
 
 
 def iterate_texts(path: str, bad_rows: BadRows | None = None) -> Iterator[str]:
-    """`load_texts`, one document at a time, for corpora larger than memory."""
-    return _values(path, text_of, bad_rows, None)
+    """All documents under `path`, one at a time; see `read_records` and BadRows. Raises ValueError if there is none."""
+    return _load(path, text_of, bad_rows, None)
 
 
-def texts_of_file(file: str, bad_rows: BadRows) -> Iterator[str]:
+def read_texts(file: str, bad_rows: BadRows) -> Iterator[str]:
     """The documents of one of the files that `find_files` found. Bad rows are counted, and the caller judges them."""
-    return _good_values(_read_file(file, bad_rows), text_of, bad_rows)
+    return _parse_records(_read_file(file, bad_rows), text_of, bad_rows)
 
 
-def _values(
+def _load(
     path: str,
     shape: Callable[[Record], Value],
     bad_rows: BadRows | None,
@@ -139,7 +122,7 @@ def _values(
 ) -> Iterator[Value]:
     bad_rows = BadRows() if bad_rows is None else bad_rows
     num_values = 0
-    for value in _good_values(read_records(path, bad_rows, replacements), shape, bad_rows):
+    for value in _parse_records(read_records(path, bad_rows, replacements), shape, bad_rows):
         num_values += 1
         yield value
     bad_rows.check()
@@ -147,7 +130,7 @@ def _values(
         raise ValueError(f"{path}: {NO_ROWS}")
 
 
-def _good_values(records: Iterable[Record], shape: Callable[[Record], Value], bad_rows: BadRows) -> Iterator[Value]:
+def _parse_records(records: Iterable[Record], shape: Callable[[Record], Value], bad_rows: BadRows) -> Iterator[Value]:
     for record in records:
         try:
             value = shape(record)
@@ -176,7 +159,7 @@ def read_records(
 
 
 def _read_file(file: str, bad_rows: BadRows | None) -> Iterator[Record]:
-    for row in _read_hub(file) if file.startswith(HUB_PREFIX) else READERS[_suffix(file)](file):
+    for row in _read_hub(file) if file.startswith(HUB_PREFIX) else READERS[suffix_of(file)](file):
         if bad_rows is not None:
             bad_rows.num_rows += 1
         if not isinstance(row, BadRow):
@@ -187,105 +170,90 @@ def _read_file(file: str, bad_rows: BadRows | None) -> Iterator[Record]:
             bad_rows.add(row)
 
 
-def find_files(path: str) -> list[str]:
-    """The data files that `path` names: a file, a folder, a glob, an address, `hub:owner/name[:split]`, or several.
+def _replace(value: Any, replacements: Mapping[str, str]) -> Any:
+    """The same value with {{key}} replaced in every string inside."""
+    if isinstance(value, str):
+        for key, text in replacements.items():
+            value = value.replace("{{" + key + "}}", text)
+        return value
+    if isinstance(value, dict):
+        return {key: _replace(item, replacements) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replace(item, replacements) for item in value]
+    return value
 
-    Several are separated by commas, and `@files.txt` names a file with one a line; they come in the order given. The
-    files of a folder or glob are sorted; in a folder, hidden files, README* and LICENSE* are left out.
-    """
-    return [source.path for source in find_sources(path)]
+
+def _read_text(file: str) -> Iterator[Record | BadRow]:
+    lines: list[str] = []
+    start = 1
+    line = 0
+    with open_unpacked(file) as handle:
+        for line, raw in enumerate(handle, start=1):
+            text = _decode(raw, file, line)
+            if isinstance(text, BadRow):  # half a text is no text, so this is no matter of a limit
+                raise ValueError(f"{text}; convert the file to UTF-8")
+            if line == 1:
+                text = text.removeprefix("\ufeff")  # the byte-order mark some editors write
+            if text.strip() != DOCUMENT_END:
+                lines.append(text)
+                continue
+            if "".join(lines).strip():
+                yield Record({"text": "".join(lines)}, file, start)
+            lines, start = [], line + 1
+    if "".join(lines).strip():
+        yield Record({"text": "".join(lines)}, file, start)
+    elif line == 0:
+        raise ValueError(f"{file}: the file is empty; expected text; check the path")
 
 
-def find_sources(path: str) -> list[Source]:
-    """`find_files`, with the size and version of each. Raises what `read_records` raises for paths."""
-    return [source for part in _split(path) for source in _find(part)]
+def _read_jsonl(file: str) -> Iterator[Record | BadRow]:
+    empty = True
+    with open_unpacked(file) as handle:
+        for line, raw in enumerate(iter(lambda: handle.readline(MAX_ROW_BYTES + 1), b""), start=1):
+            if len(raw) > MAX_ROW_BYTES:
+                raise ValueError(
+                    f"{file}, line {line}: over {MAX_ROW_BYTES >> 20} MB without an end; expected one object a line"
+                )
+            text = _decode(raw, file, line)
+            if isinstance(text, BadRow):
+                empty = False
+                yield text
+            elif text.strip():
+                empty = False
+                yield _parse(text.removeprefix("\ufeff"), file, line)
+    if empty:
+        raise ValueError(f"{file}: the file is empty; expected a JSON object a line; check the path")
 
 
-def _split(path: str) -> Iterator[str]:
-    if os.path.exists(path):  # a name with a comma
-        yield path
-        return
-    for part in path.split(","):
-        part = part.strip()
-        if not part.startswith(LIST_PREFIX):
-            yield part
-            continue
-        file = part.removeprefix(LIST_PREFIX)
-        if not is_address(file) and not os.path.isfile(file):
-            raise FileNotFoundError(f"{part}: no such file; expected a list of paths, one a line; check the path")
+def _read_json(file: str) -> Iterator[Record | BadRow]:
+    with open_unpacked(file) as handle:
+        raw = handle.read()
+    try:
+        rows = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also brackets too deep, a number too long for Python
+        raise ValueError(
+            f"{file}: not JSON ({error}); expected a list of objects; for one a line, use .jsonl"
+        ) from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{file}: holds a {type(rows).__name__}; expected a list of objects; put it in [ ]")
+    for number, row in enumerate(rows, start=1):
+        yield _make_record(row, file, number)
+
+
+def _read_parquet(file: str) -> Iterator[Record | BadRow]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    with open_unpacked(file) as handle:
         try:
-            with opened(file) as handle:
-                lines = [line.strip() for line in handle.read().decode("utf-8-sig").splitlines()]
-        except UnicodeDecodeError:
-            raise ValueError(f"{part}: not UTF-8; expected a list of paths, one a line; convert the file") from None
-        listed = [line for line in lines if line and not line.startswith("#")]
-        if not listed:
-            raise ValueError(f"{part}: the list is empty; expected a path or an address a line; add one")
-        yield from listed
-
-
-def _find(path: str) -> list[Source]:
-    if not path:
-        raise ValueError("data path '': expected a file, a folder or a glob; give one, or leave the setting out")
-    if path.startswith(HUB_PREFIX):
-        if not path.removeprefix(HUB_PREFIX).partition(":")[0]:
-            raise ValueError(
-                f"{path}: no data set named; expected {HUB_PREFIX}owner/name or {HUB_PREFIX}owner/name:split"
-            )
-        return [Source(path)]
-    if is_address(path):
-        return _find_objects(path)
-    files = _find_local(path)
-    states = [os.stat(file) for file in files]
-    return [Source(file, s.st_size, str(s.st_mtime_ns)) for file, s in zip(files, states, strict=True)]
-
-
-def _find_objects(address: str) -> list[Source]:
-    sources = [Source(*found) for found in list_objects(address)]
-    if glob.has_magic(address) or [source.path for source in sources] == [address]:
-        _check_kinds([source.path for source in sources])
-        return sources
-    depth = len(address.rstrip("/").split("/"))
-    data = [source for source in sources if _is_data(source.path.split("/")[depth:])]
-    if not data:
-        raise FileNotFoundError(f"{address}: no data file in this folder; expected {', '.join(SUFFIXES)}")
-    return data
-
-
-def _find_local(path: str) -> list[str]:
-    if os.path.isdir(path):
-        found = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
-        files = [file for file in found if _is_data(os.path.relpath(file, path).split(os.sep))]
-        if not files:
-            raise FileNotFoundError(f"{path}: no data file in this folder; expected {', '.join(SUFFIXES)}")
-        return files
-    if os.path.exists(path):
-        if not os.path.isfile(path):  # opening a pipe would wait for a writer
-            raise ValueError(f"{path}: neither a file nor a folder; expected one of these; write the data to a file")
-        files = [path]
-    else:
-        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    if not files:
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a file, a folder or a glob; check the path")
-    _check_kinds(files)
-    return files
-
-
-def _is_data(parts: list[str]) -> bool:
-    """Whether a file of a folder, by the parts of its path in there, is one to read."""
-    hidden = any(part.startswith(".") for part in parts)
-    return bool(_suffix(parts[-1])) and not hidden and not parts[-1].upper().startswith(("README", "LICENSE"))
-
-
-def _check_kinds(files: list[str]) -> None:
-    for file in files:
-        if not _suffix(file):
-            raise ValueError(f"{file}: unknown kind of file; expected {', '.join(SUFFIXES)}; convert or rename it")
-
-
-def _suffix(file: str) -> str:
-    """Which of SUFFIXES the name ends with, or ""."""
-    return next((suffix for suffix in SUFFIXES if file.lower().endswith(suffix)), "")
+            with parquet.ParquetFile(handle) as table:
+                for batch in table.iter_batches(batch_size=256):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield _make_record(row, file, number)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: cannot be read as parquet ({error}); download it again") from None
 
 
 def _read_hub(path: str) -> Iterator[Record | BadRow]:
@@ -300,19 +268,37 @@ def _read_hub(path: str) -> Iterator[Record | BadRow]:
         ) from None
     try:
         for number, row in enumerate(datasets.load_dataset(name, split=split or "train", streaming=True), start=1):
-            yield make_record(dict(row), path, number)
+            yield _make_record(dict(row), path, number)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be loaded ({error}); check the name, the split and the network") from None
 
 
-def _replace(value: Any, replacements: Mapping[str, str]) -> Any:
-    """The same value with {{key}} replaced in every string inside."""
-    if isinstance(value, str):
-        for key, text in replacements.items():
-            value = value.replace("{{" + key + "}}", text)
-        return value
-    if isinstance(value, dict):
-        return {key: _replace(item, replacements) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_replace(item, replacements) for item in value]
-    return value
+def _decode(raw: bytes, file: str, line: int) -> str | BadRow:
+    try:
+        return raw.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        return BadRow(file, line, f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start})")
+
+
+def _parse(text: str, file: str, line: int) -> Record | BadRow:
+    try:
+        return _make_record(json.loads(text), file, line)
+    except (ValueError, RecursionError) as error:
+        return BadRow(file, line, f"not JSON ({error})")
+
+
+def _make_record(row: Any, file: str, line: int) -> Record | BadRow:
+    if not isinstance(row, dict):
+        return BadRow(file, line, f"a {type(row).__name__}; expected a JSON object")
+    return Record(row, file, line)
+
+
+READERS: dict[str, Callable[[str], Iterator[Record | BadRow]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+"""End of a file's name -> what reads it."""

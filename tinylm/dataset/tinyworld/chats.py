@@ -17,8 +17,7 @@ from tinylm.dataset.tinyworld.words import (
     draw_pair,
     join_and,
 )
-
-Message = dict[str, str]
+from tinylm.tokenizer.chat_template import Message
 
 WARM_OPENERS = ("Sure! ", "Of course! ", "Happy to help! ", "Gladly! ")
 WARM_SHARE = 0.3

@@ -18,11 +18,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tinylm.dataset.tinyworld.chats import MIXED, PLAIN, SKILLS, WARM_OPENERS, Message, Voice, make_chat
+from tinylm.dataset.tinyworld.chats import MIXED, PLAIN, SKILLS, WARM_OPENERS, Voice, make_chat
 from tinylm.dataset.tinyworld.pages import make_page
 from tinylm.dataset.tinyworld.plots import STORY_QUESTION_SKILLS
 from tinylm.dataset.tinyworld.skills import ASSISTANT_NAME
 from tinylm.dataset.tinyworld.words import num_sentences, stream
+from tinylm.tokenizer.chat_template import Message
 
 __all__ = [
     "ASSISTANT_NAME",

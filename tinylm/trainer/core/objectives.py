@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.dataset.batches import IGNORE_INDEX, Batch
+from tinylm.model.log_probs import target_log_probs
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 
 Objective = Callable[[TinyLMForCausalLM, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -45,8 +46,7 @@ def score_targets(model: TinyLMForCausalLM, batch: Batch) -> TargetScores:
     targets = batch.targets.reshape(-1)
     positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[positions])  # [N, V]
-    log_probs = -F.cross_entropy(logits.float(), targets[positions], reduction="none")
-    return TargetScores(log_probs, positions, auxiliary_losses)
+    return TargetScores(target_log_probs(logits, targets[positions]), positions, auxiliary_losses)
 
 
 def with_auxiliary_losses(

@@ -1,9 +1,9 @@
 """Optimizers and the learning-rate schedule: AdamW and Muon, each beside its equation.
 
-Which parameter gets what:
-- matrices inside the blocks: weight decay; Muon's orthogonalised update when `optimizer="muon"`;
-- embeddings and the output head: AdamW, no decay (a rare token's row would only shrink between its visits);
-- norms and biases: AdamW, no decay (decaying a scale towards zero silences its channel).
+Which parameter gets what, by the role that its module states (`tinylm/model/parameter_roles.py`):
+- matrices, single or in a stack of experts: weight decay; Muon's orthogonalised update when `optimizer="muon"`;
+- tables (embeddings, output head): AdamW, no decay (a rare token's row would only shrink between its visits);
+- vectors (norms, biases): AdamW, no decay (decaying a scale towards zero silences its channel).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinylm.model.parameter_roles import parameter_roles
 from tinylm.system.runtime import device_has_bf16
 from tinylm.trainer.core.distributed import full_tensor, shard_like
 
@@ -22,16 +23,11 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters as (matrices of linear maps inside the blocks, everything else).
-
-    Embeddings and the output head are two-dimensional too, but rows of a table rather than a map between hidden
-    states: they are told apart by their module.
-    """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    tables |= {id(m.weight) for name, m in model.named_modules() if name.endswith("lm_head")}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in tables]
-    others = [p for p in trainable if p.ndim != 2 or id(p) in tables]
+    """Trainable parameters as (those with the role of a matrix, everything else), each in the model's order."""
+    roles = parameter_roles(model)
+    trainable = [(roles[name], p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for role, p in trainable if role == "matrix"]
+    others = [p for role, p in trainable if role != "matrix"]
     return matrices, others
 
 
@@ -119,7 +115,8 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`.
 
     Matrices of one shape, transposed or not, are orthogonalised together: a tiny model has many small ones, and one
-    batched product of twelve costs little more than half of twelve products.
+    batched product of twelve costs little more than half of twelve products. Of a stack [E, out, in], each of the E
+    matrices is orthogonalised for itself.
     """
 
     def __init__(
@@ -135,15 +132,17 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     direction = self._direction(p, group["momentum"])
-                    same_shape.setdefault(tuple(sorted(p.shape)), []).append((p, direction))
-            for (_, columns), members in same_shape.items():
-                updates = orthogonalize(torch.stack([direction for _, direction in members]))
-                for (p, _), update in zip(members, updates, strict=True):
+                    same_shape.setdefault(tuple(sorted(p.shape[-2:])), []).append((p, direction))
+            for (rows, columns), members in same_shape.items():
+                stacks = [direction.reshape(-1, rows, columns) for _, direction in members]
+                updates = orthogonalize(torch.cat(stacks)).split([len(stack) for stack in stacks])
+                for (p, direction), update in zip(members, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(shard_like(p, _wide(p, update)), alpha=-group["lr"] * 0.2 * math.sqrt(columns))
+                    update = _wide(p, update.view_as(direction))
+                    p.add_(shard_like(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(columns))
 
     def _direction(self, p: Tensor, mu: float) -> Tensor:
-        """Nesterov's look one step ahead, laid wide: [rows, columns] with rows <= columns."""
+        """Nesterov's look one step ahead, laid wide: [..., rows, columns] with rows <= columns."""
         assert p.grad is not None
         state = self.state[p]
         if not state:
@@ -154,7 +153,7 @@ class Muon(torch.optim.Optimizer):
 
 def _wide(p: Tensor, matrix: Tensor) -> Tensor:
     """`matrix` transposed if `p` is taller than wide; twice gives the matrix back."""
-    return matrix.mT if p.shape[0] > p.shape[1] else matrix
+    return matrix.mT if p.shape[-2] > p.shape[-1] else matrix
 
 
 def make_optimizers(

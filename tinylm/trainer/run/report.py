@@ -13,24 +13,11 @@ from typing import IO, Any
 
 from tinylm.commandline.terminal import ShowProgress, format_count, format_seconds, print_facts, progress
 from tinylm.files.atomic import atomic_write
-from tinylm.model.config import TinyLMConfig
 from tinylm.trainer.core.loop import StepReport
 from tinylm.trainer.run.checkpoints import Checkpoints
 
 EXPECTED_MATMUL_SHARE = 0.4
 """Share of the measured matmul speed assumed for the estimate before the first step; the live line then measures."""
-
-
-def training_flops_per_token(config: TinyLMConfig, num_parameters: int, context_length: float) -> float:
-    """Floating-point operations of one training step per token: 6 per weight that multiplies, plus attention.
-
-    A matrix product costs 2 operations per weight forwards and 4 backwards (Kaplan et al. 2020, arXiv:2001.08361,
-    section 2.1). Attention's two products cost 12 L H D operations per token and per position it looks at;
-    causal, so about half of `context_length`. An untied embedding table multiplies nothing.
-    """
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_width
-    return 6.0 * (num_parameters - lookup) + attention * context_length / 2
 
 
 class RunReport:
@@ -43,7 +30,7 @@ class RunReport:
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         context = float(self.stage.settings.max_seq_len)
-        self.flops_per_token = training_flops_per_token(model.config, self.num_parameters, context)
+        self.flops_per_token = model.training_flops_per_token(context)
         self.matmul_flops = 1.0
         self.tokens_per_second = 0.0
         self.validation_loss: float | None = None

@@ -1,9 +1,9 @@
-"""Going on from a training state: what of the optimizers is kept, and whether it is a state of the same run.
+"""Resuming from a training state: whether it is a state of the same run, and what of the optimizers it keeps.
 
-Data, parent, shape, batch and number of steps are compared by what they come to (fingerprints, numbers), however
-they were asked for. Of the settings, those in `FREE` may change, those in `ADJUSTABLE` may too and the run says and
-records it, and every other one must be what it was: half a run with one weight decay and half with another is
-neither of the two, and reports as one of them.
+Data, parent, shape, batch and number of steps are compared by their results (fingerprints, numbers), not by the flags
+that led to them. Settings in `FREE` may change. Those in `ADJUSTABLE` may change too; the run says so and records it.
+Every other setting must stay the same: a run with one weight decay in its first half and another in its second is
+neither of the two runs, but would report itself as one of them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 FREE = frozenset(
     # where things are, and when something is shown, tried or saved
     "output_dir validation_path max_bad_rows log_interval eval_interval eval_batches save_interval resume tensorboard "
-    # how the same sums are computed; weights and optimizer state are float32 in any case
+    # how the same sums are computed; weights and optimizer state are always float32
     "device dtype num_workers use_compile sharding timeout "
-    # compared by what they come to: the data's fingerprint,
+    # compared by their results: the data's fingerprint,
     "data_path validation_fraction tokenizer_path name author max_seq_len "
     # the number of steps and the rows of each,
     "epochs max_steps batch_size accumulation_steps "
@@ -31,16 +31,16 @@ FREE = frozenset(
     "qk_norm dropout".split()
 )
 ADJUSTABLE = frozenset({"learning_rate", "grad_clip"})
-"""What a run that has diverged may need to change to go on."""
+"""What a run that has diverged may need to change to continue."""
 
 
 def check_same_run(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `ADJUSTABLE` settings that are another now, each as {step, setting, was, now}.
+    """The `ADJUSTABLE` settings that have changed, each as {step, setting, was, now}.
 
     Args:
         folder: where the state lies.
-        saved: the training state. One of an older version, with fewer entries, is held to what it has.
-        ours: this run's "identity", "settings" and "sources" (what to call the data and the parent), as in the state.
+        saved: the training state. One of an older version may have fewer entries; only those it has are compared.
+        ours: this run's "identity", "settings" and "sources" (names for the data and the parent), as in the state.
 
     Raises:
         ValueError: the state is of another run; names what differs, both values and what to do.
@@ -54,7 +54,7 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, An
         if name not in ADJUSTABLE or not unfinished:
             raise ValueError(
                 f"{folder} was made with {name} {_shown(was)}, this run has {_shown(now)}; pass --{name} "
-                f"{shlex.quote(_shown(was))} to go on with it, or choose another --output_dir for a new run"
+                f"{shlex.quote(_shown(was))} to resume it, or choose another --output_dir for a new run"
             )
         changes.append({"step": saved["step"], "setting": name, "was": was, "now": now})
     for name, now in ours["identity"].items():
@@ -69,13 +69,13 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, An
 
 
 def _shown(value: Any, source: str | None = None) -> str:
-    """A value as a flag takes it; a fingerprint behind the path it belongs to, since nobody knows one by heart."""
+    """A value as a flag takes it; a fingerprint is preceded by the path it belongs to, which people know better."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{source} (fingerprint {text})" if source else text
 
 
 def optimizer_states(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """What each optimizer remembers of each parameter, by the parameter's name."""
+    """The state that each optimizer keeps for each parameter, by the parameter's name."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [{names[id(p)]: dict(kept) for p, kept in optimizer.state.items()} for optimizer in optimizers]
 
@@ -83,7 +83,7 @@ def optimizer_states(model: nn.Module, optimizers: Sequence[torch.optim.Optimize
 def load_optimizer_states(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], states: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Give the optimizers back what `optimizer_states` took; their settings stay as they are."""
+    """Put what `optimizer_states` returned back into the optimizers; their settings stay as they are."""
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer, state in zip(optimizers, states, strict=True):
         order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -92,8 +92,9 @@ def load_optimizer_states(
 
 
 def place_like(model: nn.Module) -> Callable[[str, tuple[int, ...]], Tensor | None]:
-    """For `load_training_state` of a sharded model: a tensor belongs to the parameter that its name holds, and is
-    sharded as that parameter is, if it has its shape.
+    """For `load_training_state` of a sharded model: where each tensor of the state goes.
+
+    A tensor's name contains the name of a parameter. If both have the same shape, it is sharded as that parameter is.
     """
     parameters = dict(model.named_parameters())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.commandline.exit_status import Stopped, StopRequest
+from tinylm.commandline.terminal import format_seconds
 from tinylm.dataset.batches import Batch, Dataset
 from tinylm.files.atomic import atomic_write
 from tinylm.system.runtime import measured_matmul_flops
@@ -69,7 +70,7 @@ class Run:
             self.checkpoints.note_unfinished()
             start = self.progress.step
             if settings.use_compile:
-                learner.model.model.compile(dynamic=False)  # in place, so parameter names stay what they are
+                learner.model.compile_for_training()
             with (
                 self.metrics.opened(start, self.progress.evaluation_pending),
                 self.report.live(),
@@ -118,6 +119,8 @@ class Run:
         self._save(report.step)
 
     def _log(self, report: StepReport) -> None:
+        if self.stage.settings.use_compile and report.step == self.progress.step + 1:
+            self.stage.console.print(f"compiled in the first step, which took {format_seconds(report.seconds)}")
         record = self.report.show_step(report)
         if report.step % self.stage.settings.log_interval == 0 or report.step == 1 or report.skipped:
             self.metrics.write(report.step, record)

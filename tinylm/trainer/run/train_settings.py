@@ -111,9 +111,9 @@ class TrainSettings:
     eval_batches: int = 50
     """most validation batches per validation; 0 means all"""
     save_interval: int = 500
-    """optimizer steps between training states, from which --resume goes on; 0 means only at epoch ends"""
+    """optimizer steps between training states, from which --resume continues; 0 means only at epoch ends"""
     resume: bool = False
-    """go on from the training state in output_dir"""
+    """continue from the training state in output_dir"""
     tensorboard: bool = False
     """also write TensorBoard event files to output_dir/tensorboard"""
 

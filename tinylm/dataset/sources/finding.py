@@ -1,0 +1,169 @@
+"""Finding sources: a path names files, folders, globs, addresses or data sets of the hub; and opening one of them.
+
+A path may name several, separated by commas; `@files.txt` is a file that names them, one a line. The kind of a file
+follows from the end of its name, one of SUFFIXES.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from tinylm.dataset.sources.object_stores import list_objects, open_object
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet")
+"""The kinds of file that `records.py` reads."""
+
+HUB_PREFIX = "hub:"
+
+LIST_PREFIX = "@"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of a corpus, or one object, or one data set of the hub."""
+
+    path: str
+    size: int = 0
+    """bytes; 0 where only reading tells"""
+    version: str = ""
+    """changes when the content does; "" where only reading tells"""
+
+
+def find_files(path: str) -> list[str]:
+    """The data files that `path` names: a file, a folder, a glob, an address, `hub:owner/name[:split]`, or several.
+
+    Several are separated by commas, and `@files.txt` names a file with one a line; they come in the order given. The
+    files of a folder or glob are sorted; in a folder, hidden files, README* and LICENSE* are left out.
+    """
+    return [source.path for source in find_sources(path)]
+
+
+def find_sources(path: str) -> list[Source]:
+    """`find_files`, with the size and version of each. Raises what `read_records` raises for paths."""
+    return [source for part in _split_paths(path) for source in _find_one(part)]
+
+
+def suffix_of(file: str) -> str:
+    """Which of SUFFIXES the name ends with, or ""."""
+    return next((suffix for suffix in SUFFIXES if file.lower().endswith(suffix)), "")
+
+
+def is_address(path: str) -> bool:
+    """True for s3://..., gs://..., hf://... and what else fsspec knows."""
+    return "://" in path
+
+
+def open_binary(path: str) -> io.BufferedIOBase:
+    """Open a file of this machine, or an object by its address."""
+    return open_object(path) if is_address(path) else open(path, "rb")
+
+
+@contextlib.contextmanager
+def open_unpacked(file: str) -> Iterator[IO[bytes]]:
+    """Open a plain or gzipped file or object in binary.
+
+    Raises:
+        ValueError: it cannot be opened, or reading it inside the block fails; the message names the file.
+    """
+    try:
+        raw = open_binary(file)
+    except OSError as error:
+        if error.strerror is None:  # an object's; it has our words already
+            raise
+        raise ValueError(f"{file}: cannot be opened ({error.strerror}); check its permissions") from None
+    with raw:
+        try:
+            yield cast("IO[bytes]", gzip.GzipFile(fileobj=raw) if file.lower().endswith(".gz") else raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{file}: cannot be read ({error}); the file is damaged, fetch it again") from None
+
+
+def _split_paths(path: str) -> Iterator[str]:
+    if os.path.exists(path):  # a name with a comma
+        yield path
+        return
+    for part in path.split(","):
+        part = part.strip()
+        if not part.startswith(LIST_PREFIX):
+            yield part
+            continue
+        file = part.removeprefix(LIST_PREFIX)
+        if not is_address(file) and not os.path.isfile(file):
+            raise FileNotFoundError(f"{part}: no such file; expected a list of paths, one a line; check the path")
+        try:
+            with open_unpacked(file) as handle:
+                lines = [line.strip() for line in handle.read().decode("utf-8-sig").splitlines()]
+        except UnicodeDecodeError:
+            raise ValueError(f"{part}: not UTF-8; expected a list of paths, one a line; convert the file") from None
+        listed = [line for line in lines if line and not line.startswith("#")]
+        if not listed:
+            raise ValueError(f"{part}: the list is empty; expected a path or an address a line; add one")
+        yield from listed
+
+
+def _find_one(path: str) -> list[Source]:
+    if not path:
+        raise ValueError("data path '': expected a file, a folder or a glob; give one, or leave the setting out")
+    if path.startswith(HUB_PREFIX):
+        if not path.removeprefix(HUB_PREFIX).partition(":")[0]:
+            raise ValueError(
+                f"{path}: no data set named; expected {HUB_PREFIX}owner/name or {HUB_PREFIX}owner/name:split"
+            )
+        return [Source(path)]
+    if is_address(path):
+        return _find_objects(path)
+    files = _find_local(path)
+    states = [os.stat(file) for file in files]
+    return [Source(file, s.st_size, str(s.st_mtime_ns)) for file, s in zip(files, states, strict=True)]
+
+
+def _find_objects(address: str) -> list[Source]:
+    sources = [Source(*found) for found in list_objects(address)]
+    if glob.has_magic(address) or [source.path for source in sources] == [address]:
+        _check_suffixes([source.path for source in sources])
+        return sources
+    depth = len(address.rstrip("/").split("/"))
+    data = [source for source in sources if _is_data_file(source.path.split("/")[depth:])]
+    if not data:
+        raise FileNotFoundError(f"{address}: no data file in this folder; expected {', '.join(SUFFIXES)}")
+    return data
+
+
+def _find_local(path: str) -> list[str]:
+    if os.path.isdir(path):
+        found = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+        files = [file for file in found if _is_data_file(os.path.relpath(file, path).split(os.sep))]
+        if not files:
+            raise FileNotFoundError(f"{path}: no data file in this folder; expected {', '.join(SUFFIXES)}")
+        return files
+    if os.path.exists(path):
+        if not os.path.isfile(path):  # opening a pipe would wait for a writer
+            raise ValueError(f"{path}: neither a file nor a folder; expected one of these; write the data to a file")
+        files = [path]
+    else:
+        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if not files:
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a file, a folder or a glob; check the path")
+    _check_suffixes(files)
+    return files
+
+
+def _is_data_file(parts: list[str]) -> bool:
+    """Whether a file of a folder, by the parts of its path in there, is one to read."""
+    hidden = any(part.startswith(".") for part in parts)
+    return bool(suffix_of(parts[-1])) and not hidden and not parts[-1].upper().startswith(("README", "LICENSE"))
+
+
+def _check_suffixes(files: list[str]) -> None:
+    for file in files:
+        if not suffix_of(file):
+            raise ValueError(f"{file}: unknown kind of file; expected {', '.join(SUFFIXES)}; convert or rename it")
