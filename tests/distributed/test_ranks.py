@@ -14,6 +14,7 @@ import pytest
 import torch
 from launch import ROWS_PER_STEP, TORCHRUN, Outcome, command_of, run, started, wait_until
 
+from tests.processes import PATIENCE
 from tinylm.checkpoint.model_folder import load_model
 
 LOSS = {"adamw": 2e-6, "muon": 5e-5}
@@ -64,11 +65,11 @@ def go_on(
     latest = where / "out" / "pretrain_32_state" / "latest"
     command = command_of("pretrain", where, [*argv, *at], launcher(first))
     with started(command, where / "log", SECONDS_PER_STEP="0.1"):
-        wait_until(latest.exists, 120, f"a saved state; {where / 'log'}")
+        wait_until(latest.exists, PATIENCE, f"a saved state; {where / 'log'}")
     with started(
         command_of("pretrain", where, [*argv, *then, "--resume"], launcher(second)), where / "log2"
     ) as process:
-        status = process.wait(timeout=200)
+        status = process.wait(timeout=PATIENCE)
     said = (where / "log2").read_text()
     assert status == 0, said
     outcome = Outcome(where / "out", where / "records", said)
