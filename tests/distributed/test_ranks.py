@@ -2,8 +2,9 @@
 
 What "the same" means: every step has the same rows, each row of an epoch exactly once; a run that continues with as
 many processes as before is the same to the bit; and on another number of processes losses and weights agree to
-rounding, since float32 sums come in another order. The tolerances are about ten times what was measured in 27 steps. Muon's is
-the wider one: orthogonalising a gradient lifts its small directions to the size of the large ones, their rounding too.
+rounding, since float32 sums come in another order. The tolerances are about ten times what was measured in 27 steps.
+Muon's is the wider one: orthogonalising a gradient lifts its small directions to the size of the large ones, their
+rounding too.
 """
 
 from __future__ import annotations
