@@ -50,7 +50,7 @@ MAX_LINES = {"trainer/core/loop.py": 150} | {
 
 
 def room_of(name: str) -> str:
-    """`trainer/run` for `trainer/run/resume.py`, `dataset` for `dataset/shards/processes.py`."""
+    """`trainer/run` for `trainer/run/resume.py`, `dataset` for `dataset/shards/tokenizing.py`."""
     rooms = set().union(*FLOORS)
     return next((room for room in ("/".join(name.split("/")[:2]), name.partition("/")[0]) if room in rooms), "")
 
