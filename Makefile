@@ -1,27 +1,32 @@
-# Everything happens in .venv. A second run skips what is done: the stamps are newer than the files they depend on.
+# Everything happens in .venv, and test-oldest in .venv-oldest. A second run skips what is done: the stamps are newer
+# than the files they depend on.
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Two test processes with one thread each; torch would otherwise start a thread per core in each of them.
+# Two test processes with one thread each; torch would otherwise start a thread per core in each of them. The tests of
+# a file stay together, since many share one run; the files keep their order, in which the long ones are not last.
 TEST_PROCESSES ?= 2
+PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 RUN := .venv/.installed-to-run
 DEV := .venv/.installed-to-develop
+OLDEST := .venv-oldest/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-faults test-fuzz lint format types bench clean
+.PHONY: help quickstart test test-long test-oldest test-faults test-fuzz lint format types bench clean
 
 help:
 	@echo "make quickstart   set up, then train a small chat model from nothing"
-	@echo "make test         set up, then run the tests"
-	@echo "make test-long    run the tests that take minutes"
+	@echo "make test         set up, then run the tests (up to five minutes on two cores)"
+	@echo "make test-long    run the tests that take minutes; on a machine with nothing else to do"
+	@echo "make test-oldest  run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest"
 	@echo "make test-faults  kill, starve and damage runs, and count what is lost (about half an hour)"
 	@echo "make test-fuzz    load 105,000 damaged files; takes a quarter of an hour"
 	@echo "make lint         check style and types"
 	@echo "make format       put the code into its format"
 	@echo "make types        check types only"
 	@echo "make bench        measure training and decoding speed"
-	@echo "make clean        remove caches and build files; .venv stays"
+	@echo "make clean        remove caches and build files; .venv and .venv-oldest stay"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -43,10 +48,21 @@ quickstart: $(RUN)
 	$(BIN)/tinylm quickstart
 
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not long"
 
 test-long: $(DEV)
 	$(BIN)/python -m pytest -q -m long
+
+$(OLDEST): pyproject.toml tests/oldest_versions.py $(DEV)
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	$(BIN)/python tests/oldest_versions.py > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# All but the test whose subject is the newer versions of requirements.txt.
+test-oldest: $(OLDEST)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) -m "not long" -k "not pip_reads_the_requirements"
 
 # Forms for `make test` and long ones alike. FAULTS_SEED=N repeats the soak of a run that printed it.
 test-faults: $(DEV)

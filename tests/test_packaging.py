@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import tinylm
+from tests.oldest_versions import oldest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,3 +83,18 @@ def test_import_is_light(repository: Path) -> None:
     code = "import sys, tinylm; print('torch' in sys.modules or 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True)
     assert done.stdout == "False\n"
+
+
+def test_the_oldest_versions_are_the_lower_bounds(repository: Path) -> None:
+    """`make test-oldest` installs what this prints. torch 2.10 was allowed, and lacked arguments that are passed."""
+    assert oldest("name[b,a]>=1.2,<3") == "name[a,b]==1.2"
+    assert oldest("name") == "name"
+    done = subprocess.run(
+        [sys.executable, "tests/oldest_versions.py"], cwd=repository, capture_output=True, text=True, check=True
+    )
+    lines, expected = done.stdout.splitlines(), project(repository)
+    requirements = [*expected["dependencies"], *expected["optional-dependencies"]["test"]]
+    assert [Requirement(line).name for line in lines] == [Requirement(text).name for text in requirements]
+    for line, text in zip(lines, requirements, strict=True):
+        assert not Requirement(text).specifier or Requirement(line).specifier != Requirement(text).specifier
+        assert all(Requirement(text).specifier.contains(pin.version) for pin in Requirement(line).specifier)

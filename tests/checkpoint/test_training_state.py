@@ -199,12 +199,12 @@ def test_what_is_saved_beside_training_is_what_it_was_when_save_was_called(tmp_p
     copy, write = training_state._copy, training_state.write_tensors
 
     def slow_copy(tensor, memory):
-        assert copying.wait(10)
+        assert copying.wait(300)
         order.append("copied")
         return copy(tensor, memory)
 
     def slow_write(path, tensors):
-        assert writing.wait(10)
+        assert writing.wait(300)
         order.append("written")
         write(path, tensors)
 

@@ -163,7 +163,7 @@ def test_a_machine_is_lost_and_the_other_one_ends_the_run(alone, pretrain_words,
 @pytest.mark.long
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_a_worker_is_lost_and_then_a_worker_of_the_other_machine(alone, pretrain_words, tmp_path, sharding):
-    """Both machines stay, so all processes are started anew and go on from the last state, with no --resume."""
+    """Both machines stay, so all processes are started again and continue from the last state, without --resume."""
     machines = Machines(tmp_path, [*elastic_words(pretrain_words), "--sharding", sharding])
     with machines.running():
         for number, step in ((1, 5), (0, 12)):
@@ -178,7 +178,7 @@ def test_a_worker_is_lost_and_then_a_worker_of_the_other_machine(alone, pretrain
 
 @pytest.mark.long
 def test_a_machine_comes_back(alone, pretrain_words, tmp_path):
-    """A machine that joins stops the others after their step, whose state is saved, and all go on together.
+    """A machine that joins stops the others after their step, whose state is saved, and all continue together.
 
     torchrun's own store, which it shares with the processes, does not tell a newcomer where it is: torch 2.13 publishes
     its address in the first round only. So the processes are given one of theirs.

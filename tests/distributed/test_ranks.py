@@ -1,9 +1,10 @@
 """The same run on 1, 2 or 4 processes, whole or sharded, unbroken or not, is the same run.
 
-What "the same" means: every step has the same rows, each row of an epoch exactly once; a run that goes on with as many
-processes as before is the same to the bit; and on another number of processes losses and weights agree to rounding,
-since float32 sums come in another order. The tolerances are about ten times what was measured in 27 steps. Muon's is
-the wider one: orthogonalising a gradient lifts its small directions to the size of the large ones, their rounding too.
+What "the same" means: every step has the same rows, each row of an epoch exactly once; a run that continues with as
+many processes as before is the same to the bit; and on another number of processes losses and weights agree to
+rounding, since float32 sums come in another order. The tolerances are about ten times what was measured in 27 steps.
+Muon's is the wider one: orthogonalising a gradient lifts its small directions to the size of the large ones, their
+rounding too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 import torch
 from launch import ROWS_PER_STEP, TORCHRUN, Outcome, command_of, run, started, wait_until
 
+from tests.processes import PATIENCE
 from tinylm.checkpoint.model_folder import load_model
 
 LOSS = {"adamw": 2e-6, "muon": 5e-5}
@@ -50,12 +52,12 @@ def assert_each_row_once(outcome: Outcome, epochs: int = 1) -> None:
 def go_on(
     where: Path, argv: list[object], first: int, second: int, then: tuple[str, ...] = (), at: tuple[str, ...] = ()
 ) -> Outcome:
-    """A run killed with signal 9 when its first state is saved, which then goes on in `second` processes.
+    """A run killed with signal 9 when its first state is saved, which then continues in `second` processes.
 
     Args:
         at, then: more flags of the first command, and of the second.
     """
-    # The flags stay what they were: it is for the run to share the rows of a step out anew.
+    # The flags stay the same: the run itself divides the rows of a step among the processes.
     argv = [*argv, "--save_interval", 5, "--batch_size", ROWS_PER_STEP // first]
 
     def launcher(processes: int) -> list[str]:
@@ -64,11 +66,11 @@ def go_on(
     latest = where / "out" / "pretrain_32_state" / "latest"
     command = command_of("pretrain", where, [*argv, *at], launcher(first))
     with started(command, where / "log", SECONDS_PER_STEP="0.1"):
-        wait_until(latest.exists, 120, f"a saved state; {where / 'log'}")
+        wait_until(latest.exists, PATIENCE, f"a saved state; {where / 'log'}")
     with started(
         command_of("pretrain", where, [*argv, *then, "--resume"], launcher(second)), where / "log2"
     ) as process:
-        status = process.wait(timeout=200)
+        status = process.wait(timeout=PATIENCE)
     said = (where / "log2").read_text()
     assert status == 0, said
     outcome = Outcome(where / "out", where / "records", said)
@@ -107,7 +109,7 @@ def test_muon_too(alone, pretrain_words, tmp_path, processes, flags):
     assert_same_run(alone["muon"], outcome, "muon")
 
 
-# --- interrupted, and gone on with another number of processes -------------------------------------------------------
+# --- interrupted, and continued with another number of processes -----------------------------------------------------
 
 
 @pytest.mark.long
@@ -141,7 +143,7 @@ def test_the_number_of_processes_changes_in_the_second_epoch(pretrain_words, tmp
     assert_same_run(unbroken, outcome, "adamw")
 
 
-# --- interrupted, and gone on with as many ---------------------------------------------------------------------------
+# --- interrupted, and continued with as many -------------------------------------------------------------------------
 
 
 @pytest.mark.long

@@ -137,7 +137,7 @@ def test_a_second_signal_ends_at_once(commands, stages, undisturbed, tmp_path, t
 
 @pytest.mark.slow
 def test_killed_in_the_evaluation_that_a_stop_had_put_off(commands, stages, undisturbed, tmp_path, tally):
-    """A stopped run evaluates when it goes on. Killed behind that, it evaluated once more, and the step's validation
+    """A stopped run evaluates when it continues. Killed after that, it evaluated once more, and the step's validation
     stood in the metrics file twice."""
     status, _ = killed_in(commands, stages.words("pretrain"), tmp_path, 18, signal.SIGTERM, within=0)
     assert status == 143 and read_training_values(state_folder(tmp_path))["step"] == 18

@@ -37,8 +37,8 @@ RUN_FAULTS = [("ENOSPC", 28, LASTING), ("ENOSPC", 28, 0), ("EIO", 5, LASTING), (
 @pytest.mark.parametrize("times", [pytest.param(1, id="once"), pytest.param(60, id="often", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("name", "code", "flags"), [*RUN_FAULTS, ("SIGKILL", KILL, 0)])
 def test_a_call_of_a_whole_run_fails(commands, pretrain, tmp_path, tally, name, code, flags, times):
-    """The run goes on to the same end, or ends with a status that says it failed, and in one line; and what it leaves
-    can be gone on from, to the same end."""
+    """The run reaches the same end, or it fails with one line and a status that says so; then --resume reaches that end
+    from what it left."""
     words, whole = pretrain
     calls, lost, statuses = 600, [], []  # the run has some more
     chance = random.Random(f"{name} {flags} {times}")
@@ -76,7 +76,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_really_full(commands, pretrain, small_disk, tally):
-    """It fills up under a run. The last state stays as it is, byte for byte; with room again the run goes on."""
+    """It fills up under a run. The last state stays as it is, byte for byte; with room again the run continues."""
     words, whole = pretrain
     folder = small_disk / "out"
     process = commands.start(*words, "--output_dir", folder, strike=(signal.SIGSTOP, 10, 0))
@@ -205,7 +205,7 @@ def test_two_runs_on_one_folder(commands, pretrain, tmp_path, tally):
 def test_a_loss_that_is_no_number(commands, pretrain, tmp_path, tally):
     """A step without a number changes nothing and is counted; ten in a row end the run, with the batch for inspection.
 
-    The states saved in between pushed out the last good one: nothing was left to go on from with another learning
+    The states saved in between pushed out the last good one: nothing was left to resume from with another learning
     rate. And a sample that was due ended the run early, as if the user had made a mistake (status 2)."""
     words, _ = pretrain
     process = commands.start(*words, "--output_dir", tmp_path, strike=(signal.SIGTERM, 14, 0))

@@ -25,7 +25,7 @@ def test_results_come_in_the_order_of_the_items(executor: ThreadPoolExecutor) ->
 
     def work(item: int) -> str:
         if item == 0:
-            assert second_is_done.wait(60)
+            assert second_is_done.wait(300)
         if item == 1:
             second_is_done.set()
         return f"ü{item}"
