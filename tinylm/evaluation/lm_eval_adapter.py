@@ -110,14 +110,12 @@ def make_lm_eval_model(
         from lm_eval.api.model import LM
     except ImportError:
         raise ValueError('the package lm-eval is not installed; install it with pip install "tinylm[eval]"') from None
-    from tinylm.checkpoint.model_folder import load_model
-    from tinylm.generation.engine import Engine
+    from tinylm.generation.loading import load_for_use
     from tinylm.system.runtime import setup_runtime
     from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, render_chat
 
     runtime = setup_runtime(device, dtype)
-    model, tokenizer, _ = load_model(model_path, device=runtime.device)
-    engine = Engine(model, tokenizer, dtype=runtime.compute_dtype)
+    engine = load_for_use(model_path, device=runtime.device).engine(runtime.compute_dtype)
 
     class TinyLMForLMEval(LMEvalRequests, LM):
         """Requests answered by ours, everything else inherited from the harness."""
@@ -129,7 +127,7 @@ def make_lm_eval_model(
 
         @property
         def tokenizer_name(self) -> str:
-            return f"tinylm-{tokenizer.fingerprint}"
+            return f"tinylm-{engine.tokenizer.fingerprint}"
 
         def chat_template(self, chat_template: bool | str = False) -> str:
             return CHAT_TEMPLATE
