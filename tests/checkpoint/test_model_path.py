@@ -51,9 +51,7 @@ def test_of_several_runs_the_newest_if_asked_for_else_an_error(models):
 
 
 def test_folders_below_are_looked_into_as_deep_as_asked(models):
-    folder = models(
-        "sft_16_epoch0", "sft_16_epoch0/in_epoch0", "a/lora_16_epoch0", "a/b/lora_16_epoch1", ".h_epoch0"
-    )
+    folder = models("sft_16_epoch0", "sft_16_epoch0/in_epoch0", "a/lora_16_epoch0", "a/b/lora_16_epoch1", ".h_epoch0")
     names = [[model.name for model in last_models(folder, depth=depth)] for depth in (0, 1, 2)]
     assert names[0] == ["sft_16_epoch0"] and names[1] == ["sft_16_epoch0", "lora_16_epoch0"]
     assert names[2] == ["sft_16_epoch0", "lora_16_epoch0", "lora_16_epoch1"]

@@ -315,6 +315,23 @@ def test_stream_never_breaks_a_character(tokenizer: Tokenizer, monkeypatch) -> N
     assert "".join(pieces) == text and all(len(piece) == 1 for piece in pieces)
 
 
+@pytest.mark.parametrize("stop", [0, 2])
+def test_reply_ends_at_either_stop_token(tokenizer: Tokenizer, stop: int) -> None:
+    """A document's end ends a reply as a message's end does; neither is shown."""
+    model = make_model(tokenizer)
+    said = [*tokenizer.encode("naïve 日本"), stop, *tokenizer.encode("never said")]
+    script = iter(said)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([next(script)]), tokenizer.vocab_size).float()
+
+    del model.lm_head
+    model.lm_head = head
+    engine = Engine(model, tokenizer, torch.float32)
+    assert engine.reply([{"role": "user", "content": "the quick"}], SamplingSettings(temperature=0.0)) == "naïve 日本"
+    assert set(engine.stop_ids) == {0, 2}
+
+
 def _byte_token(tokenizer: Tokenizer, byte: int) -> int:
     return next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == bytes([byte]))
 

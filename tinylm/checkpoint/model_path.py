@@ -47,7 +47,8 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
         raise ValueError(f"{path} holds {len(inside)} models ({names}); give the path of one of them")
     if inside:
         raise ValueError(f"{path} holds {names}; expected a model named {stage}_...; give the path of a model")
-    raise ValueError(f"{path} holds no model; expected {CONFIG}, {ADAPTER} or a .pth file in it; give the path of a model")
+    expected = f"expected {CONFIG}, {ADAPTER} or a .pth file in it"
+    raise ValueError(f"{path} holds no model; {expected}; give the path of a model")
 
 
 def last_models(folder: Path, stage: str = "", depth: int = 0) -> list[Path]:

@@ -64,11 +64,15 @@ class LMEvalRequests:
         return texts
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both sides; spaces at the end of the context move to the continuation, as in the harness."""
+        """Ids of both sides, encoded as one text and cut at the context's length, as in the harness.
+
+        Spaces at the end of the context move to the continuation. Where both sides meet inside a token, that token
+        counts as the context's, but the continuation keeps at least the last token.
+        """
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         whole = self.tokenizer.encode(stripped + continuation)
-        split = len(self.tokenizer.encode(stripped))
+        split = min(len(self.tokenizer.encode(stripped)), len(whole) - 1)
         return [self.tokenizer.endoftext_id, *whole[:split]], whole[split:]
 
 
