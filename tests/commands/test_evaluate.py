@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.commands.evaluate import EvalSettings, main, plan_tasks
 from tinylm.evaluation.tasks import recognise_task
+from tinylm.generation.engine import Engine
 from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
 
 ROWS = {
@@ -78,14 +80,37 @@ def test_limit_takes_the_first_records(model_folder, tmp_path):
 def test_chat_loss_counts_assistant_tokens_only(model_folder, model, tokenizer, tmp_path, reference_logprobs):
     from tinylm.tokenizer.chat_template import encode_chat
 
-    data, output = write_rows(tmp_path / "c.jsonl", ROWS["chat"]), tmp_path / "r.json"
+    chats = ROWS["chat"] + [
+        {"messages": [{"role": "user", "content": "日本"}, {"role": "assistant", "content": "Zürich"}]}
+    ]
+    data, output = write_rows(tmp_path / "c.jsonl", chats), tmp_path / "r.json"
     run("--model_path", model_folder, "--data_path", data, "--output", str(output))
-    ids, mask = encode_chat(tokenizer, ROWS["chat"][0]["messages"])
     loaded = load_model(model_folder)[0].double()
-    plain = reference_logprobs(loaded, ids)
-    nats = [-value for value, marked in zip(plain, mask[1:], strict=True) if marked]
+    nats, counts = [], []
+    for chat in chats:
+        ids, mask = encode_chat(tokenizer, chat["messages"])
+        plain = reference_logprobs(loaded, ids)
+        scored = [-value for value, marked in zip(plain, mask[1:], strict=True) if marked]
+        nats.append(sum(scored))
+        counts.append(len(scored))
     [loss, _] = json.loads(output.read_text())["measures"]
-    assert loss["value"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+    mean = sum(nats) / sum(counts)
+    assert loss["value"] == pytest.approx(mean, rel=1e-4)
+    # Of two conversations the residuals are equal and opposite: their sample deviation is sqrt(2) times one of them.
+    assert loss["standard_error"] == pytest.approx(2 * abs(nats[0] - mean * counts[0]) / sum(counts), rel=1e-3)
+
+
+def test_generated_answers_have_errors_of_their_own(model_folder, tmp_path, monkeypatch):
+    """One right, one half right, one wrong."""
+    replies = iter(["Zürich", "Ja Zürich", "nein"])
+    monkeypatch.setattr(Engine, "reply_batch", lambda self, chats, settings: [next(replies) for _ in chats])
+    rows = [{"question": "Wo?", "answer": "Zürich"}] * 3
+    data, output = write_rows(tmp_path / "g.jsonl", rows), tmp_path / "r.json"
+    run("--model_path", model_folder, "--data_path", data, "--output", str(output))
+    exact, overlap = json.loads(output.read_text())["measures"]
+    for measure, values in ((exact, [1, 0, 0]), (overlap, [1, 2 / 3, 0])):
+        assert measure["value"] == pytest.approx(np.mean(values))
+        assert measure["standard_error"] == pytest.approx(np.std(values, ddof=1) / 3**0.5)
 
 
 def test_conversations_can_be_generated(model_folder, tmp_path):
