@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.model.small_models import YARN, random_ids, reference_of, small_model
 from tinylm.checkpoint.adapter_folder import save_adapter
-from tinylm.checkpoint.model_folder import load_model, resolve_model_path, save_model
+from tinylm.checkpoint.model_folder import load_model, save_model
+from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.export.pth import export_pth
 from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM

@@ -12,8 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress as ProgressBar
 
-from tinylm.checkpoint.adapter_folder import load_adapter
-from tinylm.checkpoint.model_folder import load_model
 from tinylm.commandline.settings import parse_settings
 from tinylm.dataset import tinyworld
 from tinylm.evaluation.preferences import ReferenceModel, as_reference
@@ -29,7 +27,8 @@ from tinylm.evaluation.tasks import (
     run_task,
 )
 from tinylm.files.atomic import write_json
-from tinylm.generation.engine import Engine, SamplingSettings
+from tinylm.generation.engine import SamplingSettings
+from tinylm.generation.loading import load_for_use
 from tinylm.model.lora import adapters_disabled, has_lora
 from tinylm.system.runtime import Runtime, setup_runtime
 
@@ -141,18 +140,16 @@ def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
 
 def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
     """Load the model, its adapter, its tokenizer and the reference."""
-    model, tokenizer, _ = load_model(settings.model_path, device=runtime.device, tokenizer_path=settings.tokenizer_path)
-    if settings.adapter is not None:
-        load_adapter(model, settings.adapter, settings.model_path)
+    loaded = load_for_use(settings.model_path, settings.adapter, settings.tokenizer_path, runtime.device, merge=False)
     reference: ReferenceModel | None = None
-    if has_lora(model):
-        reference = _without_adapters(model)
     if settings.reference_path is not None:
-        reference = as_reference(load_model(settings.reference_path, device=runtime.device)[0])
+        reference = as_reference(load_for_use(settings.reference_path, device=runtime.device).model)
+    elif has_lora(loaded.model):
+        reference = _without_adapters(loaded.model)
     return Evaluator(
-        model=model,
-        tokenizer=tokenizer,
-        engine=Engine(model, tokenizer, dtype=runtime.compute_dtype),
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        engine=loaded.engine(runtime.compute_dtype),
         sampling=SamplingSettings(max_new_tokens=settings.max_new_tokens, temperature=0.0),
         tokens_per_batch=settings.batch_size,
         reference=reference,
