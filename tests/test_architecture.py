@@ -161,6 +161,18 @@ def test_only_settings_parses_flags(name: str) -> None:
             assert roots.isdisjoint({"argparse", "jsonargparse", "click", "optparse"}), f"{name}:{node.lineno}"
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("commandline/") and name != "cli.py"])
+def test_only_the_command_line_prints(name: str) -> None:
+    """Each way to print had its own idea of wrapping, colours and silence; consoles come from commandline/terminal."""
+    for node in ast.walk(parse(name)):
+        if isinstance(node, ast.Call):
+            assert dotted(node.func) not in {"print", "Console", "sys.stdout.write", "sys.stderr.write"}, (
+                f"tinylm/{name}:{node.lineno}; use tinylm.commandline.terminal"
+            )
+        if isinstance(node, ast.ImportFrom):
+            assert node.module not in {"rich.progress", "rich.status"}, f"tinylm/{name}:{node.lineno}"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_no_default_points_at_somebodys_folder(name: str) -> None:
     for node in ast.walk(parse(name)):

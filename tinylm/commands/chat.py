@@ -21,6 +21,7 @@ from rich.console import Console
 from tinylm.checkpoint.model_path import last_models, newest_model, resolve_model_path
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import make_console
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.generation.loading import load_for_use
 from tinylm.system.runtime import setup_runtime
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = parse_settings(ChatSettings, argv, "tinylm chat", "Talk with a model in the terminal.")
     engine, is_base, name = load_engine(settings)
-    notices = Console(stderr=True, style="dim", highlight=False, markup=False)
+    notices = make_console(stderr=True, style="dim", markup=False)
     chat = Chat(engine, settings.sampling, settings.system, is_base, notify=notices.print)
     if settings.prompt:
         _print_answer(chat, settings.prompt)
@@ -234,7 +235,7 @@ def _converse(chat: Chat, notices: Console) -> None:
         try:
             line = input("> ")
         except EOFError:
-            print()
+            make_console().print()
             return
         except KeyboardInterrupt:
             notices.print("\n(Ctrl-D or /exit leaves)")
@@ -266,7 +267,7 @@ def _take(chat: Chat, line: str, notices: Console) -> bool:
 
 def _print_answer(chat: Chat, text: str) -> None:
     """Stream one answer to stdout; on a terminal with the speed behind it."""
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = make_console(markup=False, emoji=False)
     start = time.perf_counter()
     pieces: list[str] = []
     if chat.is_base:

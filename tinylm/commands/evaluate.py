@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress as ProgressBar
-
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import make_console, progress
 from tinylm.dataset import tinyworld
 from tinylm.evaluation.preferences import ReferenceModel, as_reference
 from tinylm.evaluation.results import Measure, measures_json, measures_table
@@ -87,7 +85,7 @@ class EvalSettings:
 def main(argv: list[str] | None = None) -> int:
     """Run `tinylm eval`; returns the exit status."""
     settings = parse_settings(EvalSettings, sys.argv[1:] if argv is None else argv, "tinylm eval", DESCRIPTION)
-    console = Console()
+    console = make_console()
     start = time.perf_counter()
     plan = plan_tasks(settings)
     runtime = setup_runtime(settings.device, settings.dtype)
@@ -167,14 +165,14 @@ def _without_adapters(model: Any) -> ReferenceModel:
 
 def measure_skills(evaluator: Evaluator, settings: EvalSettings) -> Scoreboard:
     """TinyWorld's scoreboard with one column."""
-    with progress_bar("skills") as progress:
+    with task_progress("skills") as report:
         column = score_skills(
             evaluator.engine,
             tinyworld,
             evaluator.sampling,
             num_items=settings.limit or 100,
             reference=evaluator.reference,
-            progress=progress,
+            progress=report,
         )
     return Scoreboard({settings.model_path: column})
 
@@ -183,13 +181,12 @@ def measure_file(evaluator: Evaluator, runtime: Runtime, task: str, path: str, l
     """One task on one file, under a progress bar. The engine casts for itself, so autocast is for scoring
     only."""
     precision = contextlib.nullcontext() if task == "generate" else runtime.autocast()
-    with progress_bar(f"{task}: {path}") as progress, precision:
-        return run_task(replace(evaluator, progress=progress), task, path, limit)
+    with task_progress(f"{task}: {path}") as report, precision:
+        return run_task(replace(evaluator, progress=report), task, path, limit)
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Progress]:
-    """A bar on the terminal while work goes on; nothing where stderr is a file."""
-    with ProgressBar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        row = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(row, completed=done, total=total)
+def task_progress(title: str) -> Iterator[Progress]:
+    """Progress on stderr, in the form in which tasks report it."""
+    with progress(make_console(stderr=True), title) as show:
+        yield lambda done, total: show(f"{done:,} of {total:,}", done, total)

@@ -13,6 +13,7 @@ from typing import Literal
 
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import make_console
 from tinylm.export.pth import export_pth
 from tinylm.generation.loading import load_for_use
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     settings = parse_settings(ExportSettings, argv, "tinylm export", "Write a model for other programs.")
     loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path)
     export_pth(loaded.model, settings.output)
-    print(f"{loaded.path} written to {settings.output}")
+    make_console().print(f"{loaded.path} written to {settings.output}", markup=False)
     return 0
 
 
