@@ -68,7 +68,8 @@ def test_an_error_comes_in_its_items_place(executor: ThreadPoolExecutor) -> None
 def test_nothing_is_in_work_afterwards(executor: ThreadPoolExecutor, how: str) -> None:
     """What has begun is waited for; what has not begun never runs. All 800 items would take a minute."""
     begun, done = [], []
-    three_have_begun = threading.Barrier(3, timeout=300)
+    in_work = threading.Event()
+    three_have_begun = threading.Barrier(3, action=in_work.set, timeout=300)
 
     def work(item: int) -> int:
         if item == 0:
@@ -84,11 +85,13 @@ def test_nothing_is_in_work_afterwards(executor: ThreadPoolExecutor, how: str) -
 
     def items() -> Iterator[int]:
         yield from range(900)
+        assert in_work.wait(300)
         raise ValueError("ü")
 
     results = ordered_map(executor, work, items(), ahead=2000 if how == "reading fails" else 800)
     if how == "closed":
         assert next(results) == 0
+        assert in_work.wait(300)
         results.close()
     else:
         with pytest.raises(ValueError, match="ü"):
