@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
-    """(task, file) for each data file. Done before the model is loaded, so that a wrong path is told at once.
+    """(task, file) for each data file. Runs before the model is loaded, so that a wrong path is reported at once.
 
     Raises:
         ValueError: a file whose fields fit no task, or none of the files fits the chosen tasks.
@@ -188,7 +188,7 @@ def measure_file(evaluator: Evaluator, runtime: Runtime, task: str, path: str, l
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """A bar on the terminal while work goes on; nothing where stderr is a file."""
+    """A progress bar on the terminal; nothing if stderr is a file."""
     with ProgressBar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         row = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
