@@ -154,7 +154,7 @@ class Chat:
         self.messages: list[dict[str, Any]] = []
 
     def answer(self, text: str) -> Generator[str, None, None]:
-        """The answer to `text` in pieces. Stopped half-way, it is remembered as far as it came."""
+        """The answer to `text` in pieces. If it is stopped, the part so far is remembered."""
         if self.is_base:
             yield from self._continue(text)
             return
@@ -163,7 +163,7 @@ class Chat:
         fitted = self.engine.prompt([*system, *self.messages, question], self.sampling)
         if fitted.notice:
             self.notify(fitted.notice)
-        # What no longer fits now will never fit again.
+        # Messages that do not fit now will not fit later either.
         self.messages = [*self.messages[fitted.dropped_messages :], question]
         pieces: list[str] = []
         try:
@@ -187,13 +187,13 @@ class Chat:
             return None
         if name == "/reset":
             self.messages = []
-            return "the conversation starts anew"
+            return "the conversation starts over"
         if name == "/system":
             if self.is_base:
                 return "a base model continues text and takes no instructions"
             self.system = rest.strip()
             self.messages = []
-            return "instructions set; the conversation starts anew" if self.system else "instructions removed"
+            return "instructions set; the conversation starts over" if self.system else "instructions removed"
         return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
 
 
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _answer_lines(chat: Chat, lines: TextIO, notices: Console) -> None:
-    """Answer each line of a pipe or file, as one conversation; empty lines are passed over."""
+    """Answer each line of a pipe or file, as one conversation; skip empty lines."""
     for line in lines:
         if not _take(chat, line, notices):
             return

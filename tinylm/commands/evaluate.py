@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
-    """(task, file) for each data file. Done before the model is loaded, so that a wrong path is told at once.
+    """(task, file) for each data file. Runs before the model is loaded, so that a wrong path is reported at once.
 
     Raises:
         ValueError: a file whose fields fit no task, or none of the files fits the chosen tasks.

@@ -2,7 +2,7 @@
 
     tinylm export --model_path out/dpo --format pth --output dpo_512_epoch0.pth
 
-A model folder already is a Hugging Face folder; this writes what is not: the original project's `.pth`.
+A model folder is already a Hugging Face folder. This command writes the original project's `.pth` instead.
 """
 
 from __future__ import annotations

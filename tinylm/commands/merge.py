@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check_output(output: Path, adapter: Path) -> None:
-    """Refuse to replace the folder that the base model or the adapter is in: without it the adapter is worthless."""
+    """Refuse to overwrite the base model or the adapter: without its base, the adapter is useless."""
     target = Path(os.path.realpath(output))
     for source in (adapter_base(adapter), adapter):
         path = Path(os.path.realpath(source))
