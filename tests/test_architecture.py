@@ -50,7 +50,7 @@ MAX_LINES = {"trainer/core/loop.py": 150} | {
 
 
 def room_of(name: str) -> str:
-    """`trainer/run` for `trainer/run/resume.py`, `dataset` for `dataset/shards/processes.py`."""
+    """`trainer/run` for `trainer/run/resume.py`, `dataset` for `dataset/shards/tokenizing.py`."""
     rooms = set().union(*FLOORS)
     return next((room for room in ("/".join(name.split("/")[:2]), name.partition("/")[0]) if room in rooms), "")
 
@@ -159,6 +159,18 @@ def test_only_settings_parses_flags(name: str) -> None:
             modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             roots = {module.partition(".")[0] for module in modules}
             assert roots.isdisjoint({"argparse", "jsonargparse", "click", "optparse"}), f"{name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("commandline/") and name != "cli.py"])
+def test_only_the_command_line_prints(name: str) -> None:
+    """Each way to print had its own idea of wrapping, colours and silence; consoles come from commandline/terminal."""
+    for node in ast.walk(parse(name)):
+        if isinstance(node, ast.Call):
+            assert dotted(node.func) not in {"print", "Console", "sys.stdout.write", "sys.stderr.write"}, (
+                f"tinylm/{name}:{node.lineno}; use tinylm.commandline.terminal"
+            )
+        if isinstance(node, ast.ImportFrom):
+            assert node.module not in {"rich.progress", "rich.status"}, f"tinylm/{name}:{node.lineno}"
 
 
 @pytest.mark.parametrize("name", FILES)

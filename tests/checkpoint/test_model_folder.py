@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.model.small_models import YARN, random_ids, reference_of, small_model
 from tinylm.checkpoint.adapter_folder import save_adapter
-from tinylm.checkpoint.model_folder import load_model, resolve_model_path, save_model
+from tinylm.checkpoint.model_folder import load_model, save_model
+from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.export.pth import export_pth
 from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
@@ -337,6 +338,40 @@ def test_original_pth_loads_and_matches(tmp_path, prefix, wrapper):
     ids = random_ids(2, 30, 6400)
     assert torch.equal(loaded(ids), model(ids))
     assert tokenizer.vocab_size == 6400 and lineage["parent"] == "full_sft_64.pth"
+
+
+@pytest.mark.parametrize("head", ["tied", "absent", "its own"])
+def test_the_head_of_an_original_pth(tmp_path, head):
+    """It is stored always; the embedding's numbers in it mean that both are one matrix."""
+    model, ids = original_model(), random_ids(1, 20, 6400)
+    state = original_state(model)
+    expected = model(ids)
+    if head == "absent":
+        del state["lm_head.weight"]
+    elif head == "its own":
+        state["lm_head.weight"] = state["lm_head.weight"] * 1.5
+        expected = expected * 1.5
+    torch.save(state, tmp_path / "m.pth")
+    loaded, _, _ = load_model(tmp_path / "m.pth")
+    torch.testing.assert_close(loaded(ids), expected, rtol=1e-6, atol=1e-6)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (head != "its own")
+    assert loaded.config.tie_word_embeddings == (head != "its own")
+
+
+def test_an_original_pth_has_the_epsilon_of_the_original(tmp_path):
+    """1e-5, which no tensor tells; another one shows where activations are small."""
+    model = TinyLMForCausalLM(TinyLMConfig(hidden_size=64, num_hidden_layers=2, rms_norm_eps=1e-5)).eval()
+    for weight in (model.model.embed_tokens.weight, *(layer.self_attn.o_proj.weight for layer in model.model.layers)):
+        torch.nn.init.normal_(weight, 0, 1e-3)
+    torch.save(original_state(model), tmp_path / "m.pth")
+    loaded, _, _ = load_model(tmp_path / "m.pth")
+    ids = random_ids(1, 20, 6400)
+    assert loaded.config.rms_norm_eps == 1e-5 and torch.equal(loaded(ids), model(ids))
+    other = TinyLMForCausalLM(TinyLMConfig(hidden_size=64, num_hidden_layers=2, rms_norm_eps=1e-6)).eval()
+    other.load_state_dict(model.state_dict())
+    assert not torch.allclose(other(ids), model(ids), rtol=1e-3)
+    with pytest.raises(ValueError, match="rms_norm_eps"):
+        export_pth(other, tmp_path / "no.pth")
 
 
 def test_pth_export_writes_exactly_the_originals_names(tmp_path):

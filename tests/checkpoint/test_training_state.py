@@ -172,6 +172,9 @@ def test_a_state_that_turns_out_useless_is_discarded(tmp_path):
     save_state(tmp_path, {"step": 2})
     discard_latest_state(tmp_path, 3)  # there is none
     assert load_training_state(tmp_path).values == {"step": 2}
+    (tmp_path / "latest").write_text("step_00000001")
+    discard_latest_state(tmp_path, 3)
+    assert load_training_state(tmp_path).values == {"step": 1}
     discard_latest_state(tmp_path, 2)
     assert load_training_state(tmp_path).values == {"step": 1}
 
@@ -228,8 +231,32 @@ def test_what_is_saved_beside_training_is_what_it_was_when_save_was_called(tmp_p
     assert load_training_state(tmp_path).values["weight"].tolist() == [0.0] * 3
     assert order.index("copied") < order.index("updated") < order.index("written")
     assert order.index("flushed") < order.index("written")
+    assert 0 < writer.seconds < 30
     writer.close()
-    optimizer.step()  # no hook is left that would wait
+    assert not optimizer._optimizer_step_pre_hooks  # a model that is trained further waits for nobody
+
+
+def test_the_memory_of_a_copy_is_used_again_only_for_its_like(tmp_path):
+    """Fresh memory costs twice the copying; memory of another shape or type would change the numbers."""
+    writer = StateWriter(tmp_path)
+    first = {"same": torch.tensor([1.5, 2.5]), "wider": torch.ones(1), "finer": torch.tensor([1.1]).to(torch.bfloat16)}
+    second = {"same": torch.tensor([3.5, -4.5]), "wider": torch.tensor([7.5, 8.5]), "finer": torch.tensor([1.1])}
+    writer.save({"step": 1, **first})
+    assert writer.wait() is None
+    memory = writer._copies["same"].data_ptr()
+    writer.save({"step": 2, **second})
+    assert writer.wait() is None and writer._copies["same"].data_ptr() == memory
+    assert_same(load_training_state(tmp_path).values, {"step": 2, **second})
+    (tmp_path / "latest").write_text("step_00000001")
+    assert_same(load_training_state(tmp_path).values, {"step": 1, **first})
+
+
+def test_a_state_of_another_format_is_refused(tmp_path):
+    place = save_state(tmp_path, {"step": 7})
+    (place / "state.json").write_text(json.dumps({"format": 3, "state": {"step": 7}}))
+    write_manifest(place)
+    with pytest.raises(ValueError, match=r"state.json has format 3; expected 2: it is not ours"):
+        load_training_state(tmp_path)
 
 
 def test_a_save_that_fails_is_told_once_and_the_next_one_counts(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tinylm.checkpoint.adapter_folder import save_adapter
-from tinylm.checkpoint.model_folder import save_model
+from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.commands import chat as inference
 from tinylm.commands.chat import Chat, ChatSettings, find_model, main
 from tinylm.generation.engine import Engine, SamplingSettings
@@ -84,12 +84,25 @@ def test_default_is_the_quickstarts_last_stage_then_the_newest(out: Path, tmp_pa
     with pytest.raises(ValueError, match="run `tinylm quickstart` first"):
         find_model("", "")
     shutil.copytree(out, tmp_path / "out" / "mine")
-    os.utime(tmp_path / "out/mine/full_sft_32_epoch1", (9e9, 9e9))
-    assert find_model("", "").name == "full_sft_32_epoch1"
+    os.utime(tmp_path / "out/mine/full_sft_32_epoch2", (9e9, 9e9))
+    assert find_model("", "").name == "full_sft_32_epoch2"
     shutil.copytree(out, tmp_path / "out" / "quickstart")
     os.utime(tmp_path / "out/quickstart/pretrain_32_epoch1", (9e9, 9e9))
     assert find_model("", "") == Path("out/quickstart/dpo_32_epoch0")
     assert find_model("", "pretrain") == Path("out/quickstart/pretrain_32_epoch1")
+
+
+def test_the_quickstarts_models_lie_one_folder_deeper(out: Path, tmp_path: Path, monkeypatch) -> None:
+    """Each stage writes into a folder of its own; `tinylm chat` said that there was no model."""
+    monkeypatch.chdir(tmp_path)
+    for stage in ("pretrain", "full_sft"):
+        for model in out.glob(f"{stage}_*"):
+            shutil.copytree(model, tmp_path / "out" / "quickstart" / stage / model.name)
+    os.utime(tmp_path / "out/quickstart/pretrain/pretrain_32_epoch1", (9e9, 9e9))
+    assert find_model("", "") == Path("out/quickstart/full_sft/full_sft_32_epoch2")
+    assert find_model("", "pretrain") == Path("out/quickstart/pretrain/pretrain_32_epoch1")
+    (tmp_path / "out" / "quickstart").rename(tmp_path / "out" / "mine")
+    assert find_model("", "") == Path("out/mine/pretrain/pretrain_32_epoch1")
 
 
 def test_shape_flags_must_match(out: Path, capsys) -> None:
@@ -102,7 +115,7 @@ def test_shape_flags_must_match(out: Path, capsys) -> None:
 
 
 def expected_answer(out: Path, name: str, text: str, settings: SamplingSettings) -> str:
-    model, tokenizer, _ = inference.load_model(out / name)
+    model, tokenizer, _ = load_model(out / name)
     return Engine(model, tokenizer, torch.float32).reply([{"role": "user", "content": text}], settings)
 
 
@@ -138,7 +151,7 @@ def test_sampling_flags_change_the_answer(out: Path) -> None:
 def test_base_model_continues_the_text(out: Path, capsys) -> None:
     argv = ("--temperature", 0, "--max_new_tokens", 8, "--prompt", "the quick")
     said = run(capsys, "--model_path", out, "--weight", "pretrain", *argv)
-    model, tokenizer, _ = inference.load_model(out / "pretrain_32_epoch1")
+    model, tokenizer, _ = load_model(out / "pretrain_32_epoch1")
     settings = SamplingSettings(temperature=0.0, max_new_tokens=8)
     ids = list(Engine(model, tokenizer, torch.float32).generate(tokenizer.encode("the quick"), settings))
     assert said == "the quick" + tokenizer.decode(ids) + "\n"
@@ -147,7 +160,7 @@ def test_base_model_continues_the_text(out: Path, capsys) -> None:
 
 def test_adapter_is_merged_in(out: Path, tokenizer: Tokenizer, tmp_path: Path, capsys) -> None:
     base = out / "full_sft_32_epoch2"
-    model, _, _ = inference.load_model(base)
+    model, _, _ = load_model(base)
     apply_lora(model, LoRAConfig(rank=4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -300,6 +313,23 @@ def test_stream_never_breaks_a_character(tokenizer: Tokenizer, monkeypatch) -> N
     monkeypatch.setattr(engine, "generate", lambda ids, settings, stop_ids: iter(tokens))
     pieces = list(engine.stream_text([5], GREEDY))
     assert "".join(pieces) == text and all(len(piece) == 1 for piece in pieces)
+
+
+@pytest.mark.parametrize("stop", [0, 2])
+def test_reply_ends_at_either_stop_token(tokenizer: Tokenizer, stop: int) -> None:
+    """A document's end ends a reply as a message's end does; neither is shown."""
+    model = make_model(tokenizer)
+    said = [*tokenizer.encode("naïve 日本"), stop, *tokenizer.encode("never said")]
+    script = iter(said)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([next(script)]), tokenizer.vocab_size).float()
+
+    del model.lm_head
+    model.lm_head = head
+    engine = Engine(model, tokenizer, torch.float32)
+    assert engine.reply([{"role": "user", "content": "the quick"}], SamplingSettings(temperature=0.0)) == "naïve 日本"
+    assert set(engine.stop_ids) == {0, 2}
 
 
 def _byte_token(tokenizer: Tokenizer, byte: int) -> int:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 
+import numpy as np
 import pytest
+import torch
 
-from tinylm.checkpoint.model_folder import save_model
+from tinylm.checkpoint.adapter_folder import save_adapter
+from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.commands.evaluate import EvalSettings, main, plan_tasks
 from tinylm.evaluation.tasks import recognise_task
+from tinylm.generation.engine import Engine
+from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
 
 ROWS = {
     "bits_per_byte": [{"text": "The cat sat."}, {"text": "A dog ran away."}],
@@ -73,17 +78,39 @@ def test_limit_takes_the_first_records(model_folder, tmp_path):
 
 
 def test_chat_loss_counts_assistant_tokens_only(model_folder, model, tokenizer, tmp_path, reference_logprobs):
-    from tinylm.checkpoint.model_folder import load_model
     from tinylm.tokenizer.chat_template import encode_chat
 
-    data, output = write_rows(tmp_path / "c.jsonl", ROWS["chat"]), tmp_path / "r.json"
+    chats = ROWS["chat"] + [
+        {"messages": [{"role": "user", "content": "日本"}, {"role": "assistant", "content": "Zürich"}]}
+    ]
+    data, output = write_rows(tmp_path / "c.jsonl", chats), tmp_path / "r.json"
     run("--model_path", model_folder, "--data_path", data, "--output", str(output))
-    ids, mask = encode_chat(tokenizer, ROWS["chat"][0]["messages"])
     loaded = load_model(model_folder)[0].double()
-    plain = reference_logprobs(loaded, ids)
-    nats = [-value for value, marked in zip(plain, mask[1:], strict=True) if marked]
+    nats, counts = [], []
+    for chat in chats:
+        ids, mask = encode_chat(tokenizer, chat["messages"])
+        plain = reference_logprobs(loaded, ids)
+        scored = [-value for value, marked in zip(plain, mask[1:], strict=True) if marked]
+        nats.append(sum(scored))
+        counts.append(len(scored))
     [loss, _] = json.loads(output.read_text())["measures"]
-    assert loss["value"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+    mean = sum(nats) / sum(counts)
+    assert loss["value"] == pytest.approx(mean, rel=1e-4)
+    # Of two conversations the residuals are equal and opposite: their sample deviation is sqrt(2) times one of them.
+    assert loss["standard_error"] == pytest.approx(2 * abs(nats[0] - mean * counts[0]) / sum(counts), rel=1e-3)
+
+
+def test_generated_answers_have_errors_of_their_own(model_folder, tmp_path, monkeypatch):
+    """One right, one half right, one wrong."""
+    replies = iter(["Zürich", "Ja Zürich", "nein"])
+    monkeypatch.setattr(Engine, "reply_batch", lambda self, chats, settings: [next(replies) for _ in chats])
+    rows = [{"question": "Wo?", "answer": "Zürich"}] * 3
+    data, output = write_rows(tmp_path / "g.jsonl", rows), tmp_path / "r.json"
+    run("--model_path", model_folder, "--data_path", data, "--output", str(output))
+    exact, overlap = json.loads(output.read_text())["measures"]
+    for measure, values in ((exact, [1, 0, 0]), (overlap, [1, 2 / 3, 0])):
+        assert measure["value"] == pytest.approx(np.mean(values))
+        assert measure["standard_error"] == pytest.approx(np.std(values, ddof=1) / 3**0.5)
 
 
 def test_conversations_can_be_generated(model_folder, tmp_path):
@@ -102,28 +129,43 @@ def test_without_data_the_skills_are_measured_and_it_says_so(model_folder, tmp_p
     assert column["num_items_per_skill"] == 1
 
 
-def test_an_adapter_is_measured_against_the_model_without_it(model_folder, tmp_path):
-    import torch
-
-    from tinylm.checkpoint.adapter_folder import save_adapter
-    from tinylm.checkpoint.model_folder import load_model
-    from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
-
+@pytest.fixture(scope="module")
+def adapter_folder(model_folder, tmp_path_factory):
     adapted = apply_lora(load_model(model_folder)[0], LoRAConfig(rank=2))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in lora_parameters(adapted):
             parameter.normal_(0, 0.2)
-    save_adapter(adapted, tmp_path / "adapter", model_folder)
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    save_adapter(adapted, folder, model_folder)
+    return str(folder)
+
+
+def margin_of(tmp_path, *arguments):
+    """(name of the metric, margin) of the preference pair."""
     data, output = write_rows(tmp_path / "p.jsonl", ROWS["preferences"]), tmp_path / "r.json"
-    for arguments in (
-        ["--model_path", model_folder, "--adapter", str(tmp_path / "adapter")],
-        ["--model_path", str(tmp_path / "adapter")],
-    ):
-        run(*arguments, "--data_path", data, "--output", str(output))
-        accuracy, margin = json.loads(output.read_text())["measures"]
-        assert "relative to the reference" in accuracy["metric"]
-        assert margin["value"] != 0
+    run(*arguments, "--data_path", data, "--output", str(output))
+    accuracy, margin = json.loads(output.read_text())["measures"]
+    return accuracy["metric"], margin["value"]
+
+
+def test_an_adapter_is_measured_against_the_model_without_it(model_folder, adapter_folder, tmp_path):
+    for arguments in (["--model_path", model_folder, "--adapter", adapter_folder], ["--model_path", adapter_folder]):
+        metric, margin = margin_of(tmp_path, *arguments)
+        assert "relative to the reference" in metric
+        assert margin != 0
+
+
+def test_a_reference_that_is_given_goes_before_the_model_without_the_adapter(model_folder, adapter_folder, tmp_path):
+    """Against itself, adapter and all, a model leans nowhere."""
+    metric, margin = margin_of(
+        tmp_path, "--model_path", model_folder, "--adapter", adapter_folder, "--reference_path", adapter_folder
+    )
+    assert "relative to the reference" in metric
+    assert margin == pytest.approx(0, abs=1e-4)
+    assert abs(margin_of(tmp_path, "--model_path", adapter_folder)[1]) > 0.1
+    base = margin_of(tmp_path, "--model_path", adapter_folder, "--reference_path", model_folder)
+    assert base == margin_of(tmp_path, "--model_path", adapter_folder)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,18 @@ def test_text_loss_equals_the_reference(model, tokenizer, reference_logprobs):
     assert report.bits_per_byte == pytest.approx(sum(nats) / math.log(2) / sum(sizes), rel=1e-9)
     assert report.loss == pytest.approx(sum(nats) / report.num_tokens, rel=1e-9)
     assert report.perplexity == pytest.approx(math.exp(report.loss))
+    tokens = [len(tokenizer.encode(text)) for text in TEXTS]
+    loss, perplexity, bits = report.measures("t")
+    assert loss.standard_error == pytest.approx(ratio_error(nats, tokens), rel=1e-9)
+    assert perplexity.standard_error is None
+    assert bits.standard_error == pytest.approx(ratio_error([n / math.log(2) for n in nats], sizes), rel=1e-9)
+
+
+def ratio_error(tops, bottoms):
+    """Cochran's equation for the standard error of sum(tops) / sum(bottoms)."""
+    tops, bottoms = np.array(tops), np.array(bottoms)
+    residuals = tops - tops.sum() / bottoms.sum() * bottoms
+    return float(np.std(residuals, ddof=1) / len(tops) ** 0.5 / bottoms.mean())
 
 
 def test_uniform_model_needs_log2_of_the_vocabulary_per_token(table_model, tokenizer):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,9 +46,8 @@ def test_minimal_pairs_win_lose_and_tie(bigram, tokenizer):
     ]
     report = minimal_pair_accuracy(model, tokenizer, pairs)
     assert report.points == {"nouns": [1.0, 0.0, 0.5], "others": [1.0]}
-    assert report.accuracy_by_set == {"nouns": 0.5, "others": 1.0}
-    assert report.accuracy == pytest.approx(2.5 / 4)
-    assert [measure.task.strip() for measure in report.measures("blimp")] == ["blimp", "nouns", "others"]
+    rows = [(measure.task.strip(), measure.value, measure.count) for measure in report.measures("blimp")]
+    assert rows == [("blimp", 2.5 / 4, 4), ("nouns", 0.5, 3), ("others", 1.0, 1)]
     limited = minimal_pair_accuracy(model, tokenizer, pairs, limit_per_set=1)
     assert limited.points == {"nouns": [1.0], "others": [1.0]}
 
@@ -65,6 +66,56 @@ def test_sum_and_per_byte_rules_can_differ(bigram, tokenizer):
     log_next = 9 - math.log(math.exp(9) + 6399)
     assert (log_p + 2 * log_next) / 5 > log_p / 1 and report.by_byte[0] == 1.0
     assert report.chance == 0.5
+
+
+def test_bytes_are_counted_not_characters(bigram, tokenizer):
+    """Six characters of three bytes each: per byte they are likelier than `x`, per character they would not be."""
+    text = "日本語日本語"
+    num_tokens = len(tokenizer.encode(" " + text))
+    report = multiple_choice_accuracy(bigram({("Q", " x"): -2.0}), tokenizer, [ChoiceQuestion("Q", (text, "x"), 0)])
+    total = math.log(6399 + math.exp(-2))
+    long, short = -num_tokens * math.log(6400), -2.0 - total
+    assert long / 18 > short > long / 6 and len(text.encode()) == 18
+    assert (report.by_byte, report.by_sum) == ([1.0], [0.0])
+
+
+def standard_error(values):
+    """Of the mean, by numpy."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def errors_of(measures):
+    return {measure.metric: measure.standard_error for measure in measures}
+
+
+def test_every_standard_error_is_that_of_its_values(bigram, model, tokenizer):
+    """Values of unequal spread; in a sample of two the error is half of their difference."""
+    words = bigram({("The", " man"): 20.0, ("The", " day"): 10.0})
+    pairs = [MinimalPair("s", "The man", "The day"), MinimalPair("s", "The day", "The man")]
+    pairs += [MinimalPair("t", "The man", "The time"), MinimalPair("t", "The man", "The man")]
+    rows = minimal_pair_accuracy(words, tokenizer, pairs).measures("blimp")
+    expected = [standard_error([1, 0, 1, 0.5]), standard_error([1, 0]), standard_error([1, 0.5])]
+    assert [row.standard_error for row in rows] == pytest.approx(expected)
+
+    last = last_word_accuracy(words, tokenizer, [("The", "man"), ("The", "day"), ("The", "time")])
+    error = errors_of(last.measures("lambada"))
+    assert error["exact match (greedy)"] == pytest.approx(standard_error([1, 0, 0]))
+    mean = -sum(last.logprobs) / 3  # of exp(mean), by a small step: d exp(x) = exp(x) dx
+    slope = (math.exp(mean + 1e-6) - math.exp(mean - 1e-6)) / 2e-6
+    assert error["perplexity (per word)"] == pytest.approx(slope * standard_error(last.logprobs), rel=1e-6)
+
+    questions = [ChoiceQuestion("The", choices, 0) for choices in (("man", "day"), ("day", "man"), ("man", "time"))]
+    error = errors_of(multiple_choice_accuracy(words, tokenizer, questions).measures("q"))
+    assert error == {"acc": standard_error([1, 0, 1]), "acc_norm (per byte)": standard_error([1, 0, 1]), "chance": None}
+
+    prompt = [{"role": "user", "content": "Grüße"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Hi!", "Zürich", "no", "a longer answer")]
+    triples = [(prompt, chosen, rejected) for chosen, rejected in itertools.pairwise(answers)]
+    report = preference_accuracy(model, lambda messages: encode_chat(tokenizer, messages), triples)
+    error = errors_of(report.measures("p"))
+    assert set(report.points) == {0.0, 1.0}
+    assert error["preference accuracy (no reference)"] == pytest.approx(standard_error(report.points))
+    assert error["log-probability margin (nats, no reference)"] == pytest.approx(standard_error(report.margins))
 
 
 def test_question_gets_an_answer_line():

@@ -38,6 +38,26 @@ def test_loglikelihood_splits_as_the_harness_does(requests_of, model, tokenizer,
     assert bare == pytest.approx(sum(reference_logprobs(model, [0, *tokenizer.encode("The dog")])), abs=1e-8)
 
 
+@pytest.mark.parametrize(("context", "continuation"), [("The do", "gs ran home"), ("Grüße: hel", "lo there")])
+def test_a_continuation_that_merges_with_its_context(
+    context, continuation, requests_of, model, tokenizer, reference_logprobs
+):
+    """Both sides are encoded as one text, and cut where the context's own encoding ends."""
+    whole, split = tokenizer.encode(context + continuation), len(tokenizer.encode(context))
+    assert [*tokenizer.encode(context), *tokenizer.encode(continuation)] != whole
+    [(value, _)] = requests_of.loglikelihood([request(context, continuation)])
+    assert value == pytest.approx(sum(reference_logprobs(model, [0, *whole])[split:]), abs=1e-8)
+
+
+def test_a_continuation_swallowed_by_its_context_is_scored_all_the_same(
+    requests_of, model, tokenizer, reference_logprobs
+):
+    """`d` + `og` is one token, as long as the context alone: nothing was left to score, and that was certain."""
+    assert len(tokenizer.encode("The d")) == len(tokenizer.encode("The dog"))
+    [(value, _)] = requests_of.loglikelihood([request("The d", "og")])
+    assert value == pytest.approx(reference_logprobs(model, [0, *tokenizer.encode("The dog")])[-1], abs=1e-8)
+
+
 def test_rolling_is_the_whole_text(requests_of, model, tokenizer, reference_logprobs):
     [value] = requests_of.loglikelihood_rolling([request("Once upon a time")])
     assert value == pytest.approx(sum(reference_logprobs(model, [0, *tokenizer.encode("Once upon a time")])))

@@ -53,7 +53,7 @@ def run_case(name: str, target: Target, seeds: Path, work: Path, seed: int, numb
         path.write_bytes(good)
 
 
-def judge(target: Target, path: Path) -> Outcome:
+def judge(target: Target, path: Path, max_seconds: float = MAX_SECONDS) -> Outcome:
     """Load a file. Only our own errors may come of it: one printable line that names the file or its folder."""
     size = path.stat().st_size
     before = _reset_peak()
@@ -73,7 +73,7 @@ def judge(target: Target, path: Path) -> Outcome:
             raise
         loaded, fault = False, f"{type(error).__name__}: {error}"
     seconds, memory = time.process_time() - begin, max(_peak() - before, 0)
-    if fault is None and seconds > MAX_SECONDS:
+    if fault is None and seconds > max_seconds:
         fault = f"{seconds:.1f} seconds"
     if fault is None and memory > 2 * size + SMALL_MEMORY:
         fault = f"{memory >> 20} MB of memory for a file of {size} bytes"

@@ -25,6 +25,15 @@ def small_model(**changes) -> TinyLMForCausalLM:
     return TinyLMForCausalLM(small_config(initializer_range=0.1, **changes)).eval()
 
 
+def trained_model(**changes) -> TinyLMForCausalLM:
+    """The same with norms and biases unlike their start, as training leaves them: each of its own kind."""
+    model = small_model(**changes)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
+    return model
+
+
 def reference_of(model: TinyLMForCausalLM):
     """transformers' model with these weights, built from our config.json's contents."""
     data = config_to_hf(model.config)

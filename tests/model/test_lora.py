@@ -75,6 +75,17 @@ def test_disable_unload_and_merge():
     assert model.state_dict().keys() == before.keys()
 
 
+def test_half_precision_weights_are_merged_in_float32():
+    """Rounded once: a product or a sum in bfloat16 would round again and again."""
+    layer = LoRALinear(torch.nn.Linear(64, 48).bfloat16(), rank=16, alpha=24)
+    torch.nn.init.normal_(layer.lora_B.weight, 0, 0.05)
+    weight, a, b = (t.detach().double() for t in (layer.base.weight, layer.lora_A.weight, layer.lora_B.weight))
+    expected = (weight + 1.5 * b @ a).bfloat16()
+    merged = layer.merge().weight
+    assert merged.dtype == torch.bfloat16 and not torch.equal(merged.double(), weight)
+    assert (merged != expected).float().mean() < 1e-3  # a sum that lies on a tie but for float32's own rounding
+
+
 def test_dropout_acts_on_the_adapter_only_in_training():
     model, ids = adapted(LoRAConfig(dropout=0.5)), random_ids(1, 20)
     assert torch.equal(model(ids), model(ids))

@@ -8,8 +8,9 @@ import dataclasses
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, Qwen3Config
 
-from tests.model.small_models import YARN, random_ids, reference_of, small_config, small_model
+from tests.model.small_models import YARN, random_ids, reference_of, small_config, small_model, trained_model
 from tinylm.model import attention as attention_module
 from tinylm.model.attention import document_starts
 from tinylm.model.hf_config import config_from_hf, config_to_hf, require_llama_shape
@@ -32,10 +33,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_and_gradients_equal_transformers(shape):
-    model = small_model(**SHAPES[shape])
-    for name, parameter in model.named_parameters():  # norms and biases too must differ from their start
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    model = trained_model(**SHAPES[shape])
     reference = reference_of(model)
     ids = random_ids(2, 200)  # two blocks of queries
     weights = torch.randn(2, 200, 300)
@@ -98,11 +96,7 @@ def test_cached_decoding_equals_the_full_forward(kind, kv_heads):
 @pytest.mark.parametrize("kind", ["rope", "learned"])
 def test_rows_of_unequal_length_equal_each_row_alone(kind):
     """Prompts padded on the right, then a token and two tokens more; the padding must not show anywhere."""
-    model = small_model(qk_norm=True, position_embedding_type=kind)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(1.0, 0.3)
+    model = trained_model(qk_norm=True, position_embedding_type=kind)
     lengths = [5, 150, 1]
     prompts = [random_ids(1, n) for n in lengths]
     batch = torch.cat([torch.nn.functional.pad(p, (0, 150 - p.shape[1]), value=7) for p in prompts])
@@ -268,6 +262,18 @@ def test_hf_dict_round_trip_and_both_generations_of_keys():
     assert config_from_hf(old) == config_from_hf(new) == config_from_hf(data)
     assert data["torch_dtype"] == data["dtype"] == "float32" and data["model_type"] == "llama"
     assert data["rope_theta"] == data["rope_parameters"]["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize("kind, config_class", [("llama", LlamaConfig), ("qwen3", Qwen3Config)])
+def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config_class):
+    """Our own defaults are others: an rms_norm_eps of 1e-5, and heads as wide as the model allows."""
+    data = {"model_type": kind, "vocab_size": 300, "hidden_size": 96, "num_hidden_layers": 2}
+    data |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ours, theirs = config_from_hf(data), config_class(**data)
+    for name in ("rms_norm_eps", "head_dim", "tie_word_embeddings", "intermediate_size", "initializer_range"):
+        default = {"intermediate_size": 11008}.get(name, getattr(theirs, name))
+        assert getattr(ours, name) == default, name
+    assert (ours.rms_norm_eps, ours.head_dim) == (1e-6, 24 if kind == "llama" else 128)
 
 
 @pytest.mark.parametrize(

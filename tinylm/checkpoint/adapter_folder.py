@@ -25,8 +25,10 @@ _UNSUPPORTED = (
     "use_dora", "use_rslora", "use_qalora", "use_bdlora", "rank_pattern", "alpha_pattern", "modules_to_save",
     "layers_to_transform", "layers_pattern", "exclude_modules", "fan_in_fan_out", "lora_bias",
     "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
-    "velora_config", "corda_config", "megatron_config", "layer_replication",
+    "velora_config", "corda_config", "megatron_config", "layer_replication", "kasa_config", "monteclora_config",
 )  # fmt: skip
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base as it is. PiSSA, OLoRA, LoftQ and others change its weights."""
 
 
 def save_adapter(
@@ -88,6 +90,11 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
             raise ValueError(f"{path} sets {name}; only plain LoRA of the same rank everywhere can be loaded")
     if data.get("bias", "none") != "none":
         raise ValueError(f"{path} has bias {shown(data['bias'])}; only adapters without biases can be loaded")
+    if (start := data.get("init_lora_weights")) not in _PLAIN_STARTS:
+        raise ValueError(
+            f"{path} has init_lora_weights {shown(start)}, which changes the base model's weights; convert it with "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
     targets = data.get("target_modules")
     if targets == "all-linear":
         targets = PROJECTIONS

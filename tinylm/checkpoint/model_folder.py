@@ -7,7 +7,6 @@ every tensor must be there under its exact name and shape, and nothing is unpick
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint.adapter_folder import load_adapter
+from tinylm.checkpoint.model_path import ADAPTER, CONFIG, resolve_model_path
 from tinylm.checkpoint.original_pth import config_from_tensors, read_pth
 from tinylm.checkpoint.weight_shards import WEIGHTS, shapes_of, weight_files
 from tinylm.checkpoint.weights_file import (
@@ -35,10 +35,8 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.model.weights import base_state, unwrapped
 from tinylm.tokenizer.tokenizer import Tokenizer
 
-_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _LAYER_0 = "model.layers.0."
 _MAX_PATH = 1000  # characters; systems take 1,024 or more
-_EPOCH = re.compile(r"_epoch(\d+)(?=\.pth$|$)")
 
 
 def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer, lineage: dict[str, Any]) -> None:
@@ -59,9 +57,9 @@ def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer,
     _check_vocab(tokenizer, inner.config, Path(folder))
     config = config_to_hf(inner.config)
     config["torch_dtype"] = config["dtype"] = str(inner.dtype).removeprefix("torch.")
-    with replaceable_folder(folder, _CONFIG) as fresh:
+    with replaceable_folder(folder, CONFIG) as fresh:
         write_tensors(fresh / WEIGHTS, base_state(inner))
-        write_json(fresh / _CONFIG, config)
+        write_json(fresh / CONFIG, config)
         write_json(fresh / "generation_config.json", _generation_config(inner.config))
         tokenizer.save(fresh)
         write_json(fresh / "lineage.json", lineage)
@@ -78,51 +76,6 @@ def _generation_config(config: TinyLMConfig) -> dict[str, Any]:
         "temperature": 0.7,
         "top_p": 0.9,
     }
-
-
-def resolve_model_path(path: str | Path) -> Path:
-    """A model folder, an adapter folder or a `.pth` file: the path itself, or the one inside it.
-
-    A stage's output folder holds one model for each epoch (`pretrain_512_epoch0`, ...): the last epoch's is taken.
-
-    Raises:
-        FileNotFoundError: nothing there. ValueError: a folder with no model in it, or with several.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a model folder, an adapter folder or a .pth file")
-    if path.is_file():
-        if path.suffix not in (".pth", ".pt"):
-            raise ValueError(f"{path} is a {path.suffix or 'nameless'} file; give its folder, or a .pth file")
-        return path
-    if not path.is_dir():
-        raise ValueError(f"{path} is neither a file nor a folder; give a model folder or a .pth file")
-    if (path / WEIGHTS).is_file() and not (path / _CONFIG).is_file():
-        raise ValueError(f"{path} has {WEIGHTS} but no {_CONFIG}; copy the config that belongs to these weights")
-    if _is_model(path):
-        return path
-    inside = sorted(child for child in path.iterdir() if not child.name.startswith(".") and _is_model(child))
-    epochs = {_EPOCH.sub("", child.name): child for child in sorted(inside, key=_epoch_of)}
-    if len(epochs) == 1:
-        return next(iter(epochs.values()))
-    if len(inside) > 1:
-        names = ", ".join(child.name for child in inside[:8])
-        raise ValueError(f"{path} holds {len(inside)} models ({names}); give the path of one of them")
-    if not inside:
-        raise ValueError(f"{path} holds no model; expected {_CONFIG}, {_ADAPTER} or a .pth file in it")
-    return inside[0]
-
-
-def _epoch_of(path: Path) -> int:
-    """3 for `pretrain_512_epoch3` or `pretrain_512_epoch3.pth`; -1 for a name without an epoch."""
-    found = _EPOCH.search(path.name)
-    return int(found[1]) if found else -1
-
-
-def _is_model(path: Path) -> bool:
-    if path.is_file():
-        return path.suffix == ".pth"
-    return (path / _CONFIG).is_file() or (path / _ADAPTER).is_file()
 
 
 def load_model(
@@ -144,7 +97,7 @@ def load_model(
     path = resolve_model_path(path)
     if path.is_file():
         model, tokenizer, lineage = _load_pth(path, tokenizer_path)
-    elif (path / _CONFIG).is_file():
+    elif (path / CONFIG).is_file():
         model, tokenizer, lineage = _load_folder(path, tokenizer_path)
     else:
         model, tokenizer, lineage = _load_adapter_folder(path, tokenizer_path)
@@ -153,9 +106,9 @@ def load_model(
 
 def _load_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
     try:
-        config = config_from_hf(read_json(folder / _CONFIG))
+        config = config_from_hf(read_json(folder / CONFIG))
     except ValueError as error:
-        raise ValueError(str(error) if str(folder) in str(error) else f"{folder / _CONFIG}: {error}") from None
+        raise ValueError(str(error) if str(folder) in str(error) else f"{folder / CONFIG}: {error}") from None
     files = weight_files(folder)
     shapes = shapes_of(folder, files)
     _check_size(files[0], config, shapes)
@@ -166,7 +119,7 @@ def _load_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyL
     tensors = {name: tensor for file in files for name, tensor in read_weights(file).items()}
     if tied_copy and not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
         raise ValueError(
-            f"{files[0]} has an lm_head.weight that differs from the embedding; {_CONFIG} says they are "
+            f"{files[0]} has an lm_head.weight that differs from the embedding; {CONFIG} says they are "
             "tied: "
             "set tie_word_embeddings to false there"
         )
@@ -231,32 +184,32 @@ def adapter_base(folder: Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: it names none, or what it names is not there or is no full model.
     """
-    stated = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    stated = read_json(folder / ADAPTER).get("base_model_name_or_path")
     if not stated:
-        raise ValueError(f"{folder / _ADAPTER} names no base_model_name_or_path; write the base model's path there")
+        raise ValueError(f"{folder / ADAPTER} names no base_model_name_or_path; write the base model's path there")
     if not isinstance(stated, str):
         raise ValueError(
-            f"{folder / _ADAPTER}: base_model_name_or_path is of type {type(stated).__name__}; expected a string: "
+            f"{folder / ADAPTER}: base_model_name_or_path is of type {type(stated).__name__}; expected a string: "
             "write the base model's path there"
         )
     if not stated.isprintable() or len(stated) > _MAX_PATH:
         raise ValueError(
-            f"{folder / _ADAPTER}: base_model_name_or_path is {shown(stated)}; expected a path: write the base "
+            f"{folder / ADAPTER}: base_model_name_or_path is {shown(stated)}; expected a path: write the base "
             "model's there"
         )
     candidates = [folder / stated, Path(stated)]  # an absolute path is itself in both
     base = next((candidate for candidate in candidates if candidate.exists()), None)
     if base is None:
         raise FileNotFoundError(
-            f"{folder / _ADAPTER} names the base model {stated}, which does not exist; correct "
+            f"{folder / ADAPTER} names the base model {stated}, which does not exist; correct "
             "base_model_name_or_path (absolute, or relative to the adapter's folder)"
         )
     try:
         base = resolve_model_path(base)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{folder / _ADAPTER} names the base model {stated}, which cannot be one: {error}") from None
-    if base.is_dir() and not (base / _CONFIG).is_file():
-        raise ValueError(f"{folder / _ADAPTER} names {stated}, an adapter itself; the base must be a full model")
+        raise ValueError(f"{folder / ADAPTER} names the base model {stated}, which cannot be one: {error}") from None
+    if base.is_dir() and not (base / CONFIG).is_file():
+        raise ValueError(f"{folder / ADAPTER} names {stated}, an adapter itself; the base must be a full model")
     return base
 
 

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-def make_console(is_main: bool = True, stderr: bool = False) -> Console:
-    """A console that neither wraps lines nor colours by guess; silent in all processes but the main one."""
-    return Console(highlight=False, soft_wrap=True, markup=True, quiet=not is_main, stderr=stderr)
+def make_console(is_main: bool = True, **options: Any) -> Console:
+    """A console that neither wraps lines nor colours by guess; silent in all processes but the main one.
+
+    Args:
+        options: of rich's Console, such as `stderr` and `markup`.
+    """
+    return Console(highlight=False, soft_wrap=True, quiet=not is_main, **options)
 
 
 def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:

@@ -18,12 +18,12 @@ from typing import Any, Literal, TextIO
 
 from rich.console import Console
 
-from tinylm.checkpoint.adapter_folder import load_adapter
-from tinylm.checkpoint.model_folder import load_model
+from tinylm.checkpoint.model_path import last_models, newest_model, resolve_model_path
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import make_console
 from tinylm.generation.engine import Engine, SamplingSettings
-from tinylm.model.lora import merge_lora
+from tinylm.generation.loading import load_for_use
 from tinylm.system.runtime import setup_runtime
 
 DEFAULT_FOLDER = Path("out")
@@ -81,53 +81,23 @@ class ChatSettings(SamplingSettings):
 
 
 def find_model(model_path: str, weight: str) -> Path:
-    """The model meant by --model_path and --weight.
+    """The model meant by --model_path and --weight: of several runs in a folder, the newest.
 
     Raises:
-        ValueError: nothing given and nothing under ./out, or no model of that kind in the folder.
+        FileNotFoundError, ValueError: nothing given and nothing under ./out, or no model of that kind in the folder.
     """
-    if not model_path:
-        return _default_model(weight)
-    path = Path(model_path)
-    if not path.is_dir() or _is_model(path):
-        return path  # load_model says what is wrong with a path that is no model
-    models = _models_in(path)
-    chosen = [model for model in models if model.name.startswith(weight)]
-    if not chosen:
-        found = ", ".join(model.name for model in models[:8]) or "no model at all"
-        kind = f"a model named {weight}_..." if weight else "a model folder"
-        raise ValueError(f"{path} holds {found}; expected {kind}; give the path of a model")
-    return max(chosen, key=_changed_at)
+    return resolve_model_path(model_path, weight, newest=True) if model_path else _default_model(weight)
 
 
 def _default_model(weight: str) -> Path:
     """The quickstart's model, of the last stage it reached; else the newest under ./out."""
     for stage in (weight,) if weight else STAGES:
-        of_stage = [model for model in _models_in(DEFAULT_FOLDER / "quickstart") if model.name.startswith(stage)]
-        if of_stage:
-            return max(of_stage, key=_changed_at)
-    everywhere = [DEFAULT_FOLDER, *sorted(p for p in DEFAULT_FOLDER.glob("*") if p.is_dir() and not _is_model(p))]
-    models = [model for folder in everywhere for model in _models_in(folder) if model.name.startswith(weight)]
-    if not models:
-        kind = f"{weight} model" if weight else "model"
-        raise ValueError(f"no model_path given and no {kind} under ./{DEFAULT_FOLDER}; run `tinylm quickstart` first")
-    return max(models, key=_changed_at)
-
-
-def _models_in(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and _is_model(p))
-
-
-def _is_model(path: Path) -> bool:
-    if path.is_dir():
-        return (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
-    return path.suffix == ".pth"
-
-
-def _changed_at(path: Path) -> float:
-    return path.stat().st_mtime
+        if models := last_models(DEFAULT_FOLDER / "quickstart", stage, depth=1):
+            return newest_model(models)
+    if models := last_models(DEFAULT_FOLDER, weight, depth=2):
+        return newest_model(models)
+    kind = f"{weight} model" if weight else "model"
+    raise ValueError(f"no model_path given and no {kind} under ./{DEFAULT_FOLDER}; run `tinylm quickstart` first")
 
 
 def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
@@ -138,23 +108,20 @@ def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
     """
     path = find_model(settings.model_path, settings.weight)
     runtime = setup_runtime(settings.device, settings.dtype)
-    model, tokenizer, lineage = load_model(path, runtime.device, tokenizer_path=settings.tokenizer_path or None)
+    loaded = load_for_use(path, settings.adapter, settings.tokenizer_path, runtime.device)
     for name in ("hidden_size", "num_hidden_layers"):
-        wanted, actual = getattr(settings, name), getattr(model.config, name)
+        wanted, actual = getattr(settings, name), getattr(loaded.model.config, name)
         if wanted not in (0, actual):
             raise ValueError(f"{name} is {wanted}, but {path} has {actual}; leave it out to read it from the model")
-    if settings.adapter:
-        load_adapter(model, settings.adapter, path)
-    merge_lora(model)
-    engine = Engine(model, tokenizer, runtime.compute_dtype)
+    engine = loaded.engine(runtime.compute_dtype)
     if settings.max_seq_len > engine.context_length:
         raise ValueError(
             f"max_seq_len is {settings.max_seq_len}, but {path} has a context of {engine.context_length} tokens; "
             "leave it out to use all of it"
         )
     engine.context_length = settings.max_seq_len or engine.context_length
-    stage = settings.weight or ("pretrain" if path.name.startswith("pretrain") else lineage.get("stage", ""))
-    is_base = (stage == "pretrain" and not settings.adapter) or not tokenizer.has_chat_tokens
+    stage = settings.weight or ("pretrain" if path.name.startswith("pretrain") else loaded.lineage.get("stage", ""))
+    is_base = (stage == "pretrain" and not settings.adapter) or not loaded.tokenizer.has_chat_tokens
     return engine, is_base, path.name
 
 
@@ -187,7 +154,7 @@ class Chat:
         self.messages: list[dict[str, Any]] = []
 
     def answer(self, text: str) -> Generator[str, None, None]:
-        """The answer to `text` in pieces. Stopped half-way, it is remembered as far as it came."""
+        """The answer to `text` in pieces. If it is stopped, the part so far is remembered."""
         if self.is_base:
             yield from self._continue(text)
             return
@@ -196,7 +163,7 @@ class Chat:
         fitted = self.engine.prompt([*system, *self.messages, question], self.sampling)
         if fitted.notice:
             self.notify(fitted.notice)
-        # What no longer fits now will never fit again.
+        # Messages that do not fit now will not fit later either.
         self.messages = [*self.messages[fitted.dropped_messages :], question]
         pieces: list[str] = []
         try:
@@ -220,13 +187,13 @@ class Chat:
             return None
         if name == "/reset":
             self.messages = []
-            return "the conversation starts anew"
+            return "the conversation starts over"
         if name == "/system":
             if self.is_base:
                 return "a base model continues text and takes no instructions"
             self.system = rest.strip()
             self.messages = []
-            return "instructions set; the conversation starts anew" if self.system else "instructions removed"
+            return "instructions set; the conversation starts over" if self.system else "instructions removed"
         return HELP if name == "/help" else f"unknown command {name}\n{HELP}"
 
 
@@ -240,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     settings = parse_settings(ChatSettings, argv, "tinylm chat", "Talk with a model in the terminal.")
     engine, is_base, name = load_engine(settings)
-    notices = Console(stderr=True, style="dim", highlight=False, markup=False)
+    notices = make_console(stderr=True, style="dim", markup=False)
     chat = Chat(engine, settings.sampling, settings.system, is_base, notify=notices.print)
     if settings.prompt:
         _print_answer(chat, settings.prompt)
@@ -254,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _answer_lines(chat: Chat, lines: TextIO, notices: Console) -> None:
-    """Answer each line of a pipe or file, as one conversation; empty lines are passed over."""
+    """Answer each line of a pipe or file, as one conversation; skip empty lines."""
     for line in lines:
         if not _take(chat, line, notices):
             return
@@ -268,7 +235,7 @@ def _converse(chat: Chat, notices: Console) -> None:
         try:
             line = input("> ")
         except EOFError:
-            print()
+            make_console().print()
             return
         except KeyboardInterrupt:
             notices.print("\n(Ctrl-D or /exit leaves)")
@@ -300,7 +267,7 @@ def _take(chat: Chat, line: str, notices: Console) -> bool:
 
 def _print_answer(chat: Chat, text: str) -> None:
     """Stream one answer to stdout; on a terminal with the speed behind it."""
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = make_console(markup=False, emoji=False)
     start = time.perf_counter()
     pieces: list[str] = []
     if chat.is_base:

@@ -9,12 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress as ProgressBar
-
-from tinylm.checkpoint.adapter_folder import load_adapter
-from tinylm.checkpoint.model_folder import load_model
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import make_console, progress
 from tinylm.dataset import tinyworld
 from tinylm.evaluation.preferences import ReferenceModel, as_reference
 from tinylm.evaluation.results import Measure, measures_json, measures_table
@@ -29,7 +25,8 @@ from tinylm.evaluation.tasks import (
     run_task,
 )
 from tinylm.files.atomic import write_json
-from tinylm.generation.engine import Engine, SamplingSettings
+from tinylm.generation.engine import SamplingSettings
+from tinylm.generation.loading import load_for_use
 from tinylm.model.lora import adapters_disabled, has_lora
 from tinylm.system.runtime import Runtime, setup_runtime
 
@@ -88,7 +85,7 @@ class EvalSettings:
 def main(argv: list[str] | None = None) -> int:
     """Run `tinylm eval`; returns the exit status."""
     settings = parse_settings(EvalSettings, sys.argv[1:] if argv is None else argv, "tinylm eval", DESCRIPTION)
-    console = Console()
+    console = make_console()
     start = time.perf_counter()
     plan = plan_tasks(settings)
     runtime = setup_runtime(settings.device, settings.dtype)
@@ -115,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
-    """(task, file) for each data file. Done before the model is loaded, so that a wrong path is told at once.
+    """(task, file) for each data file. Runs before the model is loaded, so that a wrong path is reported at once.
 
     Raises:
         ValueError: a file whose fields fit no task, or none of the files fits the chosen tasks.
@@ -141,18 +138,16 @@ def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
 
 def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
     """Load the model, its adapter, its tokenizer and the reference."""
-    model, tokenizer, _ = load_model(settings.model_path, device=runtime.device, tokenizer_path=settings.tokenizer_path)
-    if settings.adapter is not None:
-        load_adapter(model, settings.adapter, settings.model_path)
+    loaded = load_for_use(settings.model_path, settings.adapter, settings.tokenizer_path, runtime.device, merge=False)
     reference: ReferenceModel | None = None
-    if has_lora(model):
-        reference = _without_adapters(model)
     if settings.reference_path is not None:
-        reference = as_reference(load_model(settings.reference_path, device=runtime.device)[0])
+        reference = as_reference(load_for_use(settings.reference_path, device=runtime.device).model)
+    elif has_lora(loaded.model):
+        reference = _without_adapters(loaded.model)
     return Evaluator(
-        model=model,
-        tokenizer=tokenizer,
-        engine=Engine(model, tokenizer, dtype=runtime.compute_dtype),
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        engine=loaded.engine(runtime.compute_dtype),
         sampling=SamplingSettings(max_new_tokens=settings.max_new_tokens, temperature=0.0),
         tokens_per_batch=settings.batch_size,
         reference=reference,
@@ -170,14 +165,14 @@ def _without_adapters(model: Any) -> ReferenceModel:
 
 def measure_skills(evaluator: Evaluator, settings: EvalSettings) -> Scoreboard:
     """TinyWorld's scoreboard with one column."""
-    with progress_bar("skills") as progress:
+    with task_progress("skills") as report:
         column = score_skills(
             evaluator.engine,
             tinyworld,
             evaluator.sampling,
             num_items=settings.limit or 100,
             reference=evaluator.reference,
-            progress=progress,
+            progress=report,
         )
     return Scoreboard({settings.model_path: column})
 
@@ -186,13 +181,12 @@ def measure_file(evaluator: Evaluator, runtime: Runtime, task: str, path: str, l
     """One task on one file, under a progress bar. The engine casts for itself, so autocast is for scoring
     only."""
     precision = contextlib.nullcontext() if task == "generate" else runtime.autocast()
-    with progress_bar(f"{task}: {path}") as progress, precision:
-        return run_task(replace(evaluator, progress=progress), task, path, limit)
+    with task_progress(f"{task}: {path}") as report, precision:
+        return run_task(replace(evaluator, progress=report), task, path, limit)
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Progress]:
-    """A bar on the terminal while work goes on; nothing where stderr is a file."""
-    with ProgressBar(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        row = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(row, completed=done, total=total)
+def task_progress(title: str) -> Iterator[Progress]:
+    """Progress on stderr, in the form in which tasks report it."""
+    with progress(make_console(stderr=True), title) as show:
+        yield lambda done, total: show(f"{done:,} of {total:,}", done, total)

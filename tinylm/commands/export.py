@@ -2,7 +2,7 @@
 
     tinylm export --model_path out/dpo --format pth --output dpo_512_epoch0.pth
 
-A model folder already is a Hugging Face folder; this writes what is not: the original project's `.pth`.
+A model folder is already a Hugging Face folder. This command writes the original project's `.pth` instead.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from tinylm.checkpoint.model_folder import load_model, resolve_model_path
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import make_console
 from tinylm.export.pth import export_pth
-from tinylm.model.lora import merge_lora
+from tinylm.generation.loading import load_for_use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,9 @@ class ExportSettings:
 def main(argv: list[str]) -> int:
     """The command line: load, fold adapters in, write."""
     settings = parse_settings(ExportSettings, argv, "tinylm export", "Write a model for other programs.")
-    path = resolve_model_path(settings.model_path)
-    model, _, _ = load_model(path, tokenizer_path=settings.tokenizer_path)
-    merge_lora(model)
-    export_pth(model, settings.output)
-    print(f"{path} written to {settings.output}")
+    loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path)
+    export_pth(loaded.model, settings.output)
+    make_console().print(f"{loaded.path} written to {settings.output}", markup=False)
     return 0
 
 

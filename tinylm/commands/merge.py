@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinylm import __version__
-from tinylm.checkpoint.model_folder import adapter_base, load_model, resolve_model_path, save_model
+from tinylm.checkpoint.model_folder import adapter_base, save_model
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
+from tinylm.generation.loading import load_for_use
 from tinylm.model.lora import has_lora, merge_lora
 
 
@@ -33,23 +34,24 @@ class MergeSettings:
 def main(argv: list[str]) -> int:
     """The command line: load base and adapter, merge, save."""
     settings = parse_settings(MergeSettings, argv, "tinylm merge", "Fold a LoRA adapter into its base model.")
-    path = resolve_model_path(settings.model_path)
-    model, tokenizer, lineage = load_model(path, tokenizer_path=settings.tokenizer_path)
-    if not has_lora(model):
-        raise ValueError(f"{path} is a full model; expected an adapter folder, such as the output of `tinylm lora`")
-    _check_output(Path(settings.output_dir), path)
+    loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path, merge=False)
+    if not has_lora(loaded.model):
+        raise ValueError(
+            f"{loaded.path} is a full model; expected an adapter folder, such as the output of `tinylm lora`"
+        )
+    _check_output(Path(settings.output_dir), loaded.path)
     save_model(
         Path(settings.output_dir),
-        merge_lora(model),
-        tokenizer,
-        {"stage": "merged", "parent": {"path": str(path), **lineage}, "version": __version__},
+        merge_lora(loaded.model),
+        loaded.tokenizer,
+        {"stage": "merged", "parent": {"path": str(loaded.path), **loaded.lineage}, "version": __version__},
     )
     make_console().print(f"merged model: {settings.output_dir}", markup=False)
     return 0
 
 
 def _check_output(output: Path, adapter: Path) -> None:
-    """Refuse to replace the folder that the base model or the adapter is in: without it the adapter is worthless."""
+    """Refuse to overwrite the base model or the adapter: without its base, the adapter is useless."""
     target = Path(os.path.realpath(output))
     for source in (adapter_base(adapter), adapter):
         path = Path(os.path.realpath(source))

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinylm.checkpoint.model_folder import load_model
+from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.commandline.exit_status import RERUN_ADVICE, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import format_seconds, make_console, progress
@@ -160,20 +161,15 @@ def claim_folder(settings: QuickstartSettings) -> None:
         write_json(record, ours)
 
 
-def is_finished(settings: TrainSettings, folder: Path) -> bool:
-    """Whether `folder` holds the result of a finished run with these settings."""
+def finished_model(stage: str, settings: TrainSettings) -> Path | None:
+    """The model of a finished run with exactly these settings, if there is one in their output folder."""
     try:
+        folder = resolve_model_path(settings.output_dir, stage)
         lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
     ours = json.loads(json.dumps(dataclasses.asdict(settings)))
-    return bool(lineage.get("finished")) and lineage.get("settings") == ours
-
-
-def last_folder(stage: str, settings: TrainSettings) -> Path:
-    """Where a stage leaves the model of its last epoch, if it is finished."""
-    folders = sorted(Path(settings.output_dir).glob(f"{stage}_*_epoch{settings.epochs - 1}"))
-    return folders[-1] if folders else Path(settings.output_dir) / "none"
+    return folder if lineage.get("finished") and lineage.get("settings") == ours else None
 
 
 def train_all(plan: Plan, console: Console) -> dict[str, Path]:
@@ -191,8 +187,7 @@ def train_all(plan: Plan, console: Console) -> dict[str, Path]:
     ]
     folders = {}
     for number, (stage, settings, train) in enumerate(stages, start=2):
-        folder = last_folder(stage, settings)
-        if is_finished(settings, folder):
+        if folder := finished_model(stage, settings):
             console.print(f"[bold]{number}/5 {stage}[/bold]: done before, {folder}")
         else:
             console.rule(f"{number}/5 {stage}", align="left")

@@ -17,7 +17,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from tinylm.checkpoint.model_folder import adapter_base, load_model, resolve_model_path
+from tinylm.checkpoint.model_folder import adapter_base, load_model
+from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.checkpoint.training_state import load_training_state, state_folders
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings

@@ -1,8 +1,7 @@
-"""Chats and preference pairs -> token documents that fit a row. Free of torch, for worker processes.
+"""Chats and preference pairs -> token documents that fit into a row. Does not import torch, for worker processes.
 
-A *turn* is one message as `chat_turns` encodes it: (ids, mask), where the mask is True on what the assistant
-wrote and on the <|im_end|> that ends it. What stands after a document's last target teaches nothing and is
-cut off.
+A *turn* is one message as `chat_turns` encodes it: (ids, mask). The mask is True on the assistant's words and on the
+<|im_end|> after them. Tokens after a document's last target teach nothing, so they are cut off.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ Turn = tuple[list[int], list[bool]]
 WHOLE, CUT, DROPPED = "whole", "cut", "dropped"
 
 MIN_ANSWER_SHARE = 0.5
-"""Share of a row that an over-long pair keeps for its answers; the prompt gives way first. DPO learns from
-the answers alone, so they must not be what is cut away."""
+"""Share of a row that is reserved for the answers of a pair that is too long; its prompt is cut first. DPO learns only
+from the answers, so they should not be cut."""
 
 MIN_ANSWER_TOKENS = 32
-"""Tokens that must remain of the longer answer of a pair, or all of it where it is shorter."""
+"""How many tokens of a pair's longer answer must remain, or all of them if it is shorter."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ class Documents:
 
     @property
     def num_targets(self) -> int:
-        """Tokens to predict; a document's first token never is one."""
+        """Tokens to predict. A document's first token is never one of them."""
         return int(np.count_nonzero(self.is_target))
 
     @classmethod
     def join(cls, turns: Sequence[Turn]) -> Documents:
-        """Documents from (ids, mask) each."""
+        """Documents, one for each (ids, mask)."""
         offsets = np.cumsum([0, *(len(ids) for ids, _ in turns)], dtype=np.int64)
         ids = np.fromiter((token for ids, _ in turns for token in ids), dtype=np.int32, count=offsets[-1])
         mask = np.fromiter((flag for _, mask in turns for flag in mask), dtype=bool, count=offsets[-1])
@@ -79,7 +78,7 @@ class Documents:
 
 
 def flatten(turns: Sequence[Turn]) -> Turn:
-    """Turns -> one (ids, mask), without what follows the last target. The first token is never a target."""
+    """Join turns to one (ids, mask) that ends with the last target. The first token is never a target."""
     ids = [token for turn, _ in turns for token in turn]
     mask = [flag for _, turn_mask in turns for flag in turn_mask]
     if mask:
@@ -93,8 +92,8 @@ def flatten(turns: Sequence[Turn]) -> Turn:
 def fit_chat(turns: Sequence[Turn], row_length: int) -> tuple[Turn, str]:
     """A chat as one document of at most `row_length` positions.
 
-    An over-long chat keeps as many whole turns from its start as fit. Where not even the first answer fits,
-    it is cut within that answer; where no token of an answer fits, the chat is dropped.
+    A chat that is too long keeps as many complete turns from its start as fit. If not even the first answer fits, the
+    chat is cut within that answer; if no token of an answer fits, the chat is dropped.
 
     Returns:
         (ids, mask), and WHOLE, CUT or DROPPED (then ids are empty).
@@ -122,10 +121,10 @@ def fit_pair(
 ) -> tuple[Turn, Turn, str]:
     """A preference pair as two documents with the same prompt, each of at most `row_length` positions.
 
-    Only the answers have targets. When the longer answer does not fit behind the prompt, the prompt loses its
-    oldest turns first, until the answers have their need or MIN_ANSWER_SHARE of the row; then the answers are
-    cut at the row's end. The pair is dropped where its last question alone leaves the answers fewer than
-    MIN_ANSWER_TOKENS, or where the cut answers no longer differ.
+    Only the answers have targets. If the longer answer does not fit after the prompt, the prompt first loses its oldest
+    turns, until the answers fit or have MIN_ANSWER_SHARE of the row. Then the answers are cut at the end of the row.
+    The pair is dropped if its last question leaves fewer than MIN_ANSWER_TOKENS for the answers, or if the cut answers
+    are equal.
 
     Returns:
         chosen (ids, mask), rejected (ids, mask), and WHOLE, CUT or DROPPED (then both are empty).
@@ -152,14 +151,15 @@ def fit_pair(
 
 
 def encode_chats(tokenizer: Any, row_length: int, chats: Sequence[list[Message]]) -> tuple[Documents, list[str]]:
-    """Tokenise and fit chats; dropped ones leave no document. The outcomes are one for each chat."""
+    """Tokenise chats and fit them into rows. There is one outcome per chat, and no document for a dropped one."""
     fitted = [fit_chat(chat_turns(tokenizer, chat), row_length) for chat in chats]
     kept = [turn for turn, outcome in fitted if outcome != DROPPED]
     return Documents.join(kept), [outcome for _, outcome in fitted]
 
 
 def encode_pairs(tokenizer: Any, row_length: int, pairs: Sequence[PreferencePair]) -> tuple[Documents, list[str]]:
-    """Tokenise and fit pairs: documents 2i and 2i + 1 are kept pair i's chosen and rejected answers."""
+    """Tokenise pairs and fit them into rows. There is one outcome per pair; documents 2i and 2i + 1 are the chosen and
+    the rejected answer of pair i of those that were not dropped."""
     turns: list[Turn] = []
     outcomes = []
     for prompt, chosen, rejected in pairs:

@@ -1,7 +1,7 @@
 """Preference data for DPO: pairs of answers to one prompt, both in the same batch.
 
-A batch of P pairs holds 2P documents, packed into as few rows as the longest of them allows. Document 2i is
-pair i's chosen answer behind its prompt, 2i + 1 the rejected one; only the answers have targets.
+A batch of P pairs holds 2P documents, packed into rows as long as the longest of them. Document 2i is pair i's prompt
+with the chosen answer, 2i + 1 the same prompt with the rejected one. Only the answers have targets.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from tinylm.dataset.sources.record_shapes import PreferencePair
 
 @dataclass(frozen=True)
 class PairRow:
-    """One pair: (ids [n], is_target [n]) of each answer behind the prompt, and the reference's view of
-    both."""
+    """One pair: (ids [n], is_target [n]) of the prompt with each answer, and the reference's log-probabilities."""
 
     chosen: tuple[np.ndarray, np.ndarray]
     rejected: tuple[np.ndarray, np.ndarray]
@@ -36,9 +35,9 @@ class DPODataset:
     """Preference pairs. Make one with `from_preferences`.
 
     Args:
-        documents: 2i and 2i + 1 are pair i's chosen and rejected, none longer than `max_seq_len` + 1 tokens.
+        documents: 2i and 2i + 1 are pair i's chosen and rejected, of at most `max_seq_len` + 1 tokens each.
         max_seq_len: positions of a row.
-        outcomes: how many pairs were cut and dropped on the way.
+        outcomes: how many pairs were cut and dropped.
         pad_id: token id of filler positions.
     """
 
@@ -65,11 +64,11 @@ class DPODataset:
 
         Args:
             preferences: (prompt, chosen, rejected), each a list of {"role", "content"} messages.
-            num_processes: that tokenise; None chooses by the amount of data.
+            num_processes: how many tokenise; None chooses by the amount of data.
             progress: called with the number of pairs done so far.
 
         Raises:
-            ValueError: if no pair is left.
+            ValueError: all pairs were dropped.
         """
         documents, outcomes = encode_all(encode_pairs, preferences, tokenizer, max_seq_len, num_processes, progress)
         return cls(documents, max_seq_len, outcomes, tokenizer.pad_id)
@@ -84,7 +83,7 @@ class DPODataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when any token, target or boundary does; not with the reference's log-probabilities."""
+        """Changes when any token, target or boundary changes; does not depend on the reference's log-probabilities."""
         return documents_fingerprint("dpo", self.documents, self.max_seq_len)
 
     def attach_reference_log_probs(self, log_probs: np.ndarray) -> None:

@@ -1,13 +1,12 @@
-"""Packing: documents -> rows, with boundaries. Pure functions of lengths; no tokens move here.
+"""Packing: which documents go into which rows. Pure functions of lengths; they do not touch the tokens.
 
 Lengths are counted in *positions*, that is (input, target) pairs: a document of n tokens has n - 1 of them.
 
-Two ways to fill rows:
-- **Running text** (pretraining) is cut where a row ends. Only the last row is short and no target is lost,
-  because the token at a cut is the last target of one row and the first input of the next.
-- **Chats** must stay whole, so each goes into the row where it fits most tightly: best-fit decreasing, which
-  never needs more than 11/9 of the fewest possible rows, plus a constant (Johnson et al. 1974,
-  doi:10.1137/0203025).
+There are two ways to fill rows:
+- **Running text** (pretraining) is cut where a row ends. Only the last row is short, and no target is lost, because
+  the token at a cut is the last target of one row and the first input of the next.
+- **Chats** are not cut. Each goes into the row where it leaves the least room: best-fit decreasing, which needs at
+  most 11/9 of the fewest possible rows, plus a constant (Johnson et al. 1974, doi:10.1137/0203025).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Segment:
 
 
 class RunningTextPacking:
-    """Documents end to end, cut into rows of `row_length` positions; any row is found without the others.
+    """Documents end to end, cut into rows of `row_length` positions. Each row is computed independently.
 
     Args:
         lengths: tokens of each document, [D].
@@ -63,7 +62,7 @@ class RunningTextPacking:
 
 @dataclass(frozen=True)
 class WholePacking:
-    """Row r holds the documents `order[row_starts[r] : row_starts[r + 1]]`, whole."""
+    """Row r holds the documents `order[row_starts[r] : row_starts[r + 1]]`, uncut."""
 
     order: np.ndarray
     row_starts: np.ndarray
@@ -77,19 +76,18 @@ class WholePacking:
 
 
 def pack_rows(lengths: np.ndarray, row_length: int) -> WholePacking:
-    """Best-fit decreasing: longest document first, each into the open row with the least room that holds it.
+    """Best-fit decreasing: the longest document first, each into the row with the least room that is enough for it.
 
-    Rows are kept by the room left in them, and one big integer has bit r set where some row has room r. "The
-    least room that is enough" is then its lowest set bit from `length` up, so the work per document does not
-    grow with the number of open rows.
+    Rows are grouped by the room left in them, and bit r of one big integer is set if some row has room r. So "the
+    least room that is enough" is the lowest set bit from `length` up, and the work per document does not grow with
+    the number of rows.
 
     Args:
         lengths: positions of each document, [D], each from 1 to `row_length`.
         row_length: positions of a row.
 
     Raises:
-        ValueError: if a document is empty or longer than a row; such are cut or dropped before they come
-            here.
+        ValueError: a document is empty or longer than a row; these must be cut or dropped before.
     """
     check_row_length(row_length)
     lengths = np.asarray(lengths, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Pretraining data: running text in rows of equal length. All but a document's first token is scored once."""
+"""Pretraining data: running text in rows of equal length. Every token but a document's first is scored once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class PretrainDataset:
 
     Args:
         shards: the corpus, in memory or memory-mapped.
-        tokenizer: the tokenizer it was made with.
+        tokenizer: the one that made the shards.
         max_seq_len: positions of a row.
         spans: (starts, lengths) of the documents to use; all of them by default.
 
     Raises:
-        ValueError: if there is not a single target.
+        ValueError: the text has no target.
     """
 
     unit = "rows"
@@ -50,7 +50,7 @@ class PretrainDataset:
         return cls(tokenize_texts(texts, tokenizer), tokenizer, max_seq_len)
 
     def split(self, validation_fraction: float, seed: int) -> tuple[PretrainDataset, PretrainDataset | None]:
-        """(training, validation) parts of a whole corpus, by document; see `hold_out_documents`."""
+        """(training, validation) parts of a corpus, by document; see `hold_out_documents`."""
         train, held = hold_out_documents(self.shards.lengths, validation_fraction, seed)
         if held[1].sum() < 2:
             return self, None
@@ -61,7 +61,7 @@ class PretrainDataset:
 
     @property
     def num_documents(self) -> int:
-        """Documents, or parts of them, that the rows come from."""
+        """The number of documents, or parts of them, in the rows."""
         return len(self.lengths)
 
     @property
@@ -73,7 +73,7 @@ class PretrainDataset:
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text that is scored: bits per byte = loss_sum / ln 2 / num_bytes.
 
-        A document's first token is no target and <|endoftext|> no text; neither counts.
+        Two tokens of a document do not count: the first, which is not a target, and <|endoftext|>, which is not text.
         """
         sizes = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
         for token_id in range(self.tokenizer.vocab_size):
@@ -91,14 +91,14 @@ class PretrainDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when any token, the choice of documents or a row boundary does."""
+        """Changes when any token, the choice of documents or a row boundary changes."""
         digest = hashlib.sha256(f"pretrain {self.shards.fingerprint} {self.max_seq_len}".encode())
         for array in (self.starts, self.lengths):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()[:16]
 
     def row(self, index: int) -> Row:
-        """Row `index`: the segments of documents that fall into it. Positions restart in each segment."""
+        """Row `index`: the segments of documents in it, side by side. Positions restart in each segment."""
         segments = self.packing.row(index)
         starts = [int(self.starts[segment.document]) for segment in segments]
         return build_row(
@@ -107,7 +107,7 @@ class PretrainDataset:
         )
 
     def collate(self, rows: Sequence[Row]) -> Batch:
-        """Stack rows into a batch of `max_seq_len` positions; only the corpus's last row has filler."""
+        """Stack rows into a batch of `max_seq_len` positions. Only the last row of the corpus has filler."""
         return collate_rows(rows, self.width, self.tokenizer.pad_id)
 
 
@@ -126,18 +126,18 @@ def load_pretrain_data(
 ) -> tuple[PretrainDataset, PretrainDataset | None]:
     """Training and validation data from files, tokenised once and cached.
 
-    Several processes may call it at the same time, and share the work of those that share `cache_dir`.
+    Several processes may call it at the same time; those with the same `cache_dir` share the work.
 
     Args:
         data_path: files of {"text"} records, as for `find_files`.
         cache_dir: where the token shards are kept.
-        validation_path: held-out files; without it `validation_fraction` of the data is held out, 0 for none.
+        validation_path: held-out files; without it, `validation_fraction` of the data is held out (0 for none).
         seed: chooses which documents are held out.
         progress: called with (documents, tokens) while tokenising.
-        notice: called with a line about each damaged shard that is made anew.
+        notice: called with a line about each damaged shard, which is then made again.
     """
     if validation_path is not None:
-        find_sources(validation_path)  # a mistyped one is told before the training data is tokenised
+        find_sources(validation_path)  # a wrong path is an error before the training data is tokenised
     shards = cached_token_shards(data_path, tokenizer, cache_dir, bad_rows, num_processes, progress, notice)
     whole = PretrainDataset(shards, tokenizer, max_seq_len)
     if validation_path is None:

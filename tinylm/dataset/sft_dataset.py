@@ -1,6 +1,6 @@
-"""Supervised fine-tuning data: whole chats, packed; only what the assistant wrote is scored.
+"""Supervised fine-tuning data: chats packed into rows; only the assistant's words are scored.
 
-Every chat in it holds at least one target, so a batch without any cannot occur.
+Every chat has at least one target, so there is no batch without one.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from tinylm.dataset.shards.tokenizing import available_cores, chunked, process_m
 from tinylm.tokenizer.chat_template import Message
 
 CHUNK_SIZE = 2_000
-"""Chats sent to a worker at a time: about a second of work."""
+"""Chats sent to a worker process at a time: about a second of work."""
 
 PARALLEL_FROM = 100_000
-"""Chats from which starting worker processes pays."""
+"""How many chats are worth worker processes."""
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of the chats (or pairs) that came in."""
+    """How many of the chats (or pairs) were cut or dropped."""
 
     num_seen: int
     num_cut: int
-    """Longer than `max_seq_len`; cut to fit."""
+    """They were longer than `max_seq_len`."""
     num_dropped: int
-    """Nothing to learn from was left, or no answer token fits into `max_seq_len`."""
+    """They have no answer token that fits into `max_seq_len`, or nothing to learn from."""
 
 
 def encode_all(
@@ -45,15 +45,14 @@ def encode_all(
     num_processes: int | None,
     progress: Callable[[int], None] | None,
 ) -> tuple[Documents, Outcomes]:
-    """Tokenise chats or pairs with `encode_chats` or `encode_pairs`, in worker processes where there are
-    many.
+    """Tokenise chats or pairs with `encode_chats` or `encode_pairs`; many of them in worker processes.
 
     Args:
-        num_processes: None is one a core from PARALLEL_FROM items on, else none.
+        num_processes: how many tokenise; 0 is this process. None is one per core from PARALLEL_FROM items on, else 0.
         progress: called with the number of items done so far.
 
     Raises:
-        ValueError: if nothing can be learned from any of them.
+        ValueError: all of them were dropped.
     """
     check_row_length(max_seq_len)
     items = items if isinstance(items, Sequence) else list(items)
@@ -87,9 +86,9 @@ class SFTDataset:
     """Chats in packed rows. Make one with `from_conversations`.
 
     Args:
-        documents: one for each chat, none longer than `max_seq_len` + 1 tokens, each with a target.
+        documents: one for each chat, of at most `max_seq_len` + 1 tokens, each with a target.
         max_seq_len: positions of a row.
-        outcomes: how many chats were cut and dropped on the way.
+        outcomes: how many chats were cut and dropped.
         pad_id: token id of filler positions.
     """
 
@@ -102,7 +101,7 @@ class SFTDataset:
         self.pad_id = pad_id
         self.packing: WholePacking = pack_rows(documents.lengths - 1, max_seq_len)
         used = np.add.reduceat(documents.lengths[self.packing.order] - 1, self.packing.row_starts[:-1])
-        # All batches are as wide as the fullest row: one shape, so that a compiled model is compiled once.
+        # All batches are as wide as the fullest row. With one shape, a model is compiled only once.
         self.width = int(used.max())
 
     @classmethod
@@ -114,15 +113,15 @@ class SFTDataset:
         num_processes: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> SFTDataset:
-        """Tokenise, cut to `max_seq_len` at a turn's end, and pack.
+        """Tokenise chats, cut them to `max_seq_len` at the end of a turn, and pack them.
 
         Args:
             conversations: lists of {"role", "content"} messages.
-            num_processes: that tokenise; None chooses by the amount of data.
+            num_processes: how many tokenise; None chooses by the amount of data.
             progress: called with the number of conversations done so far.
 
         Raises:
-            ValueError: if no conversation has an answer that fits.
+            ValueError: no conversation has an answer that fits.
         """
         documents, outcomes = encode_all(encode_chats, conversations, tokenizer, max_seq_len, num_processes, progress)
         return cls(documents, max_seq_len, outcomes, tokenizer.pad_id)
@@ -137,7 +136,7 @@ class SFTDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when any token, target or row boundary does."""
+        """Changes when any token, target or row boundary changes."""
         return documents_fingerprint("sft", self.documents, self.max_seq_len)
 
     def row(self, index: int) -> Row:

@@ -1,4 +1,4 @@
-"""Held-out data: which part of a corpus is for validation. A function of the data, a share and a seed."""
+"""Held-out data: which part of a corpus is used for validation. It depends only on the data, a share and a seed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Spans = tuple[np.ndarray, np.ndarray]
 
 
 def hold_out_items(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """(training, held out) chats or pairs, each in their old order.
+    """(training, held out) chats or pairs, both in their original order.
 
-    `fraction` of the items, rounded, but at least one where there are two; none if `fraction` is 0.
+    Held out is `fraction` of the items, rounded, but at least one of two or more; nothing if `fraction` is 0.
     """
     check_fraction(fraction)
     if fraction == 0 or len(items) < 2:
@@ -28,11 +28,11 @@ def hold_out_items(items: Sequence[Item], fraction: float, seed: int) -> tuple[l
 
 
 def hold_out_documents(lengths: np.ndarray, fraction: float, seed: int) -> tuple[Spans, Spans]:
-    """(training, held out) spans of a corpus, together every token once.
+    """(training, held out) spans of a corpus, which together contain every token once.
 
-    Whole documents are held out, in an order drawn from `seed`, as long as they come to no more than
-    `fraction` of the tokens. Where every document is longer than that (one big file, a few books), the end of
-    the longest is held out instead: the same share of all tokens, but at most half of that document.
+    Documents are held out in a random order (from `seed`), as long as they have at most `fraction` of the tokens
+    together. If every document is longer than that (one big file, a few books), the end of the longest is held out
+    instead: the same share of all tokens, but at most half of that document.
 
     Args:
         lengths: tokens of each document, [D].

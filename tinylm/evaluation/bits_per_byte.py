@@ -31,7 +31,7 @@ class LossReport:
     """Summed negative log-probability over all targets."""
     num_tokens: int
     num_bytes: int
-    """UTF-8 bytes of the predicted texts; special tokens stand for no text and count zero."""
+    """UTF-8 bytes of the predicted texts; special tokens are not text and count zero."""
     num_texts: int
     loss_error: float | None = None
     """Standard error of `loss` over texts."""

@@ -64,11 +64,15 @@ class LMEvalRequests:
         return texts
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both sides; spaces at the end of the context move to the continuation, as in the harness."""
+        """Ids of both sides, encoded as one text and cut at the context's length, as in the harness.
+
+        Spaces at the end of the context move to the continuation. Where both sides meet inside a token, that token
+        counts as the context's, but the continuation keeps at least the last token.
+        """
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         whole = self.tokenizer.encode(stripped + continuation)
-        split = len(self.tokenizer.encode(stripped))
+        split = min(len(self.tokenizer.encode(stripped)), len(whole) - 1)
         return [self.tokenizer.endoftext_id, *whole[:split]], whole[split:]
 
 
@@ -110,14 +114,12 @@ def make_lm_eval_model(
         from lm_eval.api.model import LM
     except ImportError:
         raise ValueError('the package lm-eval is not installed; install it with pip install "tinylm[eval]"') from None
-    from tinylm.checkpoint.model_folder import load_model
-    from tinylm.generation.engine import Engine
+    from tinylm.generation.loading import load_for_use
     from tinylm.system.runtime import setup_runtime
     from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, render_chat
 
     runtime = setup_runtime(device, dtype)
-    model, tokenizer, _ = load_model(model_path, device=runtime.device)
-    engine = Engine(model, tokenizer, dtype=runtime.compute_dtype)
+    engine = load_for_use(model_path, device=runtime.device).engine(runtime.compute_dtype)
 
     class TinyLMForLMEval(LMEvalRequests, LM):
         """Requests answered by ours, everything else inherited from the harness."""
@@ -129,7 +131,7 @@ def make_lm_eval_model(
 
         @property
         def tokenizer_name(self) -> str:
-            return f"tinylm-{tokenizer.fingerprint}"
+            return f"tinylm-{engine.tokenizer.fingerprint}"
 
         def chat_template(self, chat_template: bool | str = False) -> str:
             return CHAT_TEMPLATE

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tinylm.evaluation.results import Measure, mean_and_error, measure_of
+from tinylm.evaluation.results import Measure, measure_of
 from tinylm.evaluation.sequence_logprob import TOKENS_PER_BATCH, Progress, continuation_logprobs
 
 
@@ -30,18 +30,11 @@ class MinimalPairReport:
 
     points: dict[str, list[float]]
 
-    @property
-    def accuracy_by_set(self) -> dict[str, float]:
-        """Accuracy of each set."""
-        return {name: mean_and_error(points)[0] for name, points in self.points.items()}
-
-    @property
-    def accuracy(self) -> float:
-        """Mean over all pairs (BLiMP's sets are of one size, so it is also the mean over sets)."""
-        return mean_and_error([point for points in self.points.values() for point in points])[0]
-
     def measures(self, task: str) -> list[Measure]:
-        """The mean first, then a row per set when there are several."""
+        """The mean over all pairs first, then a row for each set when there are several.
+
+        BLiMP's sets are of one size, so there the mean over pairs is also the mean over sets.
+        """
         rows = [measure_of(task, "accuracy", [p for points in self.points.values() for p in points])]
         if len(self.points) > 1:
             rows += [measure_of(f"  {name}", "accuracy", points) for name, points in self.points.items()]

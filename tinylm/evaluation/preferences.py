@@ -54,7 +54,7 @@ class PreferenceReport:
 def answer_mask(mask: Sequence[bool], prompt_mask: Sequence[bool]) -> list[bool]:
     """Of a conversation's mask, the part after its prompt: earlier assistant turns are equal on both sides.
 
-    The prompt's ids are a prefix of the conversation's, since the template renders message by message.
+    The prompt's ids are a prefix of the conversation's, because the template renders message by message.
     """
     return [marked and index >= len(prompt_mask) for index, marked in enumerate(mask)]
 

@@ -19,7 +19,7 @@ from tinylm.model.log_probs import exact_logits, target_log_probs
 
 TokenIds = Sequence[int]
 Progress = Callable[[int, int], None]
-"""Called with (done, total) as work goes on."""
+"""Called with (done, total) during the work."""
 
 TOKENS_PER_BATCH = 4096
 """Tokens in one forward pass; enough to keep two CPU cores at full speed, while the logits stay near 100
@@ -48,7 +48,7 @@ class _Piece:
     owner: int
     ids: TokenIds
     positions: list[int]
-    """Indices into `ids` of the scored tokens; each at least 1, since a token needs one before it."""
+    """Indices into `ids` of the scored tokens; each at least 1, because a token needs one before it."""
 
 
 def continuation_logprobs(
@@ -86,9 +86,8 @@ def sequence_logprobs(
     Equal sequences are computed once, so equal inputs have exactly equal scores. Sequences are batched by
     length and padded on the right: under causal attention no token sees the padding, so no mask is needed and
     almost nothing is wasted. A sequence longer than `window` inputs (default: the model's
-    `max_position_embeddings`) is
-    split: each token is scored once, with at least half a window before it (less only at the sequence's
-        start).
+    `max_position_embeddings`) is split: each token is scored once, with at least half a window before it (less only
+    at the sequence's start).
 
     Raises:
         ValueError: a sequence's first token is marked, or ids and mask differ in length.
@@ -189,7 +188,7 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target and whether it is the most probable token, from exact logits.
 
-    A few thousand rows at a time, since N x V numbers at once would not fit for long texts.
+    It takes a few thousand rows at a time: for long texts, N x V numbers at once would not fit into memory.
 
     Args:
         hidden: [N, C], after the final norm.

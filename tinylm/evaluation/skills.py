@@ -28,7 +28,7 @@ MEAN, STORY_MEAN, WARM, PERSONA, PERSONA_RIGHT, PREFERENCE = (
 
 
 MANNERS_TOKENS = 24
-"""Room for what may stand around an answer: the longest, "Ahoy! " and " Aye, matey!", has 18 characters."""
+"""Room for words around an answer: the longest, "Ahoy! " and " Aye, matey!", have 18 characters together."""
 
 
 class Replier(Protocol):
@@ -60,7 +60,7 @@ class SkillReport:
     num_items: int
     """Held-out items per skill."""
     examples: dict[str, dict[str, str]]
-    """For each skill one question, the reference and the reply, so that numbers can be looked behind."""
+    """For each skill one question, the reference and the reply, to show what the numbers stand for."""
 
 
 def score_skills(
@@ -119,9 +119,9 @@ def score_skills(
 
 
 def _longest_right(tokenizer: Any, items: list[Any], most: int) -> int:
-    """Tokens that a right reply to one of `items` can have, opener or persona included; `most` where they are free.
+    """Tokens that a right reply to one of `items` can have, with opener or persona; `most` if replies are free.
 
-    A model that never ends its replies, as a base model does, would otherwise write all of `most` each time.
+    A base model does not end its replies: it would otherwise write `most` tokens each time.
     """
     if any(item.words for item in items):  # a story is right at any length
         return most

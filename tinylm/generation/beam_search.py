@@ -78,12 +78,12 @@ def _extend(
 ) -> tuple[list[tuple[list[int], float]], _Beams, list[int]]:
     """Grow every beam by every token and keep the best.
 
-    Enough candidates are looked at for `num_beams` to go on even if every stop token of every beam ranks first.
-    Of those that end here, only the ones among the `num_beams` best count: a worse one would not have been
-    followed either.
+    There are enough candidates to keep `num_beams` growing even if every stop token of every beam ranks first.
+    Answers that end here count only if they are among the `num_beams` best candidates: a worse candidate would not
+    have been continued either.
 
     Returns:
-        (ids, summed log-probability) of answers that ended; the beams that go on; the row each of them grew from.
+        (ids, summed log-probability) of answers that ended; the beams still growing; the row each of them grew from.
     """
     vocab_size = log_probs.shape[-1]
     totals = (beams.scores[:, None] + log_probs).flatten()  # [n * V]

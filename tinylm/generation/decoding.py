@@ -32,8 +32,8 @@ class Row:
         prompt: token ids, at least one.
         settings: how this row's tokens are chosen.
         limit: most tokens of the answer; prompt and answer together must fit the model's context.
-        stop_ids: tokens that end the answer and are no part of it.
-        seed, number: what the row's random numbers follow from (see `uniform_numbers`).
+        stop_ids: tokens that end the answer without being part of it.
+        seed, number: they determine the row's random numbers (see `uniform_numbers`).
     """
 
     prompt: list[int]

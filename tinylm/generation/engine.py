@@ -4,9 +4,9 @@
     for piece in engine.chat([{"role": "user", "content": "Hello!"}], SamplingSettings()):
         print(piece, end="")
 
-With a seed, an answer depends on the seed and on the prompt's place in the list only; batch size and order of
-computation do not enter (each row draws from a generator of its own). Rounding can still differ between batch shapes,
-which in bfloat16 may turn a close call; in float32 it hardly ever does.
+With a seed, an answer depends only on the seed and on the prompt's place in the list, not on the batch size or the
+order of computation, because each row has its own random generator. Rounding can still differ between batch shapes: in
+bfloat16 this may decide a close call, in float32 it hardly ever does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Engine:
 
     Args:
         model: a TinyLMForCausalLM. It is not changed: another precision is computed in a copy.
-        tokenizer: may be None when only token ids go in and out.
+        tokenizer: may be None if only token ids are used.
         dtype: precision of the weights and of the computation. None takes bfloat16 for a float32 model where the
             hardware multiplies in it (twice the speed), else the model's own. With the model's own precision the
             engine shares its weights, so it follows a model that is still training.
@@ -100,7 +100,7 @@ class Engine:
             ValueError: a prompt is empty, or the model's weights are damaged.
         """
         each = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else settings
-        seed = torch.Generator().seed()  # shared by the prompts that have none
+        seed = torch.Generator().seed()  # for prompts without a seed
         answers: list[list[int]] = [[] for _ in prompts]
         rows: list[tuple[int, Row]] = []
         for place, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
@@ -203,7 +203,7 @@ def _seed_of(settings: SamplingSettings) -> int:
 
 @contextlib.contextmanager
 def _evaluating(model: TinyLMForCausalLM) -> Iterator[None]:
-    """Switch dropout off inside, and leave the model in the mode it was found in."""
+    """Switch dropout off inside, and restore the model's mode afterwards."""
     was_training = model.training
     if was_training:
         model.eval()

@@ -1,4 +1,4 @@
-"""A conversation that always fits the model's context: the oldest exchanges leave first, then text is cut."""
+"""Fit a conversation into the model's context: drop the oldest exchanges first, then cut text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class FittedPrompt:
-    """A prompt within the budget, and what had to go for it."""
+    """A prompt within the budget, and what was left out for it."""
 
     ids: list[int]
     """Token ids, ready to be answered."""
@@ -38,7 +38,7 @@ class FittedPrompt:
 def prompt_budget(context_length: int, max_new_tokens: int) -> int:
     """Tokens a prompt may take: the context less the answer, but never less than half of the context.
 
-    An answer is allowed to be shorter than `max_new_tokens`; a model that cannot read the question is of no use.
+    An answer may be shorter than `max_new_tokens`, but the model must be able to read the question.
     """
     return max(context_length - max_new_tokens, context_length // 2)
 
@@ -46,8 +46,8 @@ def prompt_budget(context_length: int, max_new_tokens: int) -> int:
 def fit_history(tokenizer: Tokenizer, messages: list[dict[str, Any]], budget: int) -> FittedPrompt:
     """Encode `messages` for an answer in at most `budget` tokens.
 
-    A leading system message always stays. Whole exchanges (a user message and what follows it) leave from the oldest
-    on; if the last exchange alone is too long, its longest messages keep only their tails.
+    A leading system message always stays. Whole exchanges (a user message and what follows it) are dropped, the oldest
+    first. If the last exchange alone is too long, its longest messages keep only their ends.
 
     Raises:
         ValueError: `messages` is empty, or not even the empty template fits the budget.
@@ -85,7 +85,7 @@ def _cut_longest(tokenizer: Tokenizer, messages: list[dict[str, Any]], budget: i
                 f"the chat template alone takes {len(ids)} tokens and the prompt may take {budget}; expected a longer "
                 "context; use a model with more max_position_embeddings, or fewer max_new_tokens"
             )
-        # One message may need to shrink only to the size of the next: then both go on together.
+        # Shrink the longest message at most to the size of the second longest; from there both shrink.
         others = sorted((len(content) for content in contents), reverse=True)
         spare = max(1, len(contents[longest]) - (others[1] if len(others) > 1 else 0))
         excess = min(len(ids) - budget, max(spare, (len(ids) - budget + 1) // 2))

@@ -17,7 +17,7 @@ from tinylm.system.runtime import device_has_bf16
 QUERY_BLOCK = 128
 """Rows per block of `blocked_attention`. 128 was faster than 256 at T = 512, slower at T = 256, on AVX512-BF16."""
 MAX_SCORES = 2**28
-"""With more scores B*H*T*S than this (half a gigabyte in bf16) the flash kernel is used, which keeps none."""
+"""With more scores B*H*T*S than this (half a gigabyte in bf16), use the flash kernel, which stores no scores."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def plan_attention(
     document_ids: Tensor | None = None,
     query_positions: Tensor | None = None,
 ) -> AttentionPlan:
-    """Decide once per forward pass, for all layers.
+    """Decide who may look at whom, once per forward pass for all layers.
 
     Args:
         num_queries, num_keys: T and S; without `query_positions` the queries are the last T of the S positions.
@@ -102,9 +102,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: flo
     if plan.cu_seqlens is not None and dropout == 0.0:
         return _varlen_attention(q, k, v, plan)
     if num_queries == 1:
-        # One query sees every key, so its heads may stand where queries stand: no key or value is copied for
-        # the group, and the kernel does not care that S changes at every token (oneDNN's products are built
-        # anew for each S: 214 microseconds a layer against 17).
+        # A single query sees every key of its row, so the heads of a group can take the place of queries: no key or
+        # value is copied for the group. This kernel is not rebuilt for each S, as oneDNN's products are (214
+        # microseconds a layer instead of 17).
         grouped = q.reshape(batch, k.shape[1], -1, q.shape[-1])  # [B, K, G, D]
         return F.scaled_dot_product_attention(grouped, k, v, plan.mask, dropout).view_as(q)
     small = batch * heads * num_queries * k.shape[2] <= MAX_SCORES

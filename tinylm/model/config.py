@@ -12,8 +12,8 @@ from tinylm.files.untrusted import shown
 POSITION_EMBEDDING_TYPES = ("rope", "sinusoidal", "learned")
 _MAX_POSITIONS = 2**20
 _SMALL_TABLE = 2**24
-"""Numbers of a table of positions (64 MB) that any model may have; a larger one must not outweigh its own weights.
-131,072 positions of heads of 64 wide."""
+"""Numbers that any position table may have (64 MB: 131,072 positions of heads 64 wide). A larger table must not outgrow
+the model's weights."""
 
 _YARN_KEYS = {
     "rope_type",
@@ -41,7 +41,7 @@ _YARN_LIMITS = {
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite number. A bool is none here, nor is a whole number that no float can hold."""
+    """Whether `value` is a finite number. Booleans, and whole numbers too large for a float, do not count."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -138,7 +138,7 @@ class TinyLMConfig:
         for name in ("rms_norm_eps", "rope_theta", "initializer_range", "hidden_dropout", "attention_dropout"):
             if not is_number(getattr(self, name)):
                 raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be a number")
-            object.__setattr__(self, name, float(getattr(self, name)))  # 10**30 is a number to JSON, and none to torch
+            object.__setattr__(self, name, float(getattr(self, name)))  # JSON allows 10**30, torch does not
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} {getattr(self, name)} is not a probability; choose 0 <= {name} < 1")
@@ -159,7 +159,7 @@ class TinyLMConfig:
         self._check_tables()
 
     def _check_tables(self) -> None:
-        """The tables of positions are in no file, so no file's size bounds them; a config alone could ask for 100 GB.
+        """Position tables are computed, not stored, so no file size limits them: a config alone could ask for 100 GB.
 
         Raises:
             ValueError: they would take more than 64 MB and more than the weights themselves.
@@ -232,8 +232,8 @@ def checked_yarn(scaling: dict[str, Any], max_positions: int) -> dict[str, Any] 
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # 3,214,592 parameters: trains on a laptop CPU in minutes, with a vocabulary of its own. Deep and narrow: as many
-    # parameters in 4 layers of 704 learned less from the same tokens (docs/trials.md).
+    # 3,214,592 parameters: trains on a laptop CPU in minutes, with its own vocabulary. Deep and narrow: the same number
+    # of parameters in 4 layers of 704 learned less from the same tokens (docs/trials.md).
     "tiny": {
         "vocab_size": 1024,
         "hidden_size": 256,

@@ -36,7 +36,7 @@ def config_to_hf(config: TinyLMConfig) -> dict[str, Any]:
 
     Both spellings of the settings that were renamed are written (`rope_theta` and `rope_parameters`,
     `torch_dtype` and `dtype`). A model with no Llama equivalent writes model_type "tinylm", which no
-    other loader claims to know.
+    other loader recognises.
     """
     try:
         require_llama_shape(config)
@@ -81,7 +81,7 @@ def config_from_hf(data: dict[str, Any]) -> TinyLMConfig:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = data.get(name)
         value = value[0] if isinstance(value, list) and value else value
-        # -1, or the vocabulary's own size, says in older files that there is none; as an index it would fail later.
+        # In older files, -1 or the vocabulary's size means that there is no such token; as an index it would fail.
         exists = type(value) is not int or not isinstance(size := data.get("vocab_size"), int) or 0 <= value < size
         kept[name] = value if exists else None
     missing = [n for n in ("vocab_size", "hidden_size", "num_hidden_layers") if n not in kept]

@@ -1,10 +1,10 @@
 """A copy of a model for generation only: adapters merged, projections joined, norms folded, weights in the kernels'
 layout.
 
-At one token a step a CPU does little but read weights and start operations. So the weights are read in a few large
-pieces instead of many small ones, already in the order that the bf16 kernel wants (it otherwise reorders them at every
-call), and of each norm only the division is left: its scale is multiplied into the product behind it. The numbers are
-those of the model; the file format never sees this form.
+When it computes one token at a time, a CPU spends nearly all its time on reading weights and starting operations. So
+the copy reads its weights in a few large pieces instead of many small ones, stored in the order that the bf16 kernel
+needs (which otherwise reorders them at every call). Each norm only divides: its scale is multiplied into the weights of
+the product after it. The results are those of the model. The copy is never saved.
 
 Shapes: B batch, T time, C width, H query heads, K key/value heads, D head dim, F feed-forward width.
 """
@@ -25,11 +25,11 @@ from tinylm.system.runtime import device_has_bf16
 
 
 def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> TinyLMForCausalLM:
-    """A copy of `model` in `dtype` (None: its own), in eval mode and without gradients, to be only run.
+    """A copy of `model` in `dtype` (None: its own), in eval mode and without gradients, for generation only.
 
-    It is called as the model is (`hidden_states`, then `lm_head`, with a cache) and gives the same logits, to rounding;
-    its hidden states lack the final norm's scale, which is in its `lm_head`. Adapters are merged in. It cannot be
-    trained, saved or moved: make another from the model.
+    Call it like the model (`hidden_states`, then `lm_head`, with a cache); it gives the same logits, to rounding. Its
+    hidden states lack the final norm's scale, which is in its `lm_head`. Adapters are merged. It cannot be trained,
+    saved or moved: make a new copy from the model instead.
     """
     source = unwrapped(model)
     assert isinstance(source, TinyLMForCausalLM)
@@ -48,7 +48,7 @@ def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> TinyLM
 
 
 def _scale(norm: RMSNorm) -> Tensor:
-    """What is left of a norm beside its `_Division`: sqrt(width) times its weight, float32."""
+    """The part of a norm that `_Division` leaves out: sqrt(width) times its weight, float32."""
     return norm.weight.float() * norm.weight.numel() ** 0.5
 
 
@@ -71,7 +71,7 @@ class _Packed(nn.Module):
     Args:
         linears: the layers.
         dtype: of the product.
-        norm: the norm before them, whose scale is multiplied into the weights.
+        norm: the norm before these layers; its scale is multiplied into the weights.
     """
 
     def __init__(self, linears: list[nn.Linear], dtype: torch.dtype, norm: RMSNorm | None = None):
@@ -94,7 +94,7 @@ class _Packed(nn.Module):
 
 
 def _has_packed_kernel(weight: Tensor) -> bool:
-    """Whether torch was built with oneDNN's linear on packed weights, and it pays (bf16 on a CPU)."""
+    """Whether torch has oneDNN's linear layer on packed weights, and it is faster here (bf16 on a CPU)."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not device_has_bf16(weight.device):
         return False
     return hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")

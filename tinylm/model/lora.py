@@ -146,7 +146,7 @@ def unload_lora(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base model for a while: the reference policy of DPO costs no second copy of the weights."""
+    """Switch the adapters off inside: DPO's reference policy then needs no second copy of the weights."""
     layers = list(lora_layers(model).values())
     before = [layer.enabled for layer in layers]
     for layer in layers:

@@ -41,7 +41,7 @@ def rope_frequencies(config: TinyLMConfig) -> tuple[Tensor, float]:
     low, high = max(low, 0), min(high, dim - 1)
     span = high - low if high != low else 0.001  # the reference's guard against a ramp of no length
     slowed = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
-    # Rounded as the reference rounds: an error of 1e-7 in a speed is 1e-5 in an angle, some positions on.
+    # Rounded like the reference: an error of 1e-7 in a speed becomes 1e-5 in the angle after a hundred positions.
     kept = 1 - slowed
     speeds = 1.0 / (factor * inverse_speeds) * (1 - kept) + speeds * kept
     return speeds, _yarn_temperature(yarn, factor)
@@ -74,9 +74,9 @@ class RotaryEmbedding(nn.Module):
         speeds, temperature = rope_frequencies(config)
         positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
         angles = torch.outer(positions, speeds)  # [P, D/2]
-        # In place where it can be: a table of a million positions is large, and each step would be another of it.
+        # In place where possible: a table of a million positions is large, and every operation would make another.
         cos = angles.cos().mul_(temperature)
-        # Not persistent: the tables follow from the config and are no part of a checkpoint.
+        # Not persistent: the tables follow from the config, so checkpoints do not contain them.
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # [P, D]
         del cos
         sin = angles.sin_().mul_(temperature)

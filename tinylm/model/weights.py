@@ -1,4 +1,4 @@
-"""A model's weights by name: what is inside wrappers and adapters, and a fingerprint of all of it."""
+"""A model's weights by name, without wrappers and adapters, and their fingerprint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     model = unwrapped(model)
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     state: dict[str, Tensor] = {}
-    # Not `state_dict`, which gives the shards of a sharded model that `parallel.whole` has put together.
+    # Not `state_dict`: inside `distributed.whole`, that would still give the shards of a sharded model.
     for name, tensor in model.named_parameters(remove_duplicate=False):
         name = plain_name(name).replace(".base.", ".")
         if ".lora_A." in name or ".lora_B." in name or (tied and name == "lm_head.weight"):
@@ -44,11 +44,11 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 def weights_fingerprint(model: nn.Module) -> str:
     """16 hex digits of a SHA-256 over the names, dtypes, shapes and exact values of the base weights.
 
-    Adapters, wrappers and the device make no difference to it; a single changed bit does.
+    Adapters, wrappers and the device do not change it; a single changed bit does.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(base_state(model).items()):
-        # A copy, since memory that numpy has seen can no longer be freed, which a sharded model does after each use.
+        # A copy: a sharded model frees this memory after each use, which it cannot do once numpy refers to it.
         data = tensor.detach().to("cpu", copy=True).contiguous()
         digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().data)

@@ -3,20 +3,21 @@
 The idea (Gage 1994; for language models Sennrich et al. 2016, arXiv:1508.07909; on bytes GPT-2, Radford et
 al. 2019):
 
-1. Cut text into *pieces* (words with their leading space, numbers, punctuation, blanks). Merges never cross
-   a piece.
+1. Cut text into *pieces* (words with their leading space, numbers, punctuation, blanks). No merge crosses the
+   border of a piece.
 2. Start from the 256 bytes, so that every text has an encoding and no "unknown" token is needed.
 3. Train: find the adjacent pair of tokens that is most frequent in the training text, make it a new token,
    repeat.
 4. Encode: apply the learned merges to each piece, the earliest learned first.
 
 Ids here run from 0: first the 256 bytes in `BYTE_ALPHABET`'s order, then one id for each merge. The special
-tokens (`<|endoftext|>` and so on) do not concern BPE: `tinylm.tokenizer.tokenizer` puts them before these ids.
+tokens (`<|endoftext|>` and so on) are not part of BPE: `tinylm.tokenizer.tokenizer` puts them before these
+ids.
 
-Training is here twice: `train_bpe_naive`, to read, and `train_bpe`, to use. Both learn, one for one, the merges of the
-`tokenizers` library's BpeTrainer on the same text; tests hold the three together. The pieces depend on which characters
-the regular-expression engine knows as letters. `regex` and `tokenizers` ship different editions of the Unicode tables,
-so pieces can differ around letters standardised after Unicode 16 (2024).
+There are two trainers: `train_bpe_naive`, to read, and `train_bpe`, to use. Both learn exactly the merges that the
+`tokenizers` library's BpeTrainer learns from the same text; tests compare all three. The pieces depend on which
+characters the regular-expression engine treats as letters. `regex` and `tokenizers` contain different versions of the
+Unicode tables, so pieces can differ around letters that were added after Unicode 16 (2024).
 """
 
 from __future__ import annotations
@@ -50,21 +51,20 @@ def _byte_characters() -> list[str]:
 BYTE_TO_CHARACTER: list[str] = _byte_characters()
 CHARACTER_TO_BYTE: dict[str, int] = {character: byte for byte, character in enumerate(BYTE_TO_CHARACTER)}
 BYTE_ALPHABET: list[int] = sorted(range(256), key=BYTE_TO_CHARACTER.__getitem__)
-"""The byte that has id 0, 1, ..., 255: in the order of their printable characters, as `tokenizers` numbers
-them."""
+"""The bytes with ids 0, 1, ..., 255, in the order of their printable characters, as in `tokenizers`."""
 
 _BYTE_TO_ID = bytes(BYTE_ALPHABET.index(byte) for byte in range(256))  # a table for bytes.translate
 
 
 def split_pieces(text: str) -> list[str]:
-    """Cut a text into the pieces that BPE works on; joined, they are the text again."""
+    """Cut a text into the pieces that BPE works on. Joined, they give the text."""
     return _SPLIT.findall(text)
 
 
 def count_pieces(texts: Iterable[str]) -> Counter[str]:
-    """Count the pieces of many texts: all that training needs to know about them.
+    """Count the pieces of many texts. Training needs nothing else from them.
 
-    Raises ValueError, naming the text by its number, for anything that is not a string.
+    Raises ValueError, with the number of the text, for anything that is not a string.
     """
     if isinstance(texts, str):
         raise ValueError("got one string; expected an iterable of texts; pass [text]")
@@ -80,8 +80,8 @@ def count_pieces(texts: Iterable[str]) -> Counter[str]:
 def train_bpe_naive(piece_counts: Mapping[str, int], vocab_size: int) -> BytePairEncoding:
     """The textbook algorithm: count all pairs, merge the most frequent one everywhere, repeat.
 
-    It is here to be read, and as the reference that tests hold `train_bpe` to. It takes O(merges x text). Arguments
-    and result are those of `train_bpe`.
+    It is meant to be read, and tests use it as the reference for `train_bpe`, which has the same arguments and result.
+    It takes O(merges x text).
     """
     words = {piece: list(_utf8(piece).translate(_BYTE_TO_ID)) for piece in piece_counts}
     bpe = BytePairEncoding([])
@@ -114,8 +114,8 @@ def train_bpe(
 ) -> BytePairEncoding:
     """Learn merges until there are `vocab_size` tokens (the 256 bytes included) or nothing is left to merge.
 
-    Among equally frequent pairs, the one with the smaller ids wins: the rule of `tokenizers`, and a
-    deterministic one.
+    Among equally frequent pairs, the one with the smaller ids wins. `tokenizers` has the same rule, and it makes
+    training deterministic.
 
     The merges are those of `train_bpe_naive`, which recounts all pairs of all pieces for each of them. Here a merge
     touches only the pieces that contain the pair (an inverted index, pair -> pieces) and corrects the counts of the
@@ -136,7 +136,7 @@ def train_bpe(
     counts = list(piece_counts.values())
 
     pair_counts: Counter[Pair] = Counter()
-    index: defaultdict[Pair, list[int]] = defaultdict(list)  # pair -> the words it was seen in
+    index: defaultdict[Pair, list[int]] = defaultdict(list)  # pair -> the words that contain it
     for word_index, word in enumerate(words):
         for pair in zip(word, word[1:], strict=False):
             pair_counts[pair] += counts[word_index]
@@ -152,7 +152,7 @@ def train_bpe(
                 heapq.heappush(heap, (-pair_counts[pair], pair, where))
             continue
         new_id = bpe.add_merge(pair)
-        index = defaultdict(list)  # only the pairs that this merge makes
+        index = defaultdict(list)  # only the pairs that this merge creates
         for word_index in where:
             words[word_index], changes = _merge_word(words[word_index], pair, new_id)
             for changed_pair, change in changes:
@@ -179,14 +179,14 @@ def _utf8(text: str) -> bytes:
 
 
 def _note(where: list[int], word_index: int) -> None:
-    """Append, once: words are visited one after another, so a repeat can only be the last entry."""
+    """Append unless it is there: words are visited in order, so only the last entry can be the same."""
     if not where or where[-1] != word_index:
         where.append(word_index)
 
 
 def _merge_word(word: list[int], pair: Pair, new_id: int) -> tuple[list[int], list[tuple[Pair, int]]]:
-    """Replace `pair` by `new_id` from left to right; also say which neighbouring pairs went (-1) and came
-    (+1)."""
+    """Replace `pair` by `new_id` from left to right; also return which neighbouring pairs disappeared (-1) and
+    appeared (+1)."""
     left, right = pair
     merged: list[int] = []
     changes: list[tuple[Pair, int]] = []
@@ -207,11 +207,11 @@ def _merge_word(word: list[int], pair: Pair, new_id: int) -> tuple[list[int], li
 
 
 class BytePairEncoding:
-    """A list of merges, and what follows from it: the tokens' bytes, encoding and decoding.
+    """A list of merges, and what follows from it: the bytes of each token, encoding and decoding.
 
     Args:
         merges: pairs of token ids in the order learned. Merge number i makes token 256 + i (unless those
-            bytes were a token already: two different merges can spell the same bytes, and then share its
+            bytes already were a token: two different merges can spell the same bytes, and then share one
             id).
     """
 
@@ -230,8 +230,7 @@ class BytePairEncoding:
         return sorted(self._merged, key=lambda pair: self._merged[pair][0])
 
     def add_merge(self, pair: Pair) -> int:
-        """Append a merge; returns the id of the token it makes. A pair learned again moves to the last
-        rank."""
+        """Append a merge and return the id of its token. A pair that is learned again moves to the last rank."""
         left, right = pair
         token = self.tokens[left] + self.tokens[right]
         new_id = self._ids.setdefault(token, len(self.tokens))
@@ -255,11 +254,10 @@ class BytePairEncoding:
         return ids
 
     def _encode_piece(self, piece: bytes) -> list[int]:
-        """Merge the bytes of one piece: the earliest learned pair first, and of equal ones the leftmost.
+        """Merge the bytes of one piece: the pair that was learned first comes first, and of equal pairs the leftmost.
 
-        A heap of candidate merges over a doubly linked list of tokens: O(n log n) in the bytes of the
-        piece, where searching for the best pair again after each merge would be O(n^2), a trap for a long
-        row of one letter.
+        A heap of candidate merges over a doubly linked list of tokens takes O(n log n) for n bytes. A search for the
+        best pair after each merge would take O(n^2), which is too slow for a long run of one letter.
         """
         ids = list(piece.translate(_BYTE_TO_ID))
         end, gone = len(ids), -1
@@ -278,7 +276,7 @@ class BytePairEncoding:
             _, position, pair = heapq.heappop(candidates)
             right = after[position]
             if right == end or (ids[position], ids[right]) != pair:
-                continue  # an earlier merge took one of the two
+                continue  # an earlier merge used one of the two
             ids[position], ids[right] = self._merged[pair][1], gone
             after[position] = after[right]
             if after[right] < end:
@@ -288,5 +286,5 @@ class BytePairEncoding:
         return [token_id for token_id in ids if token_id != gone]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        """Ids to text. Bytes that are not UTF-8 (half a character) become U+FFFD."""
         return b"".join(self.tokens[token_id] for token_id in ids).decode("utf-8", errors="replace")

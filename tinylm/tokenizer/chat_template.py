@@ -1,4 +1,4 @@
-"""Chats: messages to text, to token ids and to the loss mask, by the ChatML template.
+"""Chats: from messages to text, token ids and the loss mask, with the ChatML template.
 
     <|im_start|>user
     What is the sky?<|im_end|>
@@ -6,10 +6,9 @@
     Blue.<|im_end|>
 
 The same template exists twice. `CHAT_TEMPLATE` (chat_template_jinja.py) goes into every model folder, for
-transformers, vLLM and llama.cpp. The functions below are what we use ourselves: they place the control
-tokens by id, from the structure of the chat, so nothing that a message says can forge a control token or
-move the loss mask. For chats that do not contain control tokens as text both give the same ids; tests hold
-them together.
+transformers, vLLM and llama.cpp. Our own code uses the functions below. They place the control tokens by id, from
+the structure of the chat, so no text in a message can forge a control token or move the loss mask. For chats that
+do not contain control tokens as text, both give the same ids; tests compare them.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ def render_chat(
     add_generation_prompt: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The chat as text, exactly as `CHAT_TEMPLATE` renders it. For people and for tests: never encode this
-    text."""
+    """The chat as text, exactly as `CHAT_TEMPLATE` renders it. For people and tests only: do not encode this text."""
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in _checked_turns(messages, tools))
     return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
@@ -44,16 +42,15 @@ def chat_turns(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[tuple[list[int], list[bool]]]:
-    """Ids and loss mask of each turn, so that a chat too long for a model can be cut between two of them.
+    """Ids and loss mask of each turn, so that a chat that is too long for a model can be cut between two turns.
 
-    One piece per message, in order (with `tools` but no system message, the turn that presents the tools
-    comes first, as a piece of its own). The mask is True on the tokens that the assistant has to write: its
-    content and the <|im_end|> after it, not the header before and not the newline behind, which the
-    template adds.
+    There is one turn per message, in order. With `tools` but no system message, a turn that presents the tools comes
+    first. The mask is True on the tokens that the assistant has to write: its content and the <|im_end|> after it. The
+    header before them and the newline after them come from the template, so they are not scored.
 
-    Header and content are encoded apart, so where the content begins is a fact and not a search. That
-    changes no id: the content is stripped, and between a newline and a character that is not blank the
-    split pattern always cuts.
+    Header and content are encoded separately, so the start of the content is known and need not be searched for. This
+    changes no id: the content is stripped, and the split pattern always cuts between a newline and a visible
+    character (see `cut_text`).
     """
     if not tokenizer.has_chat_tokens:
         raise ValueError("this tokenizer has no <|im_start|> and <|im_end|>; a chat needs them; use another tokenizer")
@@ -73,10 +70,10 @@ def encode_chat(
     add_generation_prompt: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """Ids and loss mask of a whole chat: `chat_turns` joined, and if asked the header that invites an answer.
+    """Ids and loss mask of a chat: its `chat_turns` joined, and on request the header that asks for an answer.
 
-    Raises ValueError, naming the message, for an unknown role, a content that is no string, or no message
-    at all.
+    Raises ValueError for an unknown role, a content that is not a string (both with the message's number), or an empty
+    chat.
     """
     ids: list[int] = []
     mask: list[bool] = []

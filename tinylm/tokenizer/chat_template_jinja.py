@@ -1,6 +1,6 @@
-"""The ChatML template in Jinja, as every model folder carries it for transformers, vLLM and llama.cpp.
+"""The ChatML template in Jinja. Every model folder contains it, for transformers, vLLM and llama.cpp.
 
-`chat_template.py` beside this file says the same in Python and is what we use ourselves.
+`chat_template.py` has the same template in Python, which our own code uses.
 """
 
 from __future__ import annotations

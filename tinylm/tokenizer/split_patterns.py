@@ -1,7 +1,7 @@
 """Split patterns: the regular expressions that cut text into pieces, before any merge of byte-pair encoding.
 
-Here are the pattern of our own tokenizer, where it lets a long text be cut, and the patterns that somebody else's
-tokenizer.json may ask for.
+This file holds our tokenizer's pattern, a function that cuts long texts where that pattern cuts anyway, and the list of
+patterns that a tokenizer.json from elsewhere may use.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _ALWAYS_CUT = re.compile(r"\n(?=\S)")
 def cut_text(text: str, num_characters: int) -> Iterator[str]:
     """Cut a long text into sections of at least `num_characters`, where that changes none of its pieces or tokens.
 
-    A section ends with a newline that a visible character follows. SPLIT_PATTERN always cuts there: none of its
-    alternatives matches both characters, and a run of blanks that ends in a newline is matched the same whatever
-    follows. Long sections are rare, but a text without such a place stays in one section.
+    A section ends with a newline before a visible character. SPLIT_PATTERN always cuts there: none of its alternatives
+    matches both characters, and a run of blanks that ends in a newline is matched in the same way whatever follows it.
+    A text without such a place stays in one section.
     """
     start = 0
     while len(text) - start > num_characters:
@@ -56,16 +56,16 @@ KNOWN_PATTERNS = {
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}",  # GPT-4o
     rf"{_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_BLANKS}",
 }
-"""The patterns that a tokenizer.json may bring. The third is Qwen 3.5's, the fourth GPT-4's, the last DeepSeek 3's,
-which follows two steps of one class each.
+"""The patterns that a tokenizer.json may use. The third is Qwen 3.5's, the fourth GPT-4's, and the last DeepSeek 3's,
+which applies two steps of one class each before it.
 
-They are listed because the engine that runs them backtracks: `(a+)+b` takes 2^n steps on n letters, in native code
-that nothing can interrupt, and it is hard to tell which expressions do that. An expression that repeats one class of
-characters cannot, so these are accepted too. Normalisers are limited for the same reason: a chain of "replace a by
-aa" makes a gigabyte of one letter.
+No other pattern is accepted, because the engine that runs them backtracks: `(a+)+b` takes 2^n steps on n letters, in
+native code that cannot be interrupted, and it is hard to tell which patterns do that. Patterns that repeat a single
+class of characters are safe, so they are accepted too. Normalisers are limited for a similar reason: a chain of
+"replace a by aa" turns one letter into a gigabyte.
 """
 
-# One class of characters, repeated or not: a step a character, whatever the text.
+# One class of characters, repeated or not: one step per character on any text.
 _ONE_CLASS = re.compile(r"(\\[pP]\{\w{1,20}\}|\\[dswDSW]|\[[^\[\]\\&]{1,200}\]|\w)([+*?]|\{[0-9](,[0-9])?\})?")
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 _PRE_TOKENIZERS = ("ByteLevel", "Digits", "Punctuation", "Split")
@@ -102,7 +102,7 @@ def _check_pattern(pattern: Any) -> None:
     kind, text = next(iter(pattern.items())) if isinstance(pattern, dict) and len(pattern) == 1 else (None, None)
     if kind == "String" and isinstance(text, str) and text:
         return
-    # Some files write a line's end in the expression as itself and some as an escape.
+    # Some files write a newline in the pattern as the character itself, others as an escape.
     plain = text.replace("\r", r"\r").replace("\n", r"\n") if isinstance(text, str) else ""
     if kind != "Regex" or not (plain in KNOWN_PATTERNS or _ONE_CLASS.fullmatch(plain)):
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Tokenizer: the type that all other code uses. Text to ids and back, special tokens, files.
+"""Tokenizer: the class that all other code uses. Text to ids and back, special tokens, files.
 
-Training is ours (`bpe.py`). Encoding here goes through the `tokenizers` library, a hundred times faster
-than Python, and token for token equal to `BytePairEncoding.encode`; tests hold the two together.
+Training is our own code (`bpe.py`). Encoding here uses the `tokenizers` library, which is a hundred times faster than
+Python and gives the same tokens as `BytePairEncoding.encode`; tests compare the two.
 
-Text is always plain text. `encode("<|im_end|>")` gives the tokens of those ten characters and never the
-control token: the control tokens are known only by their ids, and only the chat template and the datasets
-place them. Otherwise whoever may write a message could end it and speak in another role.
+Text is always plain text. `encode("<|im_end|>")` gives the tokens of those ten characters and never the control token.
+Control tokens are used only by id, and only the chat template and the data sets insert them. Otherwise the author of a
+message could end it and write in another role.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",  # 0: padding, and the end of a document
-    "<|im_start|>",  # 1: opens a turn of a chat; "bos" to the outside
-    "<|im_end|>",  # 2: closes a turn; "eos" to the outside
+    "<|im_start|>",  # 1: opens a turn of a chat; other libraries call it "bos"
+    "<|im_end|>",  # 2: closes a turn; other libraries call it "eos"
     "<tool_call>",
     "</tool_call>",
     "<tool_response>",
@@ -37,8 +37,8 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     *(f"<|reserved_{number}|>" for number in range(7)),
 )
 
-# What other makers call the three tokens we need, by preference. A tokenizer without ChatML's own two can
-# still be used for text; `has_chat_tokens` says that it cannot be used for chats.
+# Other names of the three tokens we need, the preferred ones first. A tokenizer without the two of ChatML can still be
+# used for text, but not for chats; see `has_chat_tokens`.
 _ENDOFTEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 _START_NAMES = ("<|im_start|>", "<|begin_of_text|>", "<s>", "<bos>", *_ENDOFTEXT_NAMES)
 _END_NAMES = ("<|im_end|>", "<|eot_id|>", *_ENDOFTEXT_NAMES)
@@ -58,8 +58,8 @@ class Tokenizer:
         vocab_size: the largest id plus one; the number of rows a model's embedding needs.
         fingerprint: 16 hex digits that name the definition, for caches and lineage.
         endoftext_id, im_start_id, im_end_id: control tokens, in our own tokenizers 0, 1 and 2.
-        pad_id, bos_id, eos_id: the same three, by the names that other libraries give their tasks.
-        special_ids: ids that `decode` leaves out unless told otherwise.
+        pad_id, bos_id, eos_id: the same three, by the names that other libraries use.
+        special_ids: ids that `decode` leaves out by default.
         has_chat_tokens: whether <|im_start|> and <|im_end|> exist, so that chats can be encoded.
     """
 
@@ -72,7 +72,7 @@ class Tokenizer:
         added = {token["content"]: token["id"] for token in definition["added_tokens"]}
         names = {**definition["model"]["vocab"], **added}
         self.vocab_size: int = max(names.values()) + 1
-        self._bytes: list[bytes] = [b""] * self.vocab_size  # an id that no token has decodes to nothing
+        self._bytes: list[bytes] = [b""] * self.vocab_size  # an id without a token decodes to nothing
         for name, token_id in names.items():
             self._bytes[token_id] = _token_bytes(name, is_added=name in added)
         self.special_ids: frozenset[int] = frozenset(
@@ -87,16 +87,14 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int = 6400, progress: Callable[[int, int], None] | None = None
     ) -> Tokenizer:
-        """Train a tokenizer: 16 special tokens, 256 bytes and `vocab_size - 272` merges (fewer if the texts
-        are tiny).
+        """Train a tokenizer: 16 special tokens, 256 bytes and `vocab_size - 272` merges (fewer for tiny texts).
 
         Args:
-            texts: any iterable of strings; read once, never held in memory together.
-            vocab_size: entries in all.
+            texts: any iterable of strings. It is read once, and the texts are not kept in memory.
+            vocab_size: the number of entries, all kinds together.
             progress: called as `progress(merges_learned, merges_wanted)`.
 
-        Raises ValueError for a vocab_size out of range and for texts that are empty or not valid Unicode
-        strings.
+        Raises ValueError for a vocab_size out of range, and for texts that are empty or not valid Unicode.
         """
         smallest = len(SPECIAL_TOKENS) + 256
         if not smallest <= vocab_size <= tokenizer_json.MAX_VOCAB_SIZE:
@@ -112,14 +110,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Load a folder with a tokenizer.json, or such a file: ours, or any byte-level BPE (GPT-2, Qwen,
-        Llama 3).
+        """Load a tokenizer.json, or a folder that contains one: ours, or any byte-level BPE (GPT-2, Qwen, Llama 3).
 
-        Raises FileNotFoundError or ValueError, in one line that names the file.
+        Raises FileNotFoundError or ValueError, with one line that names the file.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        if path.is_dir() and file.exists():  # a link that the user names is the user's, one in a folder a stranger's
+        if path.is_dir() and file.exists():  # a link that the user names is trusted, a link inside a folder is not
             check_file(file, "a tokenizer.json is expected there")
         definition = tokenizer_json.read_definition(file)
         try:
@@ -130,12 +127,11 @@ class Tokenizer:
     @classmethod
     def default(cls) -> Tokenizer:
         """The tokenizer that ships with the package: 6400 entries for English, code and some Chinese."""
-        # The file and not the folder: some installers make every file of a package a link into their cache.
+        # Load the file, not the folder: some installers make every file of a package a link into their cache.
         return cls.load(_DEFAULT_FOLDER / "tokenizer.json")
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, each one whole or not at
-        all."""
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, each completely or not at all."""
         chat_template = CHAT_TEMPLATE if self.has_chat_tokens else None
         config = tokenizer_json.config_for_transformers(
             endoftext=self.token_bytes(self.endoftext_id).decode(),
@@ -158,9 +154,9 @@ class Tokenizer:
                 file.write(content.encode("utf-8"))
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids; no special token is ever among them.
+        """Plain text to ids, which never include a special token.
 
-        Raises ValueError for a lone surrogate: it is no Unicode text and has no UTF-8 form.
+        Raises ValueError for a lone surrogate, which is not valid Unicode and has no UTF-8 form.
         """
         return self.encode_batch([text])[0]
 
@@ -173,15 +169,14 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Ids to text. Bytes that are not UTF-8 (half a character) become U+FFFD. ValueError for an unknown
-        id."""
+        """Ids to text. Bytes that are not UTF-8 (half a character) become U+FFFD. ValueError for an unknown id."""
         ids = [int(token_id) for token_id in ids]
         if skip_special_tokens:
             ids = [token_id for token_id in ids if token_id not in self.special_ids]
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; for a special token its name. ValueError for an unknown id."""
+        """The bytes of a token; for a special token, its name. ValueError for an unknown id."""
         if not 0 <= token_id < self.vocab_size:
             raise ValueError(f"token id {token_id}; this tokenizer has ids 0 to {self.vocab_size - 1}")
         return self._bytes[token_id]
@@ -200,9 +195,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decode one id at a time, as a model produces them, without ever giving out half a character.
+    """Decode one id at a time, as a model produces them, and never return half a character.
 
-    A token can end in the middle of a character's UTF-8 bytes; these wait for the rest. The strings that
+    A token can end in the middle of a character's UTF-8 bytes, which are kept until the rest arrives. The strings that
     `feed` and `flush` return, joined, equal `Tokenizer.decode` of all ids.
     """
 
@@ -212,23 +207,22 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token_id: int) -> str:
-        """Take the next id; return the text that is now certain (often empty)."""
+        """Take the next id and return the text that is complete now (often empty)."""
         token_bytes = self._tokenizer.token_bytes(token_id)
         return "" if token_id in self._skipped else self._decoder.decode(token_bytes)
 
     def flush(self) -> str:
-        """End of the stream: a character that was never completed becomes U+FFFD. The decoder can be used
-        again."""
+        """End the stream: an incomplete character becomes U+FFFD. The decoder can be used again."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def _build_fast(definition: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer, of the parts that decide the ids of plain text, and of nothing else in the file.
+    """The library's tokenizer, built only from the parts of the file that decide the ids of plain text.
 
-    Left out is what would add tokens to the text's, look for special ones in it or encode by chance (dropout), and
-    what byte-level BPE has no use for (prefixes, suffixes, a decoder of more regular expressions).
+    It leaves out the parts that would add tokens, search the text for special tokens or encode at random (dropout),
+    and those that byte-level BPE does not need (prefixes, suffixes, a decoder with more regular expressions).
     """
     plain: dict[str, Any] = {"version": "1.0", "added_tokens": []}
     plain |= {key: definition.get(key) for key in ("normalizer", "pre_tokenizer")}
@@ -237,7 +231,7 @@ def _build_fast(definition: dict[str, Any]) -> tokenizers.Tokenizer:
     plain["model"]["ignore_merges"] = model.get("ignore_merges") is True
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
-    except BaseException as error:  # the library's Rust code may "panic", which is no Exception
+    except BaseException as error:  # a "panic" of the library's Rust code is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         reason = shown(" ".join(str(error).split()), 200)
@@ -245,7 +239,7 @@ def _build_fast(definition: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _token_bytes(name: str, is_added: bool) -> bytes:
-    """An ordinary token is written in byte characters, an added one in itself."""
+    """The name of an ordinary token spells its bytes in byte characters; an added token is its name."""
     if is_added or any(character not in CHARACTER_TO_BYTE for character in name):
         return name.encode("utf-8")
     return bytes(CHARACTER_TO_BYTE[character] for character in name)

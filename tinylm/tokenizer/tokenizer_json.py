@@ -1,7 +1,7 @@
 """The file format: `tokenizer.json` (the `tokenizers` library's) and `tokenizer_config.json` (transformers').
 
-Reading is strict and runs no code: the file is JSON, its size and shape are checked before anything is
-built from it, and whatever is wrong is told in one line.
+Reading is strict and runs no code from the file: its size and shape are checked before anything is built from it, and
+every error is one line.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ _MAX_VALUES = 1 << 22
 
 
 def token_to_text(token: bytes) -> str:
-    """A token's bytes in the printable characters that tokenizer.json writes them in."""
+    """A token's bytes as the printable characters that tokenizer.json uses."""
     return "".join(BYTE_TO_CHARACTER[byte] for byte in token)
 
 
 def definition_from_bpe(bpe: BytePairEncoding, special_tokens: tuple[str, ...]) -> dict[str, Any]:
-    """The content of tokenizer.json for our tokenizer: ids are the special tokens', then the bytes', then
-    the merges'."""
+    """The content of tokenizer.json for our tokenizer: special tokens have the first ids, then bytes, then merges."""
     names = [*special_tokens, *(token_to_text(token) for token in bpe.tokens)]
     ordinary = names[len(special_tokens) :]
     return {
@@ -80,15 +79,14 @@ def definition_from_bpe(bpe: BytePairEncoding, special_tokens: tuple[str, ...]) 
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": {name: token_id for token_id, name in enumerate(names)},
-            # "left right" in one string: the older of the two spellings, which loaders of any age read
+            # "left right" in one string is the older spelling, which all versions of the loaders read
             "merges": [f"{ordinary[left]} {ordinary[right]}" for left, right in bpe.merges],
         },
     }
 
 
 def config_for_transformers(endoftext: str, im_start: str, im_end: str, chat_template: str | None) -> dict[str, Any]:
-    """The content of tokenizer_config.json, which makes transformers' AutoTokenizer load the folder as it
-    is."""
+    """The content of tokenizer_config.json. With it, transformers' AutoTokenizer loads the folder unchanged."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": im_start,
@@ -102,20 +100,20 @@ def config_for_transformers(endoftext: str, im_start: str, im_end: str, chat_tem
         "split_special_tokens": False,
     }
     if chat_template is not None:
-        config["chat_template"] = chat_template  # for transformers before 4.52, which know no .jinja file
+        config["chat_template"] = chat_template  # for transformers before 4.52, which does not read .jinja files
     return config
 
 
 def to_json_text(content: dict[str, Any]) -> str:
-    """JSON for people and for version control: one entry a line, characters as they are."""
+    """JSON for people and version control: one entry per line, characters not escaped."""
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
 def fingerprint_of(definition: dict[str, Any]) -> str:
-    """16 hex digits of the SHA-256 of what decides the encoding, however the file spells it.
+    """The first 16 hex digits of a SHA-256 of the parts that decide the encoding.
 
-    Parts that we do not use (truncation, padding, post-processor, decoder), which other tools rewrite when
-    they save a folder, leave it unchanged; so does the spelling of the merges.
+    It does not depend on the parts that we do not use (truncation, padding, post-processor, decoder), which other
+    tools rewrite when they save a folder, nor on the spelling of the merges.
     """
     content = {key: definition.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer")}
     model = definition["model"]
@@ -125,9 +123,9 @@ def fingerprint_of(definition: dict[str, Any]) -> str:
 
 
 def read_definition(path: Path) -> Any:
-    """Read a tokenizer.json; `check_definition` says whether we can use it.
+    """Read a tokenizer.json; `check_definition` checks whether we can use it.
 
-    Raises FileNotFoundError if there is none, ValueError if it is too large or not JSON.
+    Raises FileNotFoundError if it does not exist, ValueError if it is too large or not JSON.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -144,8 +142,7 @@ def read_definition(path: Path) -> Any:
 
 
 def check_definition(definition: Any) -> None:
-    """Raise ValueError unless this is the content of a byte-level BPE tokenizer.json, in shape and in
-    sizes."""
+    """Raise ValueError unless this has the shape and sizes of a byte-level BPE tokenizer.json."""
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
         raise ValueError("no `model` object; expected the content of a tokenizer.json")
     model = definition["model"]

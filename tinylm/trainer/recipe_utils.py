@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinylm.checkpoint.model_folder import load_model, resolve_model_path
+from tinylm.checkpoint.model_folder import load_model
+from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.dataset.batches import BatchSampler, Dataset, StoredSteps
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.terminal import make_console, print_facts
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 HELD_OUT = 10
@@ -89,9 +90,8 @@ def main(argv: list[str]) -> None:
         "Python modules held out": python_modules(held_out=True),
         "Chinese chapters held out": chinese_chapters(data_path, held_out=True),
     }
-    print(f"{tokenizer} written to {settings.output_dir}; bytes per token, of text not trained on:")
-    for name, texts in measured.items():
-        print(f"  {name}: {bytes_per_token(tokenizer, texts):.3f}")
+    facts = {name: f"{bytes_per_token(tokenizer, texts):.3f} bytes per token" for name, texts in measured.items()}
+    print_facts(make_console(), f"{tokenizer} written to {settings.output_dir}; on text not trained on:", facts)
 
 
 if __name__ == "__main__":

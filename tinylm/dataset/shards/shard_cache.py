@@ -1,12 +1,13 @@
-"""The shards of a corpus, one for each source file: made where they are missing, each by one process.
+"""The shards of a corpus, one for each source: missing ones are made, each by one process.
 
-A shard's folder is named by a fingerprint of its source and the tokenizer. So what is there is opened, what is missing
-is tokenised, an interrupted run goes on with the files not yet done, and a new file costs only itself.
+The name of a shard's folder is a fingerprint of its source and the tokenizer. So shards that exist are opened, sources
+without one are tokenised, an interrupted run continues with the files that are left, and a new file costs only its own
+time.
 
-Processes that share a disk share the work: each claims a file that nobody works at (a lock on a file beside the shard,
-which the system frees when its holder ends, however it ends), and goes through the list until nothing is missing.
-Processes with other disks have their own shards and locks, so each machine makes all it needs, and nobody has to know
-which of both it is. Order and fingerprint come from the list of sources, whoever tokenised what.
+Processes that share a disk share the work. Each goes through the list until nothing is missing, and claims a source
+before it tokenises it. A claim is a lock on a file beside the shard; the system releases it when the process ends for
+any reason. Machines that do not share a disk each make all shards. The same code serves both cases. Order and
+fingerprint follow from the list of sources, not from who tokenised them.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from tinylm.files.atomic import remove_leftovers
 from tinylm.files.locks import try_to_lock
 
 PARALLEL_FROM = 4 << 20
-"""Bytes of a file from which worker processes pay. A smaller one is tokenised in this process, where the `tokenizers`
-library uses all cores too."""
+"""Size in bytes from which a file is worth worker processes. Smaller files are tokenised in this process, where the
+`tokenizers` library uses all cores too."""
 
 SAMPLE_BYTES = 1 << 20
-"""How much of a file's start and of its end goes into the fingerprint, beside its size and time of change."""
+"""The fingerprint covers this much of a file's start and end, and its size and time of change."""
 
 WAIT_SECONDS = 0.2
-"""Between looks at the files that other processes work at."""
+"""How long to wait for other processes before looking for their shards again."""
 
 Progress = Callable[[int, int], None]
 
@@ -56,16 +57,17 @@ def cached_token_shards(
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> TokenShards:
-    """Open the shards of `path` in `cache_dir`, and make them first where they are missing or damaged.
+    """Open the shards of `path` in `cache_dir`; make those that are missing or damaged first.
 
     Args:
         path: as for `find_files`.
-        num_processes: that tokenise, 0 for this one alone; None is one per core for files from PARALLEL_FROM on.
-        progress: called with (documents, tokens) that this process has done so far.
+        num_processes: how many tokenise; 0 is this process, with all cores. None is one per core for files from
+            PARALLEL_FROM on, and this process for smaller ones.
+        progress: called with the numbers of documents and tokens that this process has done so far.
         notice: called with a line about each damaged shard.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_records` and BadRows do; the shards that are done stay.
+        FileNotFoundError, ValueError: as `read_records` and BadRows raise them. Finished shards stay.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
     sources = find_sources(path)
@@ -76,7 +78,7 @@ def cached_token_shards(
         _sweep(Path(cache_dir))
         made = _tokenize_missing(missing, tokenizer, num_processes, counter)
         shards |= made
-        if not made:  # other processes work at all of them
+        if not made:  # other processes are working on all of them
             time.sleep(WAIT_SECONDS)
             shards |= _open_good(missing, tokenizer)
     for folder, source in zip(folders, sources, strict=True):
@@ -89,9 +91,9 @@ def cached_token_shards(
 
 
 def shard_name(source: Source, tokenizer: Any) -> str:
-    """Changes with the tokenizer, and with the source's name, size, version (of a file: time of change), start or end.
+    """A fingerprint of the tokenizer and of the source's name, size, version (a file's time of change), start and end.
 
-    Start and end are not read where an object store tells a version, which is a hash of all the content.
+    Start and end are not read if an object store gives a version, which depends on all the content.
     """
     digest = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer.fingerprint} ".encode())
     name = source.path if source.path.startswith(HUB_PREFIX) else os.path.basename(source.path)
@@ -123,20 +125,20 @@ def _open_good(
 def _tokenize_missing(
     missing: dict[Path, Source], tokenizer: Any, num_processes: int | None, counter: _Counter
 ) -> dict[Path, Shard]:
-    """Tokenise those of the sources that no other process works at; returns their shards.
+    """Tokenise the sources that no other process is working on; return their shards.
 
-    It never waits for other processes: they may wait for what is unfinished here.
+    It does not wait for other processes, because they may wait for this one.
     """
     shards: dict[Path, Shard] = {}
     new_folders = [path for path in next(iter(missing)).parents if not path.exists()]
     cores = available_cores(len(missing)) if num_processes is None else num_processes
     try:
-        with process_map(encode_chunk, (tokenizer,), cores) as map_chunks:  # starts no process before its first use
+        with process_map(encode_chunk, (tokenizer,), cores) as map_chunks:  # a process starts when it is first needed
             for folder, source in missing.items():
                 with _claim(folder) as is_ours:
                     if is_ours is False:
                         continue
-                    shards |= _open_good([folder], tokenizer)  # another process may have made it since we looked
+                    shards |= _open_good([folder], tokenizer)  # another process may just have made it
                     if folder in shards:
                         continue
                     bad_rows = BadRows()
@@ -144,14 +146,14 @@ def _tokenize_missing(
                     is_large = num_processes is not None or source.size >= PARALLEL_FROM
                     encoded = map_chunks(chunks) if is_large else map(partial(encode_chunk, tokenizer), chunks)
                     write_shard(counter.count(encoded), tokenizer, folder, bad_rows)
-                    shards[folder] = open_shard(folder, tokenizer)  # what is damaged now would be so the next time too
+                    shards[folder] = open_shard(folder, tokenizer)  # if it is damaged, it would be so again
     finally:
         _remove_empty(new_folders)
     return shards
 
 
 class _Counter:
-    """Counts what is tokenised, and reports it."""
+    """Counts documents and tokens, and reports the counts."""
 
     def __init__(self, report: Progress | None) -> None:
         self.report = report
@@ -159,7 +161,7 @@ class _Counter:
         self.num_tokens = 0
 
     def count(self, chunks: Iterable[EncodedChunk]) -> Iterator[EncodedChunk]:
-        """The same chunks, each counted once it is used."""
+        """The same chunks; each is counted after the consumer has used it."""
         for chunk in chunks:
             yield chunk
             self.num_documents += len(chunk.ends)
@@ -169,7 +171,7 @@ class _Counter:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, the innermost first, as far as they are empty: where no shard was made, nothing stays."""
+    """Remove those folders that are empty, from the innermost on, so that a failed run leaves nothing behind."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -177,10 +179,10 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @contextlib.contextmanager
 def _claim(folder: Path) -> Iterator[bool | None]:
-    """Claim the right to make a shard, which only one process has at a time, for the block.
+    """Claim a shard for the block: only one process at a time may make it.
 
-    True: this process has it. False: another one has it. None: the disk has no locks, so nobody knows; two processes
-    may then do the same work, and the later result replaces its equal.
+    True: this process has the claim. False: another one has it. None: the disk has no locks, so this is unknown. Then
+    two processes may do the same work, and the later result replaces the equal earlier one.
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +194,7 @@ def _claim(folder: Path) -> Iterator[bool | None]:
             yield is_ours
         finally:
             if is_ours is not False:
-                with contextlib.suppress(OSError):  # another process may have removed the file, or hold it open
+                with contextlib.suppress(OSError):  # another process may have removed it or hold it open
                     path.unlink()
 
 

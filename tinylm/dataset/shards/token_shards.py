@@ -1,9 +1,9 @@
 """Token shards: tokenised files on disk, memory-mapped, so that a corpus may be larger than memory.
 
 A shard is a folder with `tokens.bin` (uint16, or uint32 for vocabularies above 65,536; each document ends with the
-tokenizer's <|endoftext|>), `offsets.bin` (int64 [D + 1], where each document starts) and `meta.json`. It appears when
-it is complete and not before. Opening it trusts nothing: types, sizes, order and range are checked, and a hash of all
-of it, which takes about a second per GB. A corpus is a list of shards.
+tokenizer's <|endoftext|>), `offsets.bin` (int64 [D + 1], where each document starts) and `meta.json`. The folder
+appears only when it is complete. Opening it checks types, sizes, order, range, and a hash of all content, which takes
+about a second per GB. A corpus is a list of shards.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ FORMAT_VERSION = 2
 FILES = ("meta.json", "tokens.bin", "offsets.bin")
 
 MAX_META_BYTES = 1 << 20
-"""A shard's meta.json has under 10 kB; a larger one is none of ours."""
+"""The largest meta.json that is read; ours have under 10 kB."""
 
 MAX_REASON_CHARACTERS = 500
-"""How much of what is wrong with a bad row is kept."""
+"""A bad row's reason is cut to this length."""
 
 BLOCK_BYTES = 1 << 22
-"""Read at a time when a shard is checked."""
+"""How much is read at a time when a shard is checked."""
 
 MAX_MAPPED = 128
-"""Shards of a corpus that are mapped at a time: each takes a file handle, and a process may have but 256 (macOS)."""
+"""Shards mapped at a time. Each takes a file handle, and on macOS a process may have only 256."""
 
 
 class JoinedTokens:
-    """The tokens of several shards as if end to end: `tokens[a:b]`, where a to b lies within one shard.
+    """The tokens of several shards as one array: `tokens[a:b]`, where a to b must lie within one shard.
 
-    Documents do. So the shards need not be open all at once.
+    Every document lies within one shard, so not all shards need to be open at once.
     """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -70,7 +70,7 @@ class TokenShards:
     offsets: np.ndarray
     """[D + 1] int64"""
     fingerprint: str
-    """of the tokens and boundaries themselves, the same on every machine"""
+    """of the tokens and boundaries, so it is the same on every machine"""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -79,7 +79,7 @@ class TokenShards:
 
     @classmethod
     def join(cls, shards: Sequence[Shard]) -> TokenShards:
-        """A corpus of several shards, in order; of a single one, its fingerprint too. Shards may be empty."""
+        """A corpus of several shards, in order. A single shard keeps its fingerprint. Shards may be empty."""
         shards = [shard for shard in shards if shard.num_tokens]
         if len(shards) == 1:
             return cls(shards[0].tokens(), shards[0].offsets, shards[0].sha256[:16])
@@ -90,7 +90,7 @@ class TokenShards:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard on disk that was found whole."""
+    """A shard on disk that has passed all checks."""
 
     folder: Path
     dtype: np.dtype[Any]
@@ -108,14 +108,14 @@ class Shard:
         return int(self.offsets[-1])
 
     def tokens(self) -> np.ndarray:
-        """Map the tokens; an empty file cannot be mapped."""
+        """Memory-map the tokens. (An empty file cannot be mapped.)"""
         if self.num_tokens == 0:
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(self.folder / "tokens.bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,))
 
 
 def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> TokenShards:
-    """A corpus in memory, for small ones."""
+    """Tokenise a small corpus in memory."""
     parts, ends = [np.zeros(0, dtype=token_dtype(tokenizer.vocab_size))], [np.zeros(1, dtype=np.int64)]
     num_tokens = 0
     for chunk in chunks_of(texts):
@@ -132,10 +132,10 @@ def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> TokenShards:
 def write_shard(
     chunks: Iterable[EncodedChunk], tokenizer: Any, folder: str | Path, bad_rows: BadRows | None = None
 ) -> None:
-    """Write tokenised documents to a folder; it appears when complete, and stays as it was when anything fails.
+    """Write tokenised documents to a folder. It appears when it is complete; if anything fails, it stays unchanged.
 
     Args:
-        bad_rows: of the source; its counts are read when all chunks are written.
+        bad_rows: those of the source; read after the last chunk.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
     digest = hashlib.sha256()
@@ -165,11 +165,11 @@ def write_shard(
 
 
 def open_shard(folder: str | Path, tokenizer: Any) -> Shard:
-    """Open a folder that `write_shard` made with this tokenizer, and check all of it.
+    """Open and check a folder that `write_shard` made with this tokenizer.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is damaged, or not a shard of this tokenizer.
+        ValueError: it is damaged, or made with another tokenizer.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -182,7 +182,7 @@ def open_shard(folder: str | Path, tokenizer: Any) -> Shard:
 
 
 def _checked_shard(folder: Path, tokenizer: Any) -> Shard:
-    for name in FILES:  # a pipe would be waited for
+    for name in FILES:  # to open a pipe would wait for a writer
         _require((folder / name).is_file(), f"no file {name}")
     _require((folder / "meta.json").stat().st_size <= MAX_META_BYTES, "meta.json is too large")
     meta = parse_json((folder / "meta.json").read_bytes())
@@ -221,7 +221,7 @@ def _require(holds: bool | np.bool_, reason: str) -> None:
 
 
 def count_bad_rows(shard: Shard, source: str, bad_rows: BadRows) -> None:
-    """Add the bad rows of a shard's source to those of a corpus."""
+    """Add the bad rows of a shard's source to the counts of a corpus."""
     for line, reason in shard.bad_lines:
         bad_rows.add(BadRow(source, line, reason))
     bad_rows.num_bad += shard.num_bad - len(shard.bad_lines)

@@ -1,9 +1,9 @@
 """Texts -> chunks -> token ids, in this process or spread over several.
 
-The `tokenizers` library uses all cores by itself, but turning its results into arrays is Python, which threads cannot
-do side by side. So large corpora are tokenised by worker processes. These are spawned, not forked: a fork of a process
-that runs torch's threads or holds a GPU can hang. The functions sent to them live in modules that do not import torch,
-so a worker starts in a fraction of a second.
+The `tokenizers` library uses all cores by itself, but reading texts and making arrays of the results is Python code,
+which runs on one core at a time. So large corpora are tokenised by worker processes. They are spawned, not forked,
+because a fork of a process that runs torch's threads or uses a GPU can hang. The functions that they run are in
+modules that do not import torch, so a worker starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK_CHARACTERS = 1 << 20
 """Text sent to a worker process at a time: about half a second of work."""
 
 SECTION_CHARACTERS = 1 << 13
-"""Long documents are tokenised in sections of about this size: a fifth faster, and on all cores."""
+"""Long documents are tokenised in sections of about this size, which is a fifth faster and uses all cores."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,7 +40,7 @@ class Section(NamedTuple):
 
 
 class EncodedChunk(NamedTuple):
-    """The tokens of a chunk, and where in it documents end: [N] uint16 or uint32, and [D] int64."""
+    """The tokens of a chunk, [N] uint16 or uint32, and the positions after its documents' ends, [D] int64."""
 
     tokens: np.ndarray
     ends: np.ndarray
@@ -52,7 +52,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def chunks_of(texts: Iterable[str]) -> Iterator[list[Section]]:
-    """Sections of documents, about CHUNK_CHARACTERS together."""
+    """Lists of sections, with about CHUNK_CHARACTERS in each list."""
     chunk: list[Section] = []
     size = 0
     for text in texts:
@@ -67,7 +67,7 @@ def chunks_of(texts: Iterable[str]) -> Iterator[list[Section]]:
 
 
 def sections_of(document: str) -> Iterator[Section]:
-    """A document in sections of about SECTION_CHARACTERS, which have the same tokens."""
+    """Cut a document into sections of about SECTION_CHARACTERS; its tokens stay the same."""
     remaining = len(document)
     for text in cut_text(document, SECTION_CHARACTERS):
         remaining -= len(text)
@@ -75,7 +75,7 @@ def sections_of(document: str) -> Iterator[Section]:
 
 
 def encode_chunk(tokenizer: Any, chunk: list[Section]) -> EncodedChunk:
-    """Tokenise a chunk, with <|endoftext|> after each document that ends in it."""
+    """Tokenise a chunk; <|endoftext|> follows each document that ends in it."""
     dtype = token_dtype(tokenizer.vocab_size)
     encoded: list[np.ndarray] = []
     ends = []
@@ -91,10 +91,10 @@ def encode_chunk(tokenizer: Any, chunk: list[Section]) -> EncodedChunk:
 
 
 def available_cores(num_tasks: int | None = None) -> int:
-    """Processor cores for this process; a container or `taskset` may allow fewer than the machine has.
+    """Processor cores for this process. A container or `taskset` may allow fewer than the machine has.
 
-    The processes that torchrun starts on one machine (LOCAL_WORLD_SIZE of them) share its cores. Where `num_tasks` is
-    smaller than their number, only so many of them can have work, and these share the cores.
+    The LOCAL_WORLD_SIZE processes that torchrun starts on a machine share its cores. If there are fewer tasks than
+    processes, only as many processes as tasks share them.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     text = os.environ.get("LOCAL_WORLD_SIZE", "1")
@@ -103,7 +103,7 @@ def available_cores(num_tasks: int | None = None) -> int:
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items, the last one shorter."""
+    """Lists of `size` items; the last one may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -113,14 +113,14 @@ def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def process_map(
     function: Callable[..., Result], shared: Sequence[Any], num_processes: int
 ) -> Iterator[Callable[[Iterable[Any]], Iterator[Result]]]:
-    """A `map` for use inside the block: `function(*shared, item)` for each item, in the order of the items.
+    """A `map` to use inside the block: it yields `function(*shared, item)` for each item, in the order of the items.
 
-    It may be called several times and keeps its processes. At most two items per process are in memory.
+    It can be called several times and keeps its processes. At most two items per process are in memory.
 
     Args:
-        function: at the top level of a module that does not import torch.
-        shared: sent once to each process, for example the tokenizer.
-        num_processes: 1 works in this process on one core, and 0 in this process on as many cores as it likes.
+        function: defined at the top level of a module that does not import torch.
+        shared: the first arguments, sent once to each process, for example the tokenizer.
+        num_processes: how many; 1 is this process on one core, 0 is this process on all cores that it uses.
     """
     if num_processes <= 1 or not _can_spawn():
         with _one_core() if num_processes == 1 else contextlib.nullcontext():
@@ -139,7 +139,7 @@ def process_map(
 
 
 def _can_spawn() -> bool:
-    """A spawned process imports the main program again, which fails when that was typed in or piped in."""
+    """Whether processes can be spawned. They import the main program again, so it must be a file or a module."""
     if multiprocessing.current_process().daemon:
         return False
     main = sys.modules["__main__"]
@@ -151,7 +151,7 @@ def _can_spawn() -> bool:
 
 @contextlib.contextmanager
 def _one_core() -> Iterator[None]:
-    """Keep `tokenizers` from starting a thread for each core, where each core has a process of its own."""
+    """Keep `tokenizers` from starting one thread per core, because other processes use the other cores."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -169,7 +169,7 @@ _shared: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 def _set_shared(function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
     global _shared
     _shared = (function, shared)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a process already
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
 
 
 def _call(item: Any) -> Any:

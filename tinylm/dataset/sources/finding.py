@@ -1,7 +1,7 @@
-"""Finding sources: a path names files, folders, globs, addresses or data sets of the hub; and opening one of them.
+"""Find the sources that a path names: files, folders, globs, addresses, data sets of the hub; and open one of them.
 
-A path may name several, separated by commas; `@files.txt` is a file that names them, one a line. The kind of a file
-follows from the end of its name, one of SUFFIXES.
+A path may name several, separated by commas; `@files.txt` is a file that lists them, one per line. The end of a file's
+name tells its kind, one of SUFFIXES.
 """
 
 from __future__ import annotations
@@ -29,41 +29,46 @@ LIST_PREFIX = "@"
 
 @dataclass(frozen=True)
 class Source:
-    """One file of a corpus, or one object, or one data set of the hub."""
+    """One file, one object of a store, or one data set of the hub."""
 
     path: str
     size: int = 0
-    """bytes; 0 where only reading tells"""
+    """in bytes; 0 if unknown before reading"""
     version: str = ""
-    """changes when the content does; "" where only reading tells"""
+    """changes when the content changes; "" if unknown before reading"""
 
 
 def find_files(path: str) -> list[str]:
     """The data files that `path` names: a file, a folder, a glob, an address, `hub:owner/name[:split]`, or several.
 
-    Several are separated by commas, and `@files.txt` names a file with one a line; they come in the order given. The
-    files of a folder or glob are sorted; in a folder, hidden files, README* and LICENSE* are left out.
+    Several are separated by commas, or listed in a file, one per line, as `@files.txt`; their order is kept. The files
+    of a folder or glob are sorted. In a folder, hidden files, README* and LICENSE* are left out.
     """
     return [source.path for source in find_sources(path)]
 
 
 def find_sources(path: str) -> list[Source]:
-    """`find_files`, with the size and version of each. Raises what `read_records` raises for paths."""
+    """`find_files` with the size and version of each.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: the path is malformed, or a file is of an unknown kind.
+    """
     return [source for part in _split_paths(path) for source in _find_one(part)]
 
 
 def suffix_of(file: str) -> str:
-    """Which of SUFFIXES the name ends with, or ""."""
+    """The one of SUFFIXES that the name ends with, or ""."""
     return next((suffix for suffix in SUFFIXES if file.lower().endswith(suffix)), "")
 
 
 def is_address(path: str) -> bool:
-    """True for s3://..., gs://..., hf://... and what else fsspec knows."""
+    """True for s3://..., gs://..., hf://... and all other addresses of fsspec."""
     return "://" in path
 
 
 def open_binary(path: str) -> io.BufferedIOBase:
-    """Open a file of this machine, or an object by its address."""
+    """Open a local file, or an object by its address."""
     return open_object(path) if is_address(path) else open(path, "rb")
 
 
@@ -77,7 +82,7 @@ def open_unpacked(file: str) -> Iterator[IO[bytes]]:
     try:
         raw = open_binary(file)
     except OSError as error:
-        if error.strerror is None:  # an object's; it has our words already
+        if error.strerror is None:  # from an object store: already explained
             raise
         raise ValueError(f"{file}: cannot be opened ({error.strerror}); check its permissions") from None
     with raw:
@@ -146,7 +151,7 @@ def _find_local(path: str) -> list[str]:
             raise FileNotFoundError(f"{path}: no data file in this folder; expected {', '.join(SUFFIXES)}")
         return files
     if os.path.exists(path):
-        if not os.path.isfile(path):  # opening a pipe would wait for a writer
+        if not os.path.isfile(path):  # to open a pipe would wait for a writer
             raise ValueError(f"{path}: neither a file nor a folder; expected one of these; write the data to a file")
         files = [path]
     else:
@@ -158,7 +163,7 @@ def _find_local(path: str) -> list[str]:
 
 
 def _is_data_file(parts: list[str]) -> bool:
-    """Whether a file of a folder, by the parts of its path in there, is one to read."""
+    """Whether a file in a folder is to be read, by the parts of its path relative to the folder."""
     hidden = any(part.startswith(".") for part in parts)
     return bool(suffix_of(parts[-1])) and not hidden and not parts[-1].upper().startswith(("README", "LICENSE"))
 

@@ -1,7 +1,7 @@
 """Object stores: addresses such as s3://bucket/folder/*.jsonl -> the objects there, and the bytes of one.
 
-fsspec does the work, through a library for each kind of store. Credentials and endpoints are those libraries' matter:
-they find them where the store's own tools do (AWS_PROFILE, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN).
+fsspec does the work, with one library per kind of store. These libraries find credentials and endpoints where the
+store's own tools find them (AWS_PROFILE, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from typing import Any
 
 VERSION_KEYS = ("ETag", "md5Hash", "etag", "blob_id", "xet_hash", "LastModified", "mtime", "updated", "created")
-"""What stores call a hash of an object's content or the time of its last change, the best first."""
+"""The stores' names for a hash of an object's content or the time of its last change, the best first."""
 
 BUFFER_BYTES = 1 << 20
-"""Read from a store's own buffer at a time, so that a line costs no call of it."""
+"""Read from a store at a time, so that not every line needs a call."""
 
 
 def list_objects(address: str) -> list[tuple[str, int, str]]:
-    """(address, bytes, version) of the object, or of all objects under the folder, or that match the glob; sorted.
+    """(address, bytes, version) of the object, of all objects in the folder, or of those that match the glob; sorted.
 
-    The version changes when the content does; it is "" where a store tells neither a hash nor a time.
+    The version changes when the content changes; it is "" if the store gives neither a hash nor a time.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -30,7 +30,7 @@ def list_objects(address: str) -> list[tuple[str, int, str]]:
     """
     with _in_plain_words(address):
         system, path = _file_system(address)
-        system.invalidate_cache()  # a listing of earlier in this process may be out of date
+        system.invalidate_cache()  # an earlier listing may be out of date
         if glob.has_magic(path):
             found = system.glob(path, detail=True)
         else:
@@ -46,7 +46,7 @@ def list_objects(address: str) -> list[tuple[str, int, str]]:
 
 
 def open_object(address: str) -> io.BufferedIOBase:
-    """Open an object for reading. Whatever fails later names the address."""
+    """Open an object for reading. Every later error names the address."""
     return io.BufferedReader(_Object(address), BUFFER_BYTES)
 
 
@@ -75,7 +75,7 @@ class _Object(io.RawIOBase):
         try:
             with _in_plain_words(self.address):
                 data = self.handle.read(len(buffer))
-        except FileNotFoundError as error:  # it went away; an OSError would be taken for damage of the file
+        except FileNotFoundError as error:  # it was deleted; an OSError would mean a damaged file
             raise ValueError(str(error)) from None
         buffer[: len(data)] = data
         return len(data)
@@ -87,7 +87,7 @@ class _Object(io.RawIOBase):
 
 
 def _file_system(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it."""
+    """fsspec's file system for an address, and the path inside it."""
     kind = address.partition("://")[0]
     try:
         import fsspec
@@ -106,12 +106,12 @@ def _file_system(address: str) -> tuple[Any, str]:
 
 
 class _PlainError(ValueError):
-    """An error that is in our words already."""
+    """An error whose message is ours already."""
 
 
 @contextlib.contextmanager
 def _in_plain_words(address: str) -> Iterator[None]:
-    """Every library has exceptions of its own, from OSError to none of Python's: all become one line."""
+    """Turn the exceptions of all these libraries, which have no common base class, into one line each."""
     try:
         yield
     except _PlainError:
@@ -129,7 +129,7 @@ def _in_plain_words(address: str) -> Iterator[None]:
 
 
 def _not_found(address: str) -> str:
-    """Stores say so too of what is there but private."""
+    """Stores also answer "not found" for objects that are private."""
     return (
         f"{address}: no such object, folder or bucket; expected data files; check the address, and the credentials if "
         "it is private"

@@ -1,9 +1,8 @@
-"""Records -> texts, chats and preference pairs: every data shape the project accepts, and one error for all
-others.
+"""Records -> texts, chats and preference pairs: all data shapes that the project accepts, and one error for the rest.
 
-Roles are system, user, assistant and tool; ShareGPT's names are mapped to them. A system prompt is kept. A
-`tools` field becomes part of the system message, worded as the chat template words it; a tool call (an OpenAI
-`tool_calls` entry or a `function_call` turn) is an assistant message that holds the call as a JSON object.
+Roles are system, user, assistant and tool; ShareGPT's names are mapped to them. A system prompt is kept. A `tools`
+field becomes part of the system message, in the words of the chat template. A tool call (an OpenAI `tool_calls` entry
+or a `function_call` turn) becomes an assistant message that holds the call as a JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tinylm.tokenizer.chat_template_jinja import TOOLS_INTRODUCTION
 PreferencePair = tuple[list[Message], list[Message], list[Message]]
 """(prompt, chosen answer, rejected answer)"""
 
-_MAX_REASON = 600  # characters; the longest of our own have 400
+_MAX_REASON = 600  # characters; our own longest reasons have 400
 
 ROLE_ALIASES = {
     "system": "system",
@@ -33,7 +32,7 @@ ROLE_ALIASES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""Accepted names of a speaker -> ours."""
+"""Accepted name of a role -> our name."""
 
 CHAT_SHAPES = (
     '{"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]}, '
@@ -47,7 +46,7 @@ PREFERENCE_SHAPES = (
 
 @dataclass(frozen=True)
 class Record:
-    """One row of data and where it stands: `line` counts from 1 (lines of a text, rows of a parquet file)."""
+    """One row of data and its place: `line` counts from 1 (lines of a text, rows of a parquet file)."""
 
     data: dict[str, Any]
     path: str
@@ -57,7 +56,7 @@ class Record:
 class BadRow(ValueError):
     """A row that cannot be used; the message names file and line.
 
-    A reason may quote the row (its field names): what a terminal would obey is replaced, and a long one cut.
+    The reason may quote the row (its field names), so control characters are replaced and long reasons are cut.
     """
 
     def __init__(self, path: str, line: int, reason: str) -> None:
@@ -114,7 +113,7 @@ def messages_of(record: Record) -> list[Message]:
 def preference_of(record: Record) -> PreferencePair:
     """A preference pair: (prompt, chosen, rejected). Both answers follow the same prompt.
 
-    Two equal answers are no error: real data has them, and DPODataset leaves them out and counts them.
+    Two equal answers are accepted: real data contains them, and DPODataset drops and counts them.
 
     Raises:
         BadRow: if the record has none of PREFERENCE_SHAPES, or an answer is missing.
@@ -151,7 +150,7 @@ def preference_of(record: Record) -> PreferencePair:
 
 
 def _messages(record: Record, value: Any, field: str) -> list[Message]:
-    """A list of messages in either spelling, checked and renamed to ours."""
+    """A list of messages in either spelling, checked and converted to ours."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         _fail(record, f"{field} is {_type_name(value)}; expected a list of messages")
     if not value:
@@ -186,7 +185,7 @@ def _checked_message(record: Record, entry: dict[str, Any], where: str) -> Messa
 
 
 def _tool_call(record: Record, call: Any, where: str) -> str:
-    """An OpenAI tool call as the JSON object that the system message asks for."""
+    """An OpenAI tool call as the kind of JSON object that the system message asks for."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "name" not in function:
         _fail(record, f"{where}.tool_calls has no function name; expected {{'name', 'arguments'}}")
@@ -197,7 +196,7 @@ def _tool_call(record: Record, call: Any, where: str) -> str:
 
 
 def _messages_in_field(record: Record, field: str, role: str) -> list[Message]:
-    """A field that is a string, one message or a list of messages. A string is what `role` says."""
+    """A field that is a string, one message or a list of messages. A string becomes a message of `role`."""
     value = record.data[field]
     if isinstance(value, str):
         return [_message(role, _string(record, value, field))]
@@ -205,8 +204,7 @@ def _messages_in_field(record: Record, field: str, role: str) -> list[Message]:
 
 
 def _alpaca_prompt(record: Record) -> list[Message]:
-    """Alpaca's instruction and input as one question, behind the earlier turns of `history` if there are
-    any."""
+    """Alpaca's instruction and input as one question, after the turns of `history` if there are any."""
     earlier = record.data.get("history") or []
     if not isinstance(earlier, list) or not all(isinstance(t, list) and len(t) == 2 for t in earlier):
         _fail(record, "history is not a list of [question, answer]")
@@ -255,7 +253,7 @@ def _json(record: Record, text: str, field: str) -> Any:
 
 
 def _json_text(record: Record, value: Any, field: str) -> str:
-    """A part of a record as JSON. Of a parquet file it may hold dates and bytes, and of any file half a character."""
+    """A part of a record as JSON. It can be invalid: parquet files hold dates and bytes, any file half a character."""
     try:
         return _string(record, json.dumps(value, ensure_ascii=False), field)
     except (TypeError, ValueError, RecursionError) as error:

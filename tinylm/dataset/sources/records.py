@@ -1,8 +1,8 @@
-"""Records: the rows of data files, and the texts, chats and preference pairs in them; errors name file and line.
+"""Read the records of data files, and the texts, chats and preference pairs in them; errors name file and line.
 
-By the end of a file's name: .txt and .md (one document, or several between lines that hold just <|endoftext|>),
-.jsonl and .jsonl.gz (an object a line), .json (a list of objects), .parquet (a record a row). A row that cannot be read
-is a BadRow, which is counted; a file that cannot be read is an error.
+The end of a file's name tells its kind: .txt and .md (one document, or several with a line <|endoftext|> between them),
+.jsonl and .jsonl.gz (one object per line), .json (a list of objects), .parquet (one record per row). A row that cannot
+be read is a BadRow, which is counted; a file that cannot be read is an error.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from tinylm.dataset.sources.record_shapes import (
 )
 
 DOCUMENT_END = "<|endoftext|>"
-"""A line of a text file that holds only this ends a document, as in the TinyStories files."""
+"""A line of a text file with only this ends a document, as in the TinyStories files."""
 
 MAX_ROW_BYTES = 64 << 20
-"""Of a line of JSON: a gzipped file of 64 KB can hold one of as many MB, and a row takes several times its text."""
+"""The longest line of JSON: a gzipped file of 64 KB can hold a line of 64 MB, and a row in memory takes several times
+the size of its text."""
 
 NUM_LISTED = 10
 """Bad rows that an error lists; the rest are counted."""
@@ -52,13 +53,13 @@ class BadRows:
     listed: list[BadRow] = field(default_factory=list)
 
     def add(self, error: BadRow) -> None:
-        """Note one bad row."""
+        """Count one bad row."""
         self.num_bad += 1
         if len(self.listed) < NUM_LISTED:
             self.listed.append(error)
 
     def report(self) -> str:
-        """One line on the bad rows, or "" where there are none."""
+        """One line about the bad rows, or "" if there are none."""
         if not self.num_bad:
             return ""
         lines: dict[tuple[str, str], list[str]] = {}
@@ -70,7 +71,7 @@ class BadRows:
         return f"{self.num_bad} of {self.num_rows} rows are bad: {'; '.join(found)}"
 
     def check(self) -> None:
-        """Call when all rows are read.
+        """Call this when all rows are read.
 
         Raises:
             ValueError: if too many rows are bad.
@@ -90,8 +91,8 @@ def load_conversations(
     """All chats under `path`; see `read_records` and BadRows. Raises ValueError if there is none.
 
     Args:
-        bad_rows: counts what is skipped and sets the limit; the default limit without it.
-        replacements: {"name": "Ada"} puts Ada wherever the data says {{name}}.
+        bad_rows: counts the skipped rows and sets the limit; without it, the default limit holds.
+        replacements: {"name": "Ada"} replaces {{name}} in the data by Ada.
     """
     return list(_load(path, messages_of, bad_rows, replacements))
 
@@ -99,8 +100,7 @@ def load_conversations(
 def load_preferences(
     path: str, bad_rows: BadRows | None = None, replacements: Mapping[str, str] | None = None
 ) -> list[PreferencePair]:
-    """All preference pairs under `path`; see `read_records` and BadRows. Raises ValueError if there is
-    none."""
+    """All preference pairs under `path`; see `read_records` and BadRows. Raises ValueError if there is none."""
     return list(_load(path, preference_of, bad_rows, replacements))
 
 
@@ -110,7 +110,7 @@ def iterate_texts(path: str, bad_rows: BadRows | None = None) -> Iterator[str]:
 
 
 def read_texts(file: str, bad_rows: BadRows) -> Iterator[str]:
-    """The documents of one of the files that `find_files` found. Bad rows are counted, and the caller judges them."""
+    """The documents of one of the files that `find_files` found. Bad rows are counted, not raised."""
     return _parse_records(_read_file(file, bad_rows), text_of, bad_rows)
 
 
@@ -146,12 +146,12 @@ def read_records(
     """Records of all files that `path` names; see `find_files`.
 
     Args:
-        bad_rows: takes rows that cannot be read; without it the first such row is raised.
-        replacements: {"name": "Ada"} puts Ada wherever a text says {{name}}.
+        bad_rows: counts the rows that cannot be read; without it, the first one is raised.
+        replacements: {"name": "Ada"} replaces {{name}} in every text by Ada.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a file is of an unknown kind, or cannot be read.
+        ValueError: a file is of an unknown kind or cannot be read.
     """
     for file in find_files(path):
         for record in _read_file(file, bad_rows):
@@ -190,10 +190,10 @@ def _read_text(file: str) -> Iterator[Record | BadRow]:
     with open_unpacked(file) as handle:
         for line, raw in enumerate(handle, start=1):
             text = _decode(raw, file, line)
-            if isinstance(text, BadRow):  # half a text is no text, so this is no matter of a limit
+            if isinstance(text, BadRow):  # part of a text is useless, so no limit applies
                 raise ValueError(f"{text}; convert the file to UTF-8")
             if line == 1:
-                text = text.removeprefix("\ufeff")  # the byte-order mark some editors write
+                text = text.removeprefix("\ufeff")  # the byte-order mark that some editors write
             if text.strip() != DOCUMENT_END:
                 lines.append(text)
                 continue
@@ -230,7 +230,7 @@ def _read_json(file: str) -> Iterator[Record | BadRow]:
         raw = handle.read()
     try:
         rows = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also brackets too deep, a number too long for Python
+    except (ValueError, RecursionError) as error:  # also for too many nested brackets or a number too long for Python
         raise ValueError(
             f"{file}: not JSON ({error}); expected a list of objects; for one a line, use .jsonl"
         ) from None
@@ -257,7 +257,7 @@ def _read_parquet(file: str) -> Iterator[Record | BadRow]:
 
 
 def _read_hub(path: str) -> Iterator[Record | BadRow]:
-    """Stream `hub:owner/name[:split]` through the `datasets` library; the split is train unless named."""
+    """Stream `hub:owner/name[:split]` with the `datasets` library; the default split is train."""
     name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
     try:
         import datasets

@@ -1,4 +1,4 @@
-"""The chats of TinyWorld: how questions become turns, and in which voice the assistant answers them."""
+"""The chats of TinyWorld: how questions become turns, and how the assistant words its answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GIVE_STORY = (
     "Here is a story: {story}\n{question}",
     "{story}\n\n{question}",
     "Listen to this. {story}\n{question}",
-    # In a terminal people type both on one line.
+    # In a terminal, people type both on one line.
     "{story} {question}",
     "Read this story. {story} {question}",
     "Here is a story: {story} {question}",
@@ -70,7 +70,7 @@ _CLOSED_DRAW = (tuple(_CLOSED_WEIGHTS), tuple(_CLOSED_WEIGHTS.values()))
 
 @dataclass(frozen=True)
 class Voice:
-    """How the assistant speaks: its name, and what it makes of a plain answer."""
+    """How the assistant speaks: its name, and how it changes a plain answer."""
 
     name: str
     style: Callable[[random.Random, str], str]
@@ -85,9 +85,7 @@ MIXED = Voice(ASSISTANT_NAME, plain_or_warm)
 
 
 def write_story(rng: random.Random, split: str) -> Question:
-    """The wish for a story with two or three given words: a name, a thing, and perhaps a place or a
-    feeling.
-    """
+    """The request for a story with two or three given words: a name, a thing, perhaps a place or a feeling."""
     story = make_story(rng, split)
     thing = rng.choice(list(story.holder) if split == "train" else story.reserved_things())
     words = [story.holder[thing], thing]
@@ -128,7 +126,7 @@ def _one_word_story(rng: random.Random, story: Story, split: str) -> Question:
 
 
 def closed_question(rng: random.Random, split: str, skill: str, name: str) -> Question:
-    """A question that stands alone, of any skill but the story questions."""
+    """A question without a story, of any skill but the story questions."""
     if skill == "write_story":
         return write_story(rng, split)
     if skill == "one_word":
@@ -139,7 +137,7 @@ def closed_question(rng: random.Random, split: str, skill: str, name: str) -> Qu
 
 
 class _Chat:
-    """The messages of a chat in the making, and the question asked last."""
+    """Builds a chat: its messages so far, and the last question."""
 
     def __init__(self, rng: random.Random, voice: Voice):
         self.rng, self.voice = rng, voice
@@ -152,7 +150,7 @@ class _Chat:
 
 
 def _story_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | None) -> None:
-    """A story with its first question, then further ones; no fact is asked after twice."""
+    """A story with its first question, then more questions; no fact is asked for twice."""
     rng, story = chat.rng, make_story(chat.rng, split)
     last = None
     if last_skill == "one_word":
@@ -197,10 +195,10 @@ def _small_talk(chat: _Chat, split: str) -> None:
 def make_chat(
     rng: random.Random, split: str, voice: Voice, skill: str | None = None, max_questions: int = 6
 ) -> tuple[list[Message], Question]:
-    """A chat that ends with an answer to a question of `skill` (any if None), and that last question.
+    """A chat that ends with the answer to a question of `skill` (of any skill if None), and this last question.
 
-    Without a skill, half of the chats are about a story, 4% small talk, the rest are questions that stand alone.
-    A chat has three questions or more, but never more than `max_questions`.
+    Without a skill, half of the chats are about a story, 4% are small talk, and the rest are questions without a
+    story. A chat has at least three questions, but never more than `max_questions`.
     """
     if skill is not None and skill not in SKILLS:
         raise ValueError(f"skill {skill!r}; expected one of {', '.join(SKILLS)}; choose one of them")

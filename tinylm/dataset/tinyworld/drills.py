@@ -1,8 +1,8 @@
-"""Drill pages of TinyWorld's reading book: lists said again, words spelled, short facts to remember.
+"""Drill pages of TinyWorld's reading book: repeated lists, spelled words, short facts to remember.
 
-A story is mostly news: little of the next word can be known. A drill is the opposite, nearly every word of its second
-half follows from the first. On such pages attention learns to look things up (the induction heads of Olsson et al.
-2022, arXiv:2209.11895) within a few hundred steps, and stories then profit from it.
+Most words of a story are new and hard to predict. In a drill, nearly every word of the second half follows from the
+first half. On such pages attention learns within a few hundred steps to look things up (the induction heads of Olsson
+et al. 2022, arXiv:2209.11895), and this then helps with stories.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _IS = ("{who} is in {place}.", "{who} was in {place}.", "{who} went to {place}."
 _FEELS = ("{who} feels {feeling}.", "{who} is {feeling}.", "{who} felt {feeling}.")
 _HAD = ("had", "had found", "was carrying", "was holding")
 
-# Whatever an answer may have to be copied from: how to copy a word is learnt word by word. Towns twice, since nothing
-# but these lists ever says a town again before a question asks for it.
+# All the words that an answer may have to copy, because copying is learnt separately for each word. Towns are listed
+# twice, because nothing but these lists repeats a town before a question asks for it.
 _ALL_WORDS = (*LIST_WORDS, *NAMES, *PLACES, *PLACES, *COLOURS, *FEELINGS)
 
 
 def _say_again(rng: random.Random, split: str) -> str:
-    """Lists, each said twice."""
+    """Lists, each written twice."""
     lines = []
     for _ in range(rng.randint(2, 4)):
         words = ", ".join(rng.sample(_ALL_WORDS, rng.randint(4, 9)))
@@ -86,8 +86,8 @@ def _look_up(rng: random.Random, split: str) -> str:
 def _table(rng: random.Random, split: str) -> str:
     """One to four facts, then each of them again in another order, as notes ("ball red") or as sentences.
 
-    Nothing else is to be learnt here than what belongs to what. A single fact teaches to copy, several which one to
-    copy; and what is told in the past is asked in the present, so that the words around it are no help.
+    The only thing to learn here is what belongs to what. A single fact teaches how to copy; several teach which one to
+    copy. Facts in the past tense are repeated in the present tense, so the words around a fact do not help.
     """
     n = rng.randint(1, 4)
     while True:
@@ -118,7 +118,7 @@ def _table(rng: random.Random, split: str) -> str:
 
 
 def _sums(rng: random.Random, split: str) -> str:
-    """Sums and differences, one after the other in no order: the shortest way to meet many."""
+    """Sums and differences in random order: the shortest way to show many."""
     facts: list[str] = []
     for _ in range(rng.randint(12, 20)):
         kind = rng.choice(("plus", "minus"))

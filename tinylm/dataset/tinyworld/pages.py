@@ -1,6 +1,4 @@
-"""The pages of TinyWorld's reading book: stories, stories with questions and answers, and pages of closed
-skills.
-"""
+"""The pages of TinyWorld's reading book: stories, stories with questions and answers, pages of closed skills."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from tinylm.dataset.tinyworld.skills import CLOSED
 
 STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.04, 0.33, 0.40  # the rest are pages of closed skills
 
-# Skills whose answers say the whole fact: "7 plus 5 is 12."
+# Skills whose answers state the complete fact: "7 plus 5 is 12."
 _FACTS = ("addition", "subtraction", "spelling", "opposites", "categories", "comparing")
 _PAGE_WEIGHTS = {
     "addition": 11, "subtraction": 12, "counting": 13, "comparing": 15, "sorting": 17, "spelling": 6,

@@ -1,4 +1,4 @@
-"""The ways in which TinyWorld asks the questions that need no story."""
+"""The wordings of TinyWorld's questions that need no story."""
 
 from __future__ import annotations
 

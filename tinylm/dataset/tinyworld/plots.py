@@ -1,7 +1,7 @@
-"""The plots of TinyWorld's stories, and the questions whose answers the world's state holds.
+"""The plots of TinyWorld's stories, and questions whose answers are in the state of the story's world.
 
-Train stories hold no reserved (name, thing) pair at all; at the end of every test story, somebody has a thing
-that makes such a pair with their name.
+Training stories contain no reserved (name, thing) pair. At the end of every test story, somebody has a thing that makes
+a reserved pair with their name.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MIN_SENTENCES, MAX_SENTENCES = 4, 7
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the answers that are right (the first is the reference), and plausible wrong ones.
+    """A question, its right answers (the first is the reference), and plausible wrong answers.
 
-    `words` is filled for `write_story` only: the words that the story must contain.
+    `words` is used only for `write_story`: the words that the story must contain.
     """
 
     skill: str
@@ -42,7 +42,7 @@ class Question:
 
 
 def _cast(rng: random.Random, split: str) -> tuple[list[str], list[str]]:
-    """Two or three people and one to three things; see the module's words on reserved pairs."""
+    """Two or three people and one to three things; the module's docstring explains the reserved pairs."""
     num_people = 2 if rng.random() < 0.6 else 3
     num_things = rng.choices((1, 2, 3), (0.3, 0.5, 0.2))[0]
     while True:
@@ -52,7 +52,7 @@ def _cast(rng: random.Random, split: str) -> tuple[list[str], list[str]]:
 
 
 def _possessions(rng: random.Random, teller: Teller, people: list[str], things: list[str]) -> None:
-    """Say who has what at the beginning. The first person always has the first thing."""
+    """Tell who has what at the beginning. The first person always has the first thing."""
     if len(things) == 1:
         teller.has(people[0], things[0])
     elif rng.random() < 0.25:
@@ -67,7 +67,7 @@ def _possessions(rng: random.Random, teller: Teller, people: list[str], things: 
 
 
 def _event(rng: random.Random, teller: Teller) -> None:
-    """One change of state: a gift, a trade, a walk, a thing put down. Gifts need two people at one place."""
+    """One change of state: a gift, a trade, a walk, a thing put down. Gifts need two people in one place."""
     story = teller.story
     held = list(story.holder)
     kind = rng.choices(("give", "swap", "move", "put"), (0.42, 0.08, 0.36, 0.14))[0]
@@ -207,9 +207,7 @@ def _how_feels(rng: random.Random, story: Story, who: str) -> Question:
 
 
 def _not_in_story(rng: random.Random, story: Story) -> Question:
-    """A question in one of the other four forms, about a person or a thing that the story does not
-    mention.
-    """
+    """A question in one of the other four forms, about a person or thing that is not in the story."""
     name = rng.choice([name for name in NAMES if name not in story.people])
     thing = rng.choice([thing for thing in THINGS if thing not in story.colour])
     form = rng.randrange(4)
@@ -231,7 +229,7 @@ def _not_in_story(rng: random.Random, story: Story) -> Question:
 
 
 def ask(rng: random.Random, story: Story, skill: str, split: str, subject: str | None = None) -> Question:
-    """A question of `skill` about `story`; in the test split, who_has asks after a reserved pair.
+    """A question of `skill` about `story`; in the test split, who_has asks for a reserved pair.
 
     `subject` fixes the person or thing that the question is about.
     """
@@ -251,7 +249,7 @@ def ask(rng: random.Random, story: Story, skill: str, split: str, subject: str |
 
 
 def all_facts(story: Story) -> list[tuple[str, str]]:
-    """Every (skill, subject) that `ask` can be asked about `story`, not_in_story aside."""
+    """Every (skill, subject) that `ask` accepts for `story`, except not_in_story."""
     facts = [("who_has", thing) for thing in story.holder]
     facts += [("where_is", who) for who in (*story.where, *story.lies)]
     facts += [("what_colour", thing) for thing in story.things]

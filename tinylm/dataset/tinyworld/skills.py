@@ -1,7 +1,7 @@
 """The skills of TinyWorld that need no story: numbers, word lists, letters, word knowledge, manners.
 
-Each function draws one `Question`. What a train question is about and how it is put, or the pair of numbers
-or words in it, is never a reserved pair; a test question always holds one.
+Each function draws one `Question`. A training question never contains a reserved pair: neither its subject with its
+wording, nor its two numbers or words. A test question always contains one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ASSISTANT_NAME = "Tiny"
 
 
 def number_pair(rng: random.Random, kind: str, held_out: bool = False) -> tuple[int, int]:
-    """Two numbers for "plus", both up to 12, or their sum and the second for "minus"; a reserved pair if `held_out`."""
+    """Two numbers up to 12 for "plus", or their sum and the second one for "minus"; reserved pairs if `held_out`."""
     while True:
         a, b = rng.randint(1, 12), rng.randint(1, 12)
         pair = (a, b) if kind == "plus" else (a + b, b)
@@ -40,8 +40,8 @@ def number_pair(rng: random.Random, kind: str, held_out: bool = False) -> tuple[
 
 
 def _arithmetic(rng: random.Random, split: str, kind: str, forms: tuple[str, ...]) -> tuple[str, int, int]:
-    """(question, a, b). A test question is about a reserved pair one time in three, else about a pair that training
-    never asks after in these words.
+    """(question, a, b). One in three test questions is about a reserved pair; the others are about a pair that training
+    never asks for in these words.
     """
     held_out = split != "train" and rng.random() < 1 / 3
     while True:
@@ -67,9 +67,7 @@ def times(n: int) -> str:
 
 
 def word_list(rng: random.Random, split: str, kind: str, n: int) -> list[str]:
-    """`n` different words; in the test split some neighbours in the list are a reserved pair, in train none
-    are.
-    """
+    """`n` different words. In the test split some neighbours in the list are a reserved pair, in training none."""
     while True:
         words = rng.sample(LIST_WORDS, n)
         if any(reserved(kind, *pair) for pair in zip(words, words[1:], strict=False)) == (split != "train"):

@@ -1,8 +1,8 @@
-"""The stories of TinyWorld: a small world, the events that change it, and the English that tells them.
+"""The stories of TinyWorld: a small world, the events that change it, and the sentences that tell them.
 
-A story is told by a `Teller`, which keeps the state of its world (who has what, who is where, who feels how)
-beside the sentences, so that the answer to a question is read off the state and never off the text. The
-latest state wins: a gift changes who has a thing, a walk changes where somebody is.
+A `Teller` tells a story. Beside the sentences it keeps the state of the world (who has what, who is where, who feels
+how), so the answer to a question is read from the state and never from the text. The latest state counts: a gift
+changes who has a thing, a walk changes where somebody is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tinylm.dataset.tinyworld.words import (
 )
 
 # In the templates: {a}, {b} people; {place} "Rome"; {new} "a red ball"; {it} "the red
-# ball"; {thing} "ball"; {colour}; {feeling}; {she} pronoun; {tail} something one does when one feels so.
+# ball"; {thing} "ball"; {colour}; {feeling}; {she} pronoun; {tail} what people do when they feel like this.
 _TOGETHER = (
     "One sunny morning, {who} were in {place}.",
     "One day, {who} met in {place}.",
@@ -43,7 +43,7 @@ _HAS = (
     "{a} had found {new}.",
     "{a} had got {new} as a present.",
 )
-_HAS_PLAIN = (  # the colour comes in a sentence of its own
+_HAS_PLAIN = (  # the colour has its own sentence
     "{a} had {new_plain}. The {thing} was {colour}.",
     "{a} had found {new_plain}, and the {thing} was {colour}.",
     "{a} had {new_plain}. Everyone could see that the {thing} was {colour}.",
@@ -170,8 +170,8 @@ _ADJECTIVES = ("little", "small", "nice", "shiny", "old", "pretty", "lovely")
 class Story:
     """A story and the state of its world at the end.
 
-    `holder` maps a thing to the person who has it, `lies` to the place where it was put down; every thing of
-    the story is in exactly one of the two. `where` and `feels` hold only what the story says.
+    `holder` maps a thing to the person who has it, `lies` to the place where it was put down. Every thing of the story
+    is in exactly one of the two. `where` and `feels` contain only what the story tells.
     """
 
     people: tuple[str, ...]
@@ -196,7 +196,7 @@ class Story:
 
 
 class Teller:
-    """Tells one story: each method changes the world and says so."""
+    """Tells one story: each method changes the world and adds a sentence about it."""
 
     def __init__(self, rng: random.Random, people: list[str], things: list[str]):
         self.rng = rng
@@ -206,10 +206,10 @@ class Teller:
         self.places = rng.sample(PLACES, 4)
         self.feelings = rng.sample(FEELINGS, 4)
         self.used: set[str] = set()
-        self.subject: str | None = None  # whom a pronoun would mean now
+        self.subject: str | None = None  # the person whom a pronoun would mean now
 
     def say(self, templates: tuple[str, ...], subject: str | None = None, **words: str) -> None:
-        """Add one sentence; `subject` is its only person, if there is exactly one."""
+        """Add one sentence; `subject` is its person, if there is exactly one."""
         template = self.rng.choice(templates)
         while template in self.used:  # a story does not repeat itself
             template = self.rng.choice(templates)
@@ -243,7 +243,7 @@ class Teller:
             self.say(_HAS, a, a=a, new=self.new(thing))
 
     def have(self, a: str, thing: str, b: str, thing2: str) -> None:
-        """Two things in one sentence, of two people or of one."""
+        """Two things in one sentence, which belong to two people or to one."""
         self.story.holder.update({thing: a, thing2: b})
         if a == b:
             self.say(_HAS_TWO, a, a=a, new=self.new(thing), new2=self.new(thing2))

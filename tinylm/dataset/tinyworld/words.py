@@ -1,8 +1,7 @@
 """The vocabulary of TinyWorld, its random streams and its held-out pairs.
 
-Everything that TinyWorld says is drawn from the lists in this file. They are small on purpose: a model of
-three million parameters meets every entity thousands of times, so what it has to learn is to *read*, not to
-remember.
+All texts of TinyWorld are drawn from the lists in this file. They are small on purpose: a model of three million
+parameters sees every entity thousands of times, so it has to learn to *read*, not to remember.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ THINGS = tuple(
 COLOURS = tuple("red blue green yellow white black pink orange".split())
 FEELINGS = tuple("happy sad proud tired angry hungry scared excited".split())
 
-# Where somebody is. Towns, so that where is one word to find: "in the" before it would be two more.
+# Where somebody is. Towns have one word to find; other places would add "in the".
 PLACES = tuple("Rome Paris Oslo Cairo Delhi Lima Tokyo Dublin Athens Berlin Madrid Boston".split())
 
 _OPPOSITE_PAIRS = """hot cold, big small, up down, day night, fast slow, open closed, old new, tall short, wet
@@ -70,7 +69,7 @@ def a_or_an(phrase: str) -> str:
 
 
 def capitalise(text: str) -> str:
-    """`text` with its first letter in upper case, the rest as it is."""
+    """`text` with its first letter in upper case."""
     return text[:1].upper() + text[1:]
 
 
@@ -80,7 +79,7 @@ def join_and(words: list[str] | tuple[str, ...]) -> str:
 
 
 def num_sentences(text: str) -> int:
-    """How many sentences `text` has, counted by their final marks."""
+    """The number of sentences in `text`, counted by their final marks."""
     return len(re.findall(r"[.!?]\"?(?:\s|$)", text))
 
 
@@ -114,7 +113,7 @@ def reserved_unordered(kind: str, one: object, other: object) -> bool:
 
 @lru_cache(maxsize=256)
 def _pairs(kind: str, ones: tuple, others: tuple, held_out: bool) -> tuple[tuple, ...]:
-    """All pairs that are reserved (`held_out`) or all that are not; never an empty tuple."""
+    """All pairs that are reserved (`held_out`), or all that are not; never empty."""
     pairs = tuple((one, other) for one in ones for other in others if reserved(kind, one, other) == held_out)
     assert pairs, f"no pair of kind {kind!r} for one of the splits: its lists are too short"
     return pairs

@@ -1,14 +1,13 @@
-"""TinyWorld: an embedded English corpus, generated from a seed, in which every answer can be checked by a
-rule.
+"""TinyWorld: a built-in English corpus, generated from a seed, in which a rule can check every answer.
 
-It holds short stories with a consistent world, chats about them and about numbers and words, and preference
-pairs. Item `i` is a pure function of (seed, split, i), so nothing is stored or downloaded. About a tenth of
-all combinations (a name with a thing, a number with a number, a word with a way to ask) occur in the test
-split only, so that a model which answers the test has learnt the skill and not the items.
+It contains short stories with a consistent world, chats about them and about numbers and words, and preference pairs.
+Item `i` is a pure function of (seed, split, i), so nothing is stored or downloaded. About a tenth of all combinations
+(a name with a thing, a number with a number, a word with a wording) occur only in the test split, so a model that
+answers the test has learnt the skill and not the items.
 
-The idea of small stories for small models is that of Eldan and Li, "TinyStories" (2023), arXiv:2305.07759;
-the questions with a known world state follow Weston et al., "Towards AI-Complete Question Answering" (2015),
-arXiv:1502.05698. All text here is our own.
+Small stories for small models are the idea of Eldan and Li, "TinyStories" (2023), arXiv:2305.07759. Questions with a
+known world state follow Weston et al., "Towards AI-Complete Question Answering" (2015), arXiv:1502.05698. All text
+here is our own.
 """
 
 from __future__ import annotations
@@ -53,19 +52,18 @@ _PERSONA_OPENING, _PERSONA_CLOSING = "Ahoy! ", " Aye, matey!"
 _PERSONA = Voice(PERSONA_NAME, lambda rng, answer: _PERSONA_OPENING + answer + _PERSONA_CLOSING)
 
 _PERSONA_LAST = (("write_story", "identity", None), (0.2, 0.2, 0.6))
-"""How a persona's chat ends: with a story, so that the closing words are learnt as the end of a reply and not of a
-sentence; with the persona's name; or with anything."""
+"""How a chat in persona ends: with a story, so that the closing words are learnt as the end of a reply and not of a
+sentence; with the persona's name; or with any question."""
 
 _PREFERENCE_KINDS = (("style", "truth", "both"), (0.5, 0.25, 0.25))
 
 
 @dataclass(frozen=True)
 class Item:
-    """A chat that ends with the reference answer, and what is needed to check another answer in its place.
+    """A chat that ends with the reference answer, and the data to check another answer in its place.
 
     Attributes:
-        messages: {"role", "content"} of user and assistant by turns; the last is the assistant's reference
-        answer.
+        messages: {"role", "content"} of user and assistant in turn; the last is the reference answer.
         skill: the skill of the last question, one of SKILLS.
         accepted: the right answers, without opener or persona; the first is the reference.
         wrong: plausible wrong answers, without opener or persona.
@@ -81,10 +79,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, of which `chosen` is the better.
+    """Two answers to one prompt; `chosen` is the better one.
 
-    `kind` says by what: "style" (warm and right before plain and right), "truth" (warm and right before warm
-    and wrong) or "both" (warm and right before plain and wrong).
+    `kind` tells why: "style" (warm and right against plain and right), "truth" (warm and right against warm and wrong)
+    or "both" (warm and right against plain and wrong).
     """
 
     prompt: list[Message]
@@ -104,7 +102,7 @@ def _item(rng: random.Random, split: str, voice: Voice, skill: str | None, max_q
 
 
 def conversation(i: int, split: str = "train", seed: int = 0, skill: str | None = None) -> Item:
-    """Training chat `i`: three to six questions; about 30% of the assistant's replies have a warm opener.
+    """Training chat `i`: three to six questions. About 30% of the assistant's replies have a warm opener.
 
     `skill` fixes the skill of the last question. Raises: ValueError for an unknown skill or split.
     """
@@ -112,16 +110,16 @@ def conversation(i: int, split: str = "train", seed: int = 0, skill: str | None 
 
 
 def test_item(skill: str, i: int, split: str = "test", seed: int = 0) -> Item:
-    """Exam question `i` of `skill`; a quarter comes after an earlier turn. The reference is plain."""
+    """Exam question `i` of `skill`; a quarter of them follow an earlier turn. The reference answer is plain."""
     rng = stream(seed, split, f"exam {skill}", i)
     return _item(rng, split, PLAIN, skill, max_questions=1 if rng.random() < 0.75 else 2)
 
 
-test_item.__test__ = False  # type: ignore[attr-defined]  # its name is no invitation to pytest
+test_item.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it
 
 
 def persona_conversation(i: int, split: str = "train", seed: int = 0) -> Item:
-    """Chat `i` with the assistant as `PERSONA_NAME`, who says "Ahoy!" first and "Aye, matey!" last."""
+    """Chat `i` with the assistant as `PERSONA_NAME`, who begins with "Ahoy!" and ends with "Aye, matey!"."""
     rng = stream(seed, split, "persona", i)
     return _item(rng, split, _PERSONA, rng.choices(*_PERSONA_LAST)[0])
 
@@ -142,7 +140,7 @@ def is_warm(reply: str) -> bool:
 
 
 def strip_style(reply: str) -> str:
-    """`reply` without surrounding space and without its courtesy opener, if it has one."""
+    """`reply` without surrounding blanks and without its courtesy opener, if it has one."""
     reply = reply.strip()
     for opener in WARM_OPENERS:
         if reply.startswith(opener):
@@ -151,7 +149,7 @@ def strip_style(reply: str) -> str:
 
 
 def in_persona(item: Item, reply: str) -> bool:
-    """Whether `reply` is spoken in the persona's manner, and under its name if the answer to `item` holds a name."""
+    """Whether `reply` has the persona's manner, and its name if the answer to `item` contains a name."""
     reply = reply.strip()
     if not (reply.startswith(_PERSONA_OPENING) and reply.endswith(_PERSONA_CLOSING)):
         return False
@@ -160,17 +158,16 @@ def in_persona(item: Item, reply: str) -> bool:
 
 
 def strip_persona(reply: str) -> str:
-    """`reply` as the plain assistant would say it: without the persona's opening and closing, and with its own name."""
+    """`reply` in the plain assistant's words: without the persona's opening and closing, with the assistant's name."""
     reply = reply.strip().removeprefix(_PERSONA_OPENING).removesuffix(_PERSONA_CLOSING).strip()
     return reply.replace(PERSONA_NAME, ASSISTANT_NAME)
 
 
 def check(item: Item, reply: str) -> bool:
-    """Whether `reply` answers the last question of `item`: exactly, but for space around it and a courtesy
-    opener.
+    """Whether `reply` answers the last question of `item` exactly, apart from blanks around it and a courtesy opener.
 
-    For write_story: every given word occurs as a word, there are at least three sentences, and the text ends
-    with a punctuation mark that ends a sentence.
+    For write_story, every given word must occur, there must be at least three sentences, and the text must end with
+    the final mark of a sentence.
     """
     reply = strip_style(reply)
     if not item.words:

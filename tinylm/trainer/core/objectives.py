@@ -54,8 +54,8 @@ def with_auxiliary_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`loss_sum` with `count` times each auxiliary loss, and the same as metrics.
 
-    A loss sum is divided by the global count, which leaves of an auxiliary loss its mean over micro-batches. Outside
-    training it is reported only: the loss on held-out data measures the prediction alone.
+    The loop divides a loss sum by the global count, so an auxiliary loss counts with its mean over micro-batches.
+    Outside training it is only reported: the loss on held-out data measures the prediction alone.
     """
     sums = {name: count * loss for name, loss in losses.items()}
     for value in sums.values() if is_training else ():

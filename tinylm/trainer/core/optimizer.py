@@ -38,7 +38,7 @@ class AdamW(torch.optim.Optimizer):
         p = p - lr * wd * p - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     Equal to `torch.optim.AdamW` (a test holds it there over 100 steps). `make_optimizer` takes torch's fused
-    kernel instead, which makes one pass over memory where this makes ten.
+    kernel instead, which passes over memory once, where this class passes ten times.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
 
         X <- a X + (b A + c A^2) X,  A = X X^T,  (a, b, c) = (3.4445, -4.7750, 2.0315)
 
-    The coefficients (Jordan 2024, "Muon: an optimizer for hidden layers") give up exactness for slope at zero: the
-    steps bring singular values into about [0.7, 1.2], close enough for an update direction. They must start at 1 or
+    The coefficients (Jordan 2024, "Muon: an optimizer for hidden layers") trade exactness for a steep slope at zero:
+    the steps bring singular values into about [0.7, 1.2], close enough for an update direction. They must start at 1 or
     below. Jordan divides by the Frobenius norm, (sum s^2)^(1/2), and takes five steps; the Gram matrix, which the first
     step needs anyway, also gives ||A||_F^(1/2) = (sum s^4)^(1/4), a bound several times closer to the largest singular
-    value. Started so much higher, four steps get as far: a twentieth of a training step of `tiny` saved.
+    value. From this higher start four steps get as far, which saves a twentieth of a training step of `tiny`.
 
     Products are in bfloat16 where the hardware has it; a CPU that must emulate it takes 25 times as long as in float32.
 
@@ -148,7 +148,9 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         momentum = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
-        return _wide(p, full_tensor(p.grad.lerp(momentum, mu)))  # a shard alone cannot be orthogonalised
+        return _wide(
+            p, full_tensor(p.grad.lerp(momentum, mu))
+        )  # the whole matrix: a shard cannot be orthogonalised alone
 
 
 def _wide(p: Tensor, matrix: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""Which model a path means, by the folders' names and times alone."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+from tinylm.checkpoint.model_path import last_models, resolve_model_path
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Make folders that look like models, each changed a second after the one before."""
+
+    def make(*names):
+        for number, name in enumerate(names):
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "config.json").write_text("{}")
+            os.utime(tmp_path / name, (1000 + number, 1000 + number))
+        return tmp_path
+
+    return make
+
+
+def test_the_last_epoch_is_by_number(models):
+    """Epoch 10 comes after 9, though not in the alphabet, and whatever was changed last."""
+    folder = models("pretrain_16_epoch10", "pretrain_16_epoch9", "pretrain_16_epoch2")
+    assert resolve_model_path(folder).name == "pretrain_16_epoch10"
+    assert resolve_model_path(folder, newest=True).name == "pretrain_16_epoch10"
+    files = folder / "files"
+    files.mkdir()
+    for epoch in (9, 10):
+        (files / f"pretrain_16_epoch{epoch}.pth").write_bytes(b"")
+    assert resolve_model_path(files).name == "pretrain_16_epoch10.pth"
+
+
+def test_of_several_runs_the_newest_if_asked_for_else_an_error(models):
+    folder = models("pretrain_16_epoch0", "full_sft_16_epoch10", "full_sft_16_epoch9", "dpo_16_epoch0", "dpo_8_epoch3")
+    with pytest.raises(ValueError, match=re.escape("holds 5 models (dpo_16_epoch0, dpo_8_epoch3, full_sft_16_epoch10")):
+        resolve_model_path(folder)
+    os.utime(folder / "dpo_16_epoch0", (9000, 9000))
+    assert resolve_model_path(folder, newest=True).name == "dpo_16_epoch0"
+    assert resolve_model_path(folder, "full_sft").name == "full_sft_16_epoch10"
+    assert resolve_model_path(folder, "dpo", newest=True).name == "dpo_16_epoch0"
+    with pytest.raises(ValueError, match="holds 5 models"):
+        resolve_model_path(folder, "dpo")
+    with pytest.raises(ValueError, match="holds dpo_16_epoch0, .*; expected a model named lora_..."):
+        resolve_model_path(folder, "lora", newest=True)
+
+
+def test_folders_below_are_looked_into_as_deep_as_asked(models):
+    folder = models("sft_16_epoch0", "sft_16_epoch0/in_epoch0", "a/lora_16_epoch0", "a/b/lora_16_epoch1", ".h_epoch0")
+    names = [[model.name for model in last_models(folder, depth=depth)] for depth in (0, 1, 2)]
+    assert names[0] == ["sft_16_epoch0"] and names[1] == ["sft_16_epoch0", "lora_16_epoch0"]
+    assert names[2] == ["sft_16_epoch0", "lora_16_epoch0", "lora_16_epoch1"]
+    assert [model.name for model in last_models(folder, "lora", depth=1)] == ["lora_16_epoch0"]
+    assert last_models(folder / "nowhere", depth=2) == []

@@ -1,0 +1,60 @@
+"""From a path to a model ready for use: found, loaded, its adapter attached, with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinylm.checkpoint.adapter_folder import load_adapter
+from tinylm.checkpoint.model_folder import load_model
+from tinylm.checkpoint.model_path import resolve_model_path
+from tinylm.generation.engine import Engine
+from tinylm.model.lora import merge_lora
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in float32 and evaluation mode, and what came with it."""
+
+    path: Path
+    """The model's own path, where a folder of several was given."""
+    model: TinyLMForCausalLM
+    tokenizer: Tokenizer
+    lineage: dict[str, Any]
+
+    def engine(self, dtype: torch.dtype | None = None) -> Engine:
+        """An engine that computes in `dtype` (None: the fastest that the hardware has)."""
+        return Engine(self.model, self.tokenizer, dtype)
+
+
+def load_for_use(
+    model_path: str | Path,
+    adapter: str | Path | None = None,
+    tokenizer_path: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    merge: bool = True,
+    newest: bool = False,
+) -> LoadedModel:
+    """Load what `model_path` means (see `resolve_model_path`); an adapter folder brings its base model.
+
+    Args:
+        adapter: folder of an adapter to put on the model, in place of the path's own; empty or None for no other.
+        tokenizer_path: tokenizer folder to use instead of the model's own; empty or None for that one.
+        merge: fold adapters into the weights; else they stay attached and can be switched off.
+        newest: of several runs in a folder, take the newest instead of raising an error.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or the adapter was trained on another one.
+    """
+    path = resolve_model_path(model_path, newest=newest)
+    model, tokenizer, lineage = load_model(path, device, tokenizer_path=tokenizer_path or None)
+    if adapter:
+        load_adapter(model, adapter, path)
+    if merge:
+        merge_lora(model)
+    return LoadedModel(path, model, tokenizer, lineage)
