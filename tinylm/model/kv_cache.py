@@ -54,6 +54,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.lengths = [0] * batch_size
+        self._rows = torch.arange(batch_size, device=device)[:, None]  # index of each row, beside [B, t] positions
 
     @property
     def max_length(self) -> int:
@@ -88,8 +89,7 @@ class KVCache:
             if isinstance(positions, slice):
                 storage[:, :, positions] = new
             else:
-                rows = torch.arange(num_rows, device=storage.device)[:, None]
-                storage.transpose(1, 2)[rows, positions] = new.transpose(1, 2)
+                storage.transpose(1, 2)[self._rows[:num_rows], positions] = new.transpose(1, 2)
         return held
 
     def advance(self, num_tokens: int) -> None:
@@ -130,6 +130,7 @@ class KVCache:
 
     def _reserve(self, num_rows: int, max_length: int) -> None:
         """Move to larger storage."""
+        self._rows = torch.arange(num_rows, device=self._rows.device)[:, None]
         for held in (self.keys, self.values):
             for layer_idx, old in enumerate(held):
                 held[layer_idx] = old.new_zeros(num_rows, old.shape[1], max_length, old.shape[3])
