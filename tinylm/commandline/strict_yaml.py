@@ -50,7 +50,7 @@ def _check_events(text: str) -> None:
         if seen and (keys := seen[-1]) is not None:
             if key_is_next[-1] and isinstance(event, yaml.ScalarEvent):
                 if event.value in keys:
-                    raise yaml.MarkedYAMLError(problem="a key that stands twice", problem_mark=event.start_mark)
+                    raise yaml.MarkedYAMLError(problem="a key that appears twice", problem_mark=event.start_mark)
                 keys.add(event.value)
             key_is_next[-1] = not key_is_next[-1]
         if isinstance(event, yaml.CollectionStartEvent):
