@@ -379,7 +379,7 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{PRETRAIN} good.txt --output_dir file": ("file is a file", "expected a folder", "choose another --output_dir"),
     f"{PRETRAIN} good.txt --output_dir file/out": ("file/out, but file is a file", "choose another --output_dir"),
     f"{SFT} good.c.jsonl --output_dir file": ("file is a file", "expected a folder", "choose another --output_dir"),
-    f"{SFT} good.c.jsonl --output_dir loop.txt/out": ("loop.txt/out", "links lead round", "choose another path"),
+    f"{SFT} good.c.jsonl --output_dir loop.txt/out": ("loop.txt/out", "links form a loop", "choose another path"),
     f"{TOKENIZER} good.txt --output_dir file": ("file is a file", "expected a folder", "choose another"),
     f"{PRETRAIN} good.txt --config null.yaml": ("null.yaml, line 2", "epochs is null", "expected a whole number"),
     f"{CHAT_WITH} base --max_seq_len 1": ("the prompt may take 0", "expected a longer context"),

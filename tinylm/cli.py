@@ -1,4 +1,4 @@
-"""`tinylm <command>`: a table of commands. A command's module is imported only when it is run."""
+"""`tinylm <command>`: the table of commands. A command's module is imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinylm.commandline.exit_status import RERUN_ADVICE, RESUME_ADVICE, run_main
 
 
 class Command(NamedTuple):
-    """Where a command's `main(argv) -> status` is, what it does, and how to go on with it after an interruption."""
+    """Where a command's `main(argv) -> status` is, what it does, and how to continue it after an interruption."""
 
     target: str
     summary: str
