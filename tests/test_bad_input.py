@@ -325,7 +325,7 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{CHAT_WITH} pickle.pth": ("pickle.pth", "could run code", "save only the state_dict"),
     f"{CHAT_WITH} cut.pth": ("cut.pth", "damaged", "save it again"),
     f"{CHAT_WITH} empty.pth": ("empty.pth", "damaged", "save it again"),
-    f"{CHAT_WITH} flat.pth": ("flat.pth", "no matrices", "expected the original project's tensors"),
+    f"{CHAT_WITH} flat.pth": ("flat.pth", "not matrices", "expected the original project's tensors"),
     f"{CHAT_WITH} base --temperature -1": ("temperature is -1", "accepted is 0"),
     f"{CHAT_WITH} base --top_p 1.5": ("top_p is 1.5", "accepted is 0 to 1"),
     f"{CHAT_WITH} base --max_seq_len 33": ("max_seq_len is 33", "context of 32 tokens", "leave it out"),

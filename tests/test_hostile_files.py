@@ -112,9 +112,9 @@ HEADERS: dict[str, tuple[Any, int, str]] = {
     "inside": ({"a": entry([4], [0, 16]), "b": entry([2], [4, 12])}, 16, "b shares bytes"),
     "hole": ({"a": entry(), "b": entry([2], [16, 24])}, 24, "b leaves a hole"),
     "outside": ({"a": entry([2], [8, 16])}, 8, "a leaves a hole"),
-    "list": ([1], 0, "no object"),
-    "entries": ({"a": 5}, 0, "'a' is no object"),
-    "metadata": ({"__metadata__": 5}, 0, "no object"),
+    "list": ([1], 0, "it is not an object"),
+    "entries": ({"a": 5}, 0, "'a' is not an object"),
+    "metadata": ({"__metadata__": 5}, 0, "it is not an object"),
     "name": ({"\x1b]0;owned\x07": entry()}, 8, r"the tensor name '\\x1b"),
     "long name": ({"a" * 5000: entry()}, 8, "the tensor name"),
 }
