@@ -2,7 +2,8 @@
 
     tinylm export --model_path out/dpo --format pth --output dpo_512_epoch0.pth
 
-A model folder is already a Hugging Face folder. This command writes the original project's `.pth` instead.
+A model folder is already a Hugging Face folder. This command writes the `.pth` of the
+original project, lyuzlion/Tiny-Language-Model.
 """
 
 from __future__ import annotations
