@@ -244,5 +244,5 @@ def test_stopped_between_steps_without_a_number(commands, pretrain, tmp_path):
     broken = ["--resume", "--save_interval", "0", "--learning_rate", "1e30", "--output_dir", tmp_path]
     process = commands.start(*words, *broken, strike=(signal.SIGTERM, 4, 0))
     assert process.wait() == 143
-    assert "in which nothing was updated; the state before it stays" in process.said
+    assert "in which nothing was updated; the state before it is kept" in process.said
     assert load_training_state(state_folder(tmp_path)).folder == good.folder
