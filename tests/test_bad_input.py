@@ -285,7 +285,7 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{EVAL} fields.jsonl": ("fields.jsonl, line 1", "fields foo", "rename the fields"),
     f"{EVAL} gold.jsonl": ("gold.jsonl, line 1", "gold", "expected"),
     f"{EVAL} good.txt --tasks foo": ("task 'foo'", "expected skills", "--tasks"),
-    f"{EVAL} good.txt --tasks chat": ("good.txt", "no data for chat", "leave --tasks out"),
+    f"{EVAL} good.txt --tasks chat": ("good.txt", "no data for chat", "leave out --tasks"),
     f"{EVAL} good.txt --adapter nosuch": ("nosuch/adapter_config.json", "does not exist"),
     f"{EVAL} good.txt --limit 0": ("limit 0", "at least 1", "--limit"),
     # models

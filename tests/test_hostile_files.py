@@ -554,7 +554,7 @@ def test_a_name_in_a_pth_is_quoted_and_the_file_named(tmp_path: Path, name: str)
 
 def test_two_names_that_are_one(tmp_path: Path) -> None:
     torch.save({"model.norm.weight": torch.zeros(2), "module.model.norm.weight": torch.ones(2)}, tmp_path / "m.pth")
-    refused(read_pth, tmp_path / "m.pth", match="two tensors of one name")
+    refused(read_pth, tmp_path / "m.pth", match="two tensors of the same name")
 
 
 def test_a_layer_number_without_end(tmp_path: Path, folders: Path) -> None:

@@ -21,7 +21,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command("tinylm.commands.quickstart:main", "train a small chat model from nothing", RERUN_ADVICE),
+    "quickstart": Command("tinylm.commands.quickstart:main", "train a small chat model from scratch", RERUN_ADVICE),
     "tokenizer": Command("tinylm.trainer.train_tokenizer:main", "train a tokenizer on text"),
     "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", RESUME_ADVICE),
     "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", RESUME_ADVICE),

@@ -143,7 +143,7 @@ def _check_size(path: Path, config: TinyLMConfig, shapes: Mapping[str, tuple[int
         )
     if config.num_hidden_layers > len(shapes):
         raise ValueError(
-            f"{path} holds {len(shapes)} tensors; its config implies {config.num_hidden_layers} layers of several: "
+            f"{path} holds {len(shapes)} tensors; its config implies {config.num_hidden_layers} layers: "
             "check that both come from the same model"
         )
 
@@ -195,7 +195,7 @@ def adapter_base(folder: Path) -> Path:
     if not stated.isprintable() or len(stated) > _MAX_PATH:
         raise ValueError(
             f"{folder / ADAPTER}: base_model_name_or_path is {shown(stated)}; expected a path: write the base "
-            "model's there"
+            "model's path there"
         )
     candidates = [folder / stated, Path(stated)]  # the same if `stated` is absolute
     base = next((candidate for candidate in candidates if candidate.exists()), None)
@@ -207,7 +207,7 @@ def adapter_base(folder: Path) -> Path:
     try:
         base = resolve_model_path(base)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{folder / ADAPTER} names the base model {stated}, which cannot be one: {error}") from None
+        raise ValueError(f"{folder / ADAPTER} names the base model {stated}, which cannot be used: {error}") from None
     if base.is_dir() and not (base / CONFIG).is_file():
         raise ValueError(f"{folder / ADAPTER} names {stated}, an adapter itself; the base must be a full model")
     return base

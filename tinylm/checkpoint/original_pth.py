@@ -56,7 +56,9 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no state_dict of tensors; save the model with torch.save(model.state_dict())")
     named = {name_from_original(plain_name(str(name))): tensor for name, tensor in data.items()}
     if len(named) < len(data):
-        raise ValueError(f"{path} holds two tensors of one name; save only the model's own state_dict with torch.save")
+        raise ValueError(
+            f"{path} holds two tensors of the same name; save only the model's own state_dict with torch.save"
+        )
     named = {name: tensor for name, tensor in named.items() if not _TABLES.search(name)}
     for name, tensor in named.items():
         try:

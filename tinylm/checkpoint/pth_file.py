@@ -268,7 +268,7 @@ class _Machine:
         if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > 8:
             raise ValueError("a tensor without a storage, or of unequal shape and stride")
         if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-            raise ValueError("a tensor whose shape or stride is not of whole numbers")
+            raise ValueError("a tensor with a shape or stride that is not whole numbers")
         elements = math.prod(shape)
         last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if elements else 0
         # A stride of 0 repeats a number, so that there are more elements than stored numbers; saved weights never do.

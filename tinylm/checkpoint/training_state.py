@@ -241,7 +241,7 @@ def _read_all(place: Path, place_for: Callable[[str, tuple[int, ...]], Tensor | 
         target = place_for(name, tuple(facts.size)) if place_for is not None else None
         targets[name] = torch.empty(facts.size, dtype=facts.properties.dtype) if target is None else target
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is no mistake
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process is fine
         checkpoint.load(targets, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=place_for is None)
     return targets
 

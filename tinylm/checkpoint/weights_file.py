@@ -178,7 +178,7 @@ def replaceable_folder(path: str | Path, marker: str) -> Iterator[Path]:
     folder = Path(path)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise ValueError(
-            f"{folder} exists and holds other files (no {marker}); it would be replaced: choose another folder"
+            f"{folder} exists and holds other files (no {marker}), which would be deleted: choose another folder"
         )
     with atomic_folder(folder) as fresh:
         yield fresh

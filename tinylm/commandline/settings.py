@@ -27,7 +27,7 @@ from tinylm.files.untrusted import shown
 Settings = TypeVar("Settings")
 
 SHARED_FLAGS = {
-    "config": "YAML file with any of these settings; a flag given beside it wins",
+    "config": "YAML file with any of these settings; flags take precedence over it",
     "print_config": "print the settings of this run as YAML, ready for --config, and stop",
     "debug": "on failure, show where in the code it happened",
 }

@@ -65,7 +65,7 @@ class ChatSettings(SamplingSettings):
         super().__post_init__()
         for name in ("max_seq_len", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted is 0 (read from the model) or more")
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 (read from the model) or more")
         if self.weight == "pretrain" and self.system:
             raise ValueError("system with weight=pretrain; a base model continues text and takes no instructions")
 

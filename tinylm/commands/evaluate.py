@@ -129,7 +129,7 @@ def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
     if chosen and not plan:
         raise ValueError(
             f"{settings.data_path}: no data for {', '.join(sorted(chosen))}; expected a file with the fields "
-            "of that task; leave --tasks out to take what the files hold"
+            "of that task; leave out --tasks to choose by the fields"
         )
     return plan
 

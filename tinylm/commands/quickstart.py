@@ -1,4 +1,4 @@
-"""Train a model that answers from nothing but the embedded corpus.
+"""Train a model that answers from scratch, on the embedded corpus.
 
     tinylm quickstart
 
@@ -175,7 +175,7 @@ def finished_model(stage: str, settings: TrainSettings) -> Path | None:
 def train_all(plan: Plan, console: Console) -> dict[str, Path]:
     """Run the stages that are not finished; returns the folder of each stage's model."""
     if (Path(plan.tokenizer.output_dir) / "tokenizer.json").exists():
-        console.print("[bold]1/5 tokenizer[/bold]: done before")
+        console.print("[bold]1/5 tokenizer[/bold]: already done")
     else:
         console.rule("1/5 tokenizer", align="left")
         train_tokenizer.train(plan.tokenizer)
@@ -188,7 +188,7 @@ def train_all(plan: Plan, console: Console) -> dict[str, Path]:
     folders = {}
     for number, (stage, settings, train) in enumerate(stages, start=2):
         if folder := finished_model(stage, settings):
-            console.print(f"[bold]{number}/5 {stage}[/bold]: done before, {folder}")
+            console.print(f"[bold]{number}/5 {stage}[/bold]: already done, {folder}")
         else:
             console.rule(f"{number}/5 {stage}", align="left")
             folder = train(settings)
@@ -262,7 +262,7 @@ def show_sample_chats(folder: Path, console: Console) -> None:
 
 def main(argv: list[str]) -> int:
     """The command line: plan, train the unfinished stages, measure, chat."""
-    description = "Train a small chat model from nothing: tokenizer, pretraining, SFT, LoRA, DPO, scoreboard, chat."
+    description = "Train a small chat model from scratch: tokenizer, pretraining, SFT, LoRA, DPO, scoreboard, chat."
     settings = parse_settings(QuickstartSettings, argv, "tinylm quickstart", description)
     console = make_console()
     claim_folder(settings)

@@ -84,13 +84,13 @@ def verify_states(folder: Path) -> Iterator[Finding]:
 
 def _check_state(place: Path) -> str:
     check_manifest(place)
-    return "all files are what was written"
+    return "all files unchanged"
 
 
 def _check_files(folder: Path) -> str:
     check_manifest(folder)
     files = read_own_json(folder / "manifest.json")["files"]
-    return f"{len(files)} files are what was written, {sum(facts['bytes'] for facts in files.values()):,} bytes"
+    return f"{len(files)} files unchanged, {sum(facts['bytes'] for facts in files.values()):,} bytes"
 
 
 def _check_weights(folder: Path) -> str:
@@ -106,7 +106,7 @@ def _check_tokenizer(folder: Path, lineage: dict[str, Any]) -> str:
         raise FileNotFoundError("lineage.json does not name the tokenizer")
     if tokenizer.fingerprint != promised:
         raise ValueError(f"it is {tokenizer.fingerprint}; the model was trained with {promised}")
-    return f"{tokenizer.vocab_size:,} entries, the one that the model was trained with"
+    return f"{tokenizer.vocab_size:,} entries, the same as in training"
 
 
 def _check_parent(lineage: dict[str, Any]) -> str:

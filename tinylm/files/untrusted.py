@@ -104,7 +104,7 @@ def read_own_json(path: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path, max_bytes: int, finite: bool) -> dict[str, Any]:
-    check_file(path, "it is needed to load what lies beside it")
+    check_file(path, "it is needed to load the files beside it")
     size = path.stat().st_size
     if size > max_bytes:
         raise ValueError(f"{path} has {size} bytes; at most {max_bytes} are expected: save the folder again")

@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
         "Chinese chapters held out": chinese_chapters(data_path, held_out=True),
     }
     facts = {name: f"{bytes_per_token(tokenizer, texts):.3f} bytes per token" for name, texts in measured.items()}
-    print_facts(make_console(), f"{tokenizer} written to {settings.output_dir}; on text not trained on:", facts)
+    print_facts(make_console(), f"{tokenizer} written to {settings.output_dir}; on held-out text:", facts)
 
 
 if __name__ == "__main__":

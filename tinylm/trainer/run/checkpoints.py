@@ -332,7 +332,7 @@ class Checkpoints:
         asked = {name: getattr(self.stage.settings, name) for name in ("batch_size", "accumulation_steps")}
         if rows != self.plan.source.rows_per_step and all(saved.get(name) == value for name, value in asked.items()):
             processes = self.stage.runtime.world_size
-            self.stage.console.print(f"note: {processes} process(es) share the {rows} rows of a step now")
+            self.stage.console.print(f"note: {processes} process(es) now share the {rows} rows of a step")
             self.plan.keep_rows_per_step(rows)
 
     def note_unfinished(self) -> None:

@@ -223,5 +223,7 @@ def _tensorboard_writer(folder: Path, start_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard needs the package; install it with: pip install 'tinylm[track]'") from error
+        raise ValueError(
+            "--tensorboard needs the package tensorboard; install it with: pip install 'tinylm[track]'"
+        ) from error
     return SummaryWriter(str(folder), purge_step=start_step + 1)
