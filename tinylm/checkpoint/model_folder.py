@@ -84,7 +84,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     tokenizer_path: str | Path | None = None,
 ) -> tuple[TinyLMForCausalLM, Tokenizer, dict[str, Any]]:
-    """(model in eval mode, tokenizer, lineage) from a folder, an adapter folder or an original `.pth`.
+    """(model in eval mode, tokenizer, lineage) from a folder, or a `.pth` of lyuzlion/Tiny-Language-Model.
 
     Args:
         path: as for `resolve_model_path`. For an adapter folder, its base model is loaded and the adapter attached.

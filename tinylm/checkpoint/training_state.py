@@ -180,7 +180,7 @@ def _copy(tensor: Tensor, memory: Tensor | None) -> Tensor:
 
 
 def _prune(folder: Path, newest: Path) -> None:
-    """Delete all states except `newest` and those just before it (`KEPT_STEPS`), and the leftovers of killed writers.
+    """Keep the `KEPT_STEPS` states up to `newest`; delete all others, and the leftovers of killed writers.
 
     A step after `newest` is from before the run was started over, or resumed from an older state.
     """

@@ -28,7 +28,7 @@ class ExportSettings:
     output: str
     """the file to write"""
     format: Literal["pth"] = "pth"
-    """pth: weights under the original project's names"""
+    """pth: weights under the names of lyuzlion/Tiny-Language-Model"""
     tokenizer_path: str | None = None
     """tokenizer folder, for a .pth that does not fit the default one"""
 

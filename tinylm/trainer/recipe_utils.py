@@ -69,7 +69,7 @@ def sample_texts(
     chat: bool = False,
     max_new_tokens: int = 40,
 ) -> Callable[[], list[str]]:
-    """A function that, when called, lets the model continue each prompt greedily, or answer it in a chat."""
+    """A function that lets the model, as it is when called, continue each prompt greedily or answer it in a chat."""
 
     def sample() -> list[str]:
         room = model.config.max_position_embeddings // 4  # the prompt needs most of a short context

@@ -88,7 +88,7 @@ def train(settings: DPOSettings) -> Path:
     """Train on preferences; returns the model folder."""
     # 2. Runtime
     stage = start_stage("dpo", settings)
-    # 3. Tokenizer and 4. model: the parent brings both; an adapter is folded in
+    # 3. Tokenizer and 4. model: both come from the parent; an adapter is folded in
     model, tokenizer, parent = load_parent(stage, settings.model_path)
     merge_lora(model)
     shard(model, settings.sharding, stage.runtime)

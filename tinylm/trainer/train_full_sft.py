@@ -69,7 +69,7 @@ def train(settings: FullSFTSettings) -> Path:
     """Fine-tune all weights; returns the model folder."""
     # 2. Runtime
     stage = start_stage("full_sft", settings)
-    # 3. Tokenizer and 4. model: the parent brings both; an adapter is folded in
+    # 3. Tokenizer and 4. model: both come from the parent; an adapter is folded in
     model, tokenizer, parent = load_parent(stage, settings.model_path)
     merge_lora(model)
     shard(model, settings.sharding, stage.runtime)

@@ -56,7 +56,7 @@ def train(settings: LoRASettings) -> Path:
     """Train an adapter; returns its folder."""
     # 2. Runtime
     stage = start_stage("lora", settings)
-    # 3. Tokenizer and 4. model: the parent brings both
+    # 3. Tokenizer and 4. model: both come from the parent
     model, tokenizer, parent = load_parent(stage, settings.model_path)
     if has_lora(model):
         raise ValueError(f"{settings.model_path} is an adapter; fold it into its model first, with tinylm merge")
