@@ -112,9 +112,9 @@ HEADERS: dict[str, tuple[Any, int, str]] = {
     "inside": ({"a": entry([4], [0, 16]), "b": entry([2], [4, 12])}, 16, "b shares bytes"),
     "hole": ({"a": entry(), "b": entry([2], [16, 24])}, 24, "b leaves a hole"),
     "outside": ({"a": entry([2], [8, 16])}, 8, "a leaves a hole"),
-    "list": ([1], 0, "no object"),
-    "entries": ({"a": 5}, 0, "'a' is no object"),
-    "metadata": ({"__metadata__": 5}, 0, "no object"),
+    "list": ([1], 0, "it is not an object"),
+    "entries": ({"a": 5}, 0, "'a' is not an object"),
+    "metadata": ({"__metadata__": 5}, 0, "it is not an object"),
     "name": ({"\x1b]0;owned\x07": entry()}, 8, r"the tensor name '\\x1b"),
     "long name": ({"a" * 5000: entry()}, 8, "the tensor name"),
 }
@@ -136,7 +136,7 @@ def test_a_header_that_cannot_be_true(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{}}', "the key 'a' stands twice"),
+        (b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"a":{}}', "the key 'a' appears twice"),
         (b'{"a":' * 20_000, "nested deeper|Expecting"),
         (b'{"a":{"dtype":"F32","shape":[' + b"9" * 4000 + b"]}}", "a whole number of 4000 digits"),
         (b'{"a":{"dtype":"F32","shape":[NaN]}}', "not finite"),
@@ -271,7 +271,7 @@ def test_a_key_that_stands_twice(folders: Path) -> None:
     """Other readers take the first: a file could be two models."""
     path = folders / "model" / "config.json"
     path.write_text(path.read_text().replace("{", '{"hidden_size": 16,', 1))
-    refused(load_model, folders / "model", match="the key 'hidden_size' stands twice")
+    refused(load_model, folders / "model", match="the key 'hidden_size' appears twice")
 
 
 @pytest.mark.parametrize("token", [-1, 290, 10**30, [290, 1]])
@@ -554,7 +554,7 @@ def test_a_name_in_a_pth_is_quoted_and_the_file_named(tmp_path: Path, name: str)
 
 def test_two_names_that_are_one(tmp_path: Path) -> None:
     torch.save({"model.norm.weight": torch.zeros(2), "module.model.norm.weight": torch.ones(2)}, tmp_path / "m.pth")
-    refused(read_pth, tmp_path / "m.pth", match="two tensors of one name")
+    refused(read_pth, tmp_path / "m.pth", match="two tensors of the same name")
 
 
 def test_a_layer_number_without_end(tmp_path: Path, folders: Path) -> None:
@@ -661,7 +661,7 @@ YAML: dict[str, tuple[str, str]] = {
     "merge": ("<<: {epochs: 1}\nx: *x", "anchors and aliases|unknown"),
     "deep": ("epochs: " + "[" * 60_000, "nested deeper than 16"),
     "deep blocks": ("".join(" " * n + "a:\n" for n in range(200)), "nested deeper than 16"),
-    "twice": ("epochs: 1\nepochs: 2", "line 2: not YAML (a key that stands twice)"),
+    "twice": ("epochs: 1\nepochs: 2", "line 2: not YAML (a key that appears twice)"),
     "python": ("epochs: !!python/object/apply:os.mkdir [executed]", "not YAML"),
     "bool tag": ("epochs: !!bool foo", "not YAML"),
     "date tag": ("epochs: !!timestamp foo", "not YAML"),
@@ -720,7 +720,7 @@ def test_a_bomb_in_quotes_for_a_list_is_refused(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1, "b": {"c": 2, "c": 2}}', "the key 'c' stands twice"),
+        ('{"a": 1, "b": {"c": 2, "c": 2}}', "the key 'c' appears twice"),
         ("[" * 65 + "]" * 65, "nested deeper than 64"),
         ("[" * 100_000, "nested deeper than 64"),
         ("-Infinity", "not finite"),

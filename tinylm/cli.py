@@ -1,4 +1,4 @@
-"""`tinylm <command>`: a table of commands. A command's module is imported only when it is run."""
+"""`tinylm <command>`: the table of commands. A command's module is imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinylm.commandline.exit_status import RERUN_ADVICE, RESUME_ADVICE, run_main
 
 
 class Command(NamedTuple):
-    """Where a command's `main(argv) -> status` is, what it does, and how to go on with it after an interruption."""
+    """Where a command's `main(argv) -> status` is, what it does, and how to continue it after an interruption."""
 
     target: str
     summary: str
@@ -21,7 +21,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command("tinylm.commands.quickstart:main", "train a small chat model from nothing", RERUN_ADVICE),
+    "quickstart": Command("tinylm.commands.quickstart:main", "train a small chat model from scratch", RERUN_ADVICE),
     "tokenizer": Command("tinylm.trainer.train_tokenizer:main", "train a tokenizer on text"),
     "pretrain": Command("tinylm.trainer.train_pretrain:main", "train a model on plain text", RESUME_ADVICE),
     "sft": Command("tinylm.trainer.train_full_sft:main", "fine-tune a model on conversations", RESUME_ADVICE),

@@ -418,7 +418,7 @@ def test_broken_pth_files(tmp_path):
     state = original_state(original_model())
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="m.pth is damaged or no PyTorch file"):
+    with pytest.raises(ValueError, match="m.pth is damaged or not a PyTorch file"):
         load_model(path)
     gone = "model.layers.1.ffn.up_proj.weight"
     torch.save({name: tensor for name, tensor in state.items() if name != gone}, path)

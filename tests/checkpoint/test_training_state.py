@@ -127,7 +127,7 @@ def test_one_damaged_byte_in_any_file_is_found_and_the_state_before_is_taken(tmp
     (folder / "step_00000001" / "state.json").unlink()
     assert load_training_state(folder).values["step"] == 2
     (newest / "state.json").unlink()
-    with pytest.raises(ValueError, match=r"no state in .* is whole: .*00000002.*; .*00000001"):
+    with pytest.raises(ValueError, match=r"every state in .* is damaged: .*00000002.*; .*00000001"):
         load_training_state(folder)
     with pytest.raises(FileNotFoundError, match="no training state to resume from"):
         load_training_state(tmp_path / "none")
@@ -255,7 +255,7 @@ def test_a_state_of_another_format_is_refused(tmp_path):
     place = save_state(tmp_path, {"step": 7})
     (place / "state.json").write_text(json.dumps({"format": 3, "state": {"step": 7}}))
     write_manifest(place)
-    with pytest.raises(ValueError, match=r"state.json has format 3; expected 2: it is not ours"):
+    with pytest.raises(ValueError, match=r"state.json has format 3; expected 2: this version of tinylm cannot read it"):
         load_training_state(tmp_path)
 
 
@@ -287,5 +287,5 @@ def test_a_record_that_nobody_here_wrote_is_refused_by_name(tmp_path, record):
     place = save_state(tmp_path, {"step": 7})
     (place / "state.json").write_text(json.dumps({"format": 2, "state": record}))
     write_manifest(place)
-    with pytest.raises(ValueError, match=r"state.json (is no record of a state|has format)"):
+    with pytest.raises(ValueError, match=r"state.json (is not a training state|has format)"):
         load_training_state(tmp_path)

@@ -84,7 +84,7 @@ def test_an_interrupted_stage_continues_and_what_is_done_stays(miniature):
     first, second = miniature.said
     assert miniature.statuses == [130, 0]
     assert f"stopped after step {INTERRUPTED_AT}, which is saved; run the same command again" in first
-    assert first.count("done before") == 0 and second.count("done before") == 2, "tokenizer and pretraining"
+    assert first.count("already done") == 0 and second.count("already done") == 2, "tokenizer and pretraining"
     assert second.count(f"from step {INTERRUPTED_AT}") == 1
 
 
@@ -124,7 +124,7 @@ def test_another_call_trains_nothing(miniature):
     assert len(before) >= 8  # a model and a training state for each stage
     miniature.call("--scale", SCALE, "--num_items", "1")
     assert miniature.statuses[-1] == 0 and miniature.weights() == before
-    assert miniature.said[-1].count("done before") == 5
+    assert miniature.said[-1].count("already done") == 5
 
 
 @pytest.mark.long

@@ -108,7 +108,7 @@ def test_states(tmp_path, capsys):
     assert status == 0 and "from step 6" in text and set(marks.values()) == {"right"}
     (tmp_path / "step_00000006" / "state.json").write_text("{}")
     status, marks, text = findings(capsys, tmp_path)
-    assert status == 1 and marks["step_00000006"] == "WRONG" and marks["to"] == "right" and "from step 3" in text
+    assert status == 1 and marks["step_00000006"] == "WRONG" and marks["resume"] == "right" and "from step 3" in text
 
 
 def test_the_code_version_sees_every_file(monkeypatch, tmp_path):

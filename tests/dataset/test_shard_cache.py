@@ -266,7 +266,9 @@ def test_ranks_that_see_different_files_are_stopped(tokenizer, corpus: Path, tmp
     (other / "a.txt").write_text("An older copy of the corpus. " * 20)
     results = run_two(tmp_path, corpus, [tmp_path, tmp_path], second_corpus=other)
     for rank, result in enumerate(results):
-        assert f"process {rank} sees other data than the rest; expected the same files" in result["error"]
+        assert (
+            f"process {rank} reads different data from the other processes; expected the same files" in result["error"]
+        )
 
 
 def run_two(folder: Path, corpus: Path, outputs: list[Path], second_corpus: Path | None = None) -> list[dict]:

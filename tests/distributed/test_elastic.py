@@ -74,7 +74,7 @@ def test_a_restarted_run_waits_for_the_lock_of_a_lost_machine(pretrain_words, tm
     wait_until(lambda: told.exists(), PATIENCE, "a lock that another process holds")
     logs = [tmp_path / "first", tmp_path / "restarted"]
     first = start(main, words, log=logs[0])
-    assert end_of(first, logs[0]) == 2 and "belongs to a run that is still going" in logs[0].read_text()
+    assert end_of(first, logs[0]) == 2 and "is in use by another run" in logs[0].read_text()
     restarted = start(main, words, log=logs[1], TORCHELASTIC_RESTART_COUNT="1")
     told.unlink()
     assert [end_of(holder, tmp_path / "holder"), end_of(restarted, logs[1])] == [0, 0], logs[1].read_text()

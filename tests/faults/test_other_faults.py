@@ -188,7 +188,7 @@ def test_two_runs_on_one_folder(commands, pretrain, tmp_path, tally):
         second = commands.start(*words, *more, "--output_dir", tmp_path)
         assert second.wait() == 2, second.said
         errors = [line for line in second.said.splitlines() if line.startswith("tinylm: error: ")]
-        assert len(errors) == 1 and f"still going (process {first.pid} on " in errors[0], second.said
+        assert len(errors) == 1 and f"is in use by another run (process {first.pid} on " in errors[0], second.said
     first.send(signal.SIGCONT)
     assert first.wait() == 0, first.said
     lost = differences(tmp_path, whole)
@@ -244,5 +244,5 @@ def test_stopped_between_steps_without_a_number(commands, pretrain, tmp_path):
     broken = ["--resume", "--save_interval", "0", "--learning_rate", "1e30", "--output_dir", tmp_path]
     process = commands.start(*words, *broken, strike=(signal.SIGTERM, 4, 0))
     assert process.wait() == 143
-    assert "in which nothing was updated; the state before it stays" in process.said
+    assert "in which nothing was updated; the state before it is kept" in process.said
     assert load_training_state(state_folder(tmp_path)).folder == good.folder

@@ -53,7 +53,7 @@ def holder(path: Path, repository: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_second_run_is_refused_at_once(path: Path, holder: subprocess.Popen[str], monkeypatch) -> None:
-    owner = rf"belongs to a run that is still going \(process {holder.pid} on {socket.gethostname()}\); wait for it"
+    owner = rf"is in use by another run \(process {holder.pid} on {socket.gethostname()}\); wait for it"
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
     for _ in range(2):  # whoever is refused leaves the owner's name in the file
         with pytest.raises(ValueError, match=owner), run_lock(path):
@@ -83,7 +83,7 @@ def test_a_restarted_run_waits_for_the_lock_of_the_lost_one(
 
 def test_patience_ends(path: Path, holder: subprocess.Popen[str]) -> None:
     start = time.monotonic()
-    with pytest.raises(ValueError, match="belongs to a run"), run_lock(path, patience=0.4):
+    with pytest.raises(ValueError, match="is in use by another run"), run_lock(path, patience=0.4):
         pass
     assert 0.4 <= time.monotonic() - start < 300
 

@@ -114,7 +114,7 @@ def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
 def test_a_folder_belongs_to_one_run(tmp_path):
     run = make_run(tmp_path, max_steps=2)
     with run_lock(tmp_path / ".pretrain.lock"):
-        with pytest.raises(ValueError, match=rf"belongs to a run that is still going \(process {os.getpid()} on "):
+        with pytest.raises(ValueError, match=rf"is in use by another run \(process {os.getpid()} on "):
             run.fit()
         assert not run.checkpoints.state_folder.exists()
         make_run(tmp_path / "other", max_steps=1).fit()

@@ -275,7 +275,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(tmp_path):
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     for state in resumed.checkpoints.state_folder.glob("step_*"):
         flip_a_bit(state / "state.json")
-    with pytest.raises(ValueError, match="no state in .* is whole: .*step_00000008.*; .*step_00000006"):
+    with pytest.raises(ValueError, match="every state in .* is damaged: .*step_00000008.*; .*step_00000006"):
         make_run(tmp_path / "parts", max_steps=8, resume=True).fit()
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT folders, `adapter_config.json` and `adapter_model.safetensors`, with PEFT's names."""
+"""Adapters on disk, as PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, with PEFT's names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNSUPPORTED = (
     "velora_config", "corda_config", "megatron_config", "layer_replication", "kasa_config", "monteclora_config",
 )  # fmt: skip
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` that leave the base as it is. PiSSA, OLoRA, LoftQ and others change its weights."""
+"""Values of `init_lora_weights` that do not change the base. PiSSA, OLoRA, LoftQ and others change its weights."""
 
 
 def save_adapter(
@@ -38,7 +38,7 @@ def save_adapter(
 
     Args:
         base_model_path: where the base model is, absolute or relative to the adapter's own folder.
-        lineage: what to record besides the base weights' fingerprint.
+        lineage: facts to record beside the fingerprint of the base weights.
 
     Raises:
         ValueError: the model has no adapters, or they differ in rank; the folder holds other files.
@@ -47,7 +47,7 @@ def save_adapter(
     if not layers:
         raise ValueError("the model has no adapters to save; apply_lora first")
     if len({(layer.lora_A.out_features, layer.scaling, layer.dropout) for layer in layers.values()}) != 1:
-        raise ValueError("the adapters differ in rank, alpha or dropout; one adapter_config.json states one of each")
+        raise ValueError("the adapters differ in rank, alpha or dropout; adapter_config.json can hold only one of each")
     first = next(iter(layers.values()))
     rank = first.lora_A.out_features
     alpha = first.scaling * rank
@@ -79,7 +79,8 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
     """The settings in a PEFT folder.
 
     Raises:
-        FileNotFoundError: no adapter_config.json. ValueError: it asks for something we do not do.
+        FileNotFoundError: there is no adapter_config.json.
+        ValueError: it asks for something that is not supported.
     """
     path = Path(folder) / "adapter_config.json"
     data = read_json(path)
@@ -108,16 +109,16 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
 
 
 def load_adapter(model: nn.Module, folder: str | Path, model_path: str | Path | None = None) -> nn.Module:
-    """Attach the adapter in a PEFT folder, in place of any that is attached; returns the model.
+    """Attach the adapter in a PEFT folder and remove any other; returns the model.
 
-    Every tensor must be there, under its exact name and shape, and no other: an adapter that is loaded in
-    part is silently useless. Where the folder records its base weights' fingerprint, the model must match it.
+    The file must hold exactly the expected tensors, by name and shape: an adapter that is loaded in part is silently
+    useless. If the folder records the fingerprint of its base weights, the model must match it.
 
     Args:
-        model_path: where the model is from, for the message when it is not the adapter's base.
+        model_path: the model's path, for the error message if the model is not the adapter's base.
 
     Raises:
-        FileNotFoundError, ValueError: as said; the model is then as it was.
+        FileNotFoundError, ValueError: the adapter does not fit, or cannot be read. The model is unchanged.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
@@ -145,7 +146,7 @@ def _check_base(model: nn.Module, folder: Path, model_path: str | Path | None) -
     recorded, parent = lineage.get("base_fingerprint"), lineage.get("parent")
     if recorded and recorded != (actual := weights_fingerprint(model)):
         stated = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        # Of a base that was a `.pth`, the parent is a name and no record.
+        # If the base was a `.pth`, the parent is a name, not a record.
         base = (parent.get("path") if isinstance(parent, dict) else parent) or stated
         raise ValueError(
             f"{folder} was trained on {_plain(base)} (weights {_plain(recorded)}); {model_path or 'this model'} has "
@@ -155,5 +156,5 @@ def _check_base(model: nn.Module, folder: Path, model_path: str | Path | None) -
 
 
 def _plain(text: object) -> str:
-    """What a file says, as it stands if it is fit for a terminal."""
+    """A text from a file, unquoted if it can safely be printed."""
     return text if isinstance(text, str) and text.isprintable() and len(text) < 1000 else shown(text)

@@ -1,8 +1,8 @@
-"""Models on disk: write a folder atomically, verify it, load it from any of the forms it may have.
+"""Models on disk: write a model folder atomically; load a model folder, an adapter folder or a `.pth` file.
 
-A model folder is a Hugging Face folder: config.json, generation_config.json, model.safetensors, the
-tokenizer's files, and lineage.json (where the model came from). Sizes are checked before memory is taken,
-every tensor must be there under its exact name and shape, and nothing is unpickled but tensors.
+A model folder is a Hugging Face folder: config.json, generation_config.json, model.safetensors, the tokenizer's files,
+and lineage.json (where the model comes from). Loading checks sizes before it takes memory, demands every tensor under
+its exact name and shape, and unpickles nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MAX_PATH = 1000  # characters; systems take 1,024 or more
 
 
 def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer, lineage: dict[str, Any]) -> None:
-    """Write a model folder; an existing model folder of that name is replaced once the new one is complete.
+    """Write a model folder. An existing model folder at that path is replaced when the new one is complete.
 
     Args:
         model: a TinyLMForCausalLM, compiled or not, without adapters.
@@ -66,7 +66,7 @@ def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer,
 
 
 def _generation_config(config: TinyLMConfig) -> dict[str, Any]:
-    """Defaults of other engines' `generate`: our own sampling settings, and both tokens that end a text."""
+    """Defaults for `generate` in other engines: our own sampling settings, and both tokens that end a text."""
     stops = [i for i in dict.fromkeys((config.eos_token_id, config.pad_token_id)) if i is not None]
     return {
         "bos_token_id": config.bos_token_id,
@@ -84,15 +84,15 @@ def load_model(
     dtype: torch.dtype | None = None,
     tokenizer_path: str | Path | None = None,
 ) -> tuple[TinyLMForCausalLM, Tokenizer, dict[str, Any]]:
-    """(model in eval mode, tokenizer, lineage) from a folder, an adapter folder or an original `.pth`.
+    """(model in eval mode, tokenizer, lineage) from a folder, or a `.pth` of lyuzlion/Tiny-Language-Model.
 
     Args:
-        path: as `resolve_model_path` takes it. An adapter folder loads its base model and itself.
-        dtype: of the weights; None is float32, whatever the file has, since training needs that.
+        path: as for `resolve_model_path`. For an adapter folder, its base model is loaded and the adapter attached.
+        dtype: of the weights; None means float32, whatever the file holds, because training needs it.
         tokenizer_path: the tokenizer to use instead of the folder's own.
 
     Raises:
-        FileNotFoundError, ValueError: what is wrong, in which file, and what to do.
+        FileNotFoundError, ValueError: the message says which file is wrong, how, and what to do.
     """
     path = resolve_model_path(path)
     if path.is_file():
@@ -129,12 +129,12 @@ def _load_folder(folder: Path, tokenizer_path: str | Path | None) -> tuple[TinyL
 
 
 def _without_tables(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Old Llama checkpoints carry rotary frequencies, which follow from the config."""
+    """Drop the rotary frequencies that old Llama checkpoints hold; they follow from the config."""
     return {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def _check_size(path: Path, config: TinyLMConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a config that promises far more weights or layers than the file has, before building anything."""
+    """Refuse a config that implies far more weights or layers than the file has, before the model is built."""
     stored = num_elements(shapes)
     if config.num_parameters() > 4 * max(stored, 1):
         raise ValueError(
@@ -143,15 +143,15 @@ def _check_size(path: Path, config: TinyLMConfig, shapes: Mapping[str, tuple[int
         )
     if config.num_hidden_layers > len(shapes):
         raise ValueError(
-            f"{path} holds {len(shapes)} tensors; its config implies {config.num_hidden_layers} layers of several: "
+            f"{path} holds {len(shapes)} tensors; its config implies {config.num_hidden_layers} layers: "
             "check that both come from the same model"
         )
 
 
 def _expected_shapes(config: TinyLMConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight, from a model of one layer: the others' are the same under other numbers.
+    """Name and shape of every weight, from a model of one layer: all layers have the same shapes.
 
-    Building all the layers takes a millisecond each, for a claim that may be false.
+    Building all layers takes a millisecond each, and the config's number of layers may be false.
     """
     with torch.device("meta"):
         one_layer = TinyLMForCausalLM(replace(config, num_hidden_layers=1))
@@ -164,10 +164,10 @@ def _expected_shapes(config: TinyLMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _assemble(config: TinyLMConfig, tensors: dict[str, Tensor]) -> TinyLMForCausalLM:
-    """A model around these tensors: no random initialisation to be overwritten, no random number drawn."""
+    """A model with these tensors as its weights. It is not initialised, so no random numbers are drawn."""
     with torch.device("meta"):
         model = TinyLMForCausalLM(config)
-    # One after another, each half-precision original freed as its copy is made: never both in whole.
+    # Convert one tensor at a time and free its half-precision original, so that memory never holds all of both.
     weights = {name: tensors.pop(name).to(torch.float32) for name in list(tensors) if not name.endswith("inv_freq")}
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -182,7 +182,7 @@ def adapter_base(folder: Path) -> Path:
     """The base model that an adapter folder names: a model folder, or a `.pth` file.
 
     Raises:
-        FileNotFoundError, ValueError: it names none, or what it names is not there or is no full model.
+        FileNotFoundError, ValueError: it names none, or the named one does not exist or is not a full model.
     """
     stated = read_json(folder / ADAPTER).get("base_model_name_or_path")
     if not stated:
@@ -195,9 +195,9 @@ def adapter_base(folder: Path) -> Path:
     if not stated.isprintable() or len(stated) > _MAX_PATH:
         raise ValueError(
             f"{folder / ADAPTER}: base_model_name_or_path is {shown(stated)}; expected a path: write the base "
-            "model's there"
+            "model's path there"
         )
-    candidates = [folder / stated, Path(stated)]  # an absolute path is itself in both
+    candidates = [folder / stated, Path(stated)]  # the same if `stated` is absolute
     base = next((candidate for candidate in candidates if candidate.exists()), None)
     if base is None:
         raise FileNotFoundError(
@@ -207,7 +207,7 @@ def adapter_base(folder: Path) -> Path:
     try:
         base = resolve_model_path(base)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{folder / ADAPTER} names the base model {stated}, which cannot be one: {error}") from None
+        raise ValueError(f"{folder / ADAPTER} names the base model {stated}, which cannot be used: {error}") from None
     if base.is_dir() and not (base / CONFIG).is_file():
         raise ValueError(f"{folder / ADAPTER} names {stated}, an adapter itself; the base must be a full model")
     return base
@@ -234,7 +234,7 @@ def _load_pth(path: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForC
 
 
 def _tokenizer_for(folder: Path, config: TinyLMConfig, tokenizer_path: str | Path | None) -> Tokenizer:
-    """The tokenizer asked for, else the folder's own, else (for a `.pth`) the default one if it fits."""
+    """The tokenizer at `tokenizer_path`, else the folder's own, else (for a `.pth`) the default one if it fits."""
     if tokenizer_path is not None:
         tokenizer = Tokenizer.load(tokenizer_path)
     elif (folder / "tokenizer.json").is_file():

@@ -1,7 +1,7 @@
-"""Which model a path means: the model itself, or one of the models in a folder.
+"""Which model a path means: a model itself, or one of the models in a folder.
 
-A stage's output folder holds one model for each epoch of each run (`pretrain_512_epoch0`, `pretrain_512_epoch1`, ...).
-Of a run's models the last epoch counts.
+A stage's output folder holds a model for each epoch of each run (`pretrain_512_epoch0`, `pretrain_512_epoch1`, ...).
+The model of a run is that of its last epoch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
     """A model folder, an adapter folder or a `.pth` file: the path itself, or the one inside it.
 
     Args:
-        stage: of the models inside, only those whose name starts like this; empty means all.
-        newest: of several runs inside, take the one that was changed last instead of raising an error.
+        stage: consider only models inside whose name starts with this; empty means all.
+        newest: if there are several runs inside, take the last changed one instead of raising an error.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: a folder with no such model in it, or with several runs' models.
+        FileNotFoundError: the path does not exist.
+        ValueError: the folder holds no such model, or the models of several runs.
     """
     path = Path(path)
     if not path.exists():
@@ -52,11 +53,11 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
 
 
 def last_models(folder: Path, stage: str = "", depth: int = 0) -> list[Path]:
-    """Of each run in `folder` the model of the last epoch, by name.
+    """The last epoch's model of each run in `folder`, sorted by name.
 
     Args:
-        stage: only models whose name starts like this.
-        depth: how many levels of folders below to look into as well.
+        stage: only models whose name starts with this.
+        depth: levels of subfolders to search too.
     """
     runs: dict[str, Path] = {}
     for model in sorted(models_in(folder), key=_epoch_of):
@@ -71,12 +72,12 @@ def last_models(folder: Path, stage: str = "", depth: int = 0) -> list[Path]:
 
 
 def newest_model(models: Iterable[Path]) -> Path:
-    """The one that was changed last."""
+    """The model that was changed last."""
     return max(models, key=lambda model: model.stat().st_mtime)
 
 
 def models_in(folder: Path) -> list[Path]:
-    """Every model directly in `folder`, by name."""
+    """Every model directly in `folder`, sorted by name."""
     if not folder.is_dir():
         return []
     return sorted(child for child in folder.iterdir() if not child.name.startswith(".") and _is_model(child))

@@ -1,4 +1,4 @@
-"""The original project's `.pth` files: their names for our tensors, and how to read one safely."""
+"""The `.pth` files of the original project, lyuzlion/Tiny-Language-Model: their tensor names, and how to read them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinylm.checkpoint.weights_file import check_name
 from tinylm.model.config import TinyLMConfig
 from tinylm.model.weights import plain_name
 
-NUM_KEY_VALUE_HEADS = 2  # fixed in the original; no tensor's shape tells it
+NUM_KEY_VALUE_HEADS = 2  # fixed in the original's code; the tensors' shapes do not show it
 _TO_OURS = (
     (".attention.out_proj.", ".self_attn.o_proj."),
     (".attention.", ".self_attn."),
@@ -42,11 +42,11 @@ def name_to_original(name: str) -> str:
 def read_pth(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth`, under our names.
 
-    Nothing is unpickled: `pth_file` reads the few instructions that describe tensors, and refuses any other,
-    unexecuted.
+    Nothing is unpickled: `pth_file` reads the few instructions that describe tensors and refuses all others, without
+    executing any.
 
     Raises:
-        ValueError: code in the file, a damaged file, no weights in it, or weights of whole numbers.
+        ValueError: the file holds code, is damaged, or holds no floating-point weights.
     """
     data = read_contents(path)
     for key in ("model", "state_dict", "model_state_dict"):
@@ -56,7 +56,9 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no state_dict of tensors; save the model with torch.save(model.state_dict())")
     named = {name_from_original(plain_name(str(name))): tensor for name, tensor in data.items()}
     if len(named) < len(data):
-        raise ValueError(f"{path} holds two tensors of one name; save only the model's own state_dict with torch.save")
+        raise ValueError(
+            f"{path} holds two tensors of the same name; save only the model's own state_dict with torch.save"
+        )
     named = {name: tensor for name, tensor in named.items() if not _TABLES.search(name)}
     for name, tensor in named.items():
         try:
@@ -69,10 +71,10 @@ def read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def config_from_tensors(path: Path, tensors: dict[str, Tensor]) -> TinyLMConfig:
-    """The shape that the tensors of an original `.pth` tell; it always had two key/value heads.
+    """The config that follows from the tensors' shapes and the original's fixed two key/value heads.
 
     Raises:
-        ValueError: a tensor that tells the shape is missing.
+        ValueError: a tensor is missing, or the shapes do not fit together.
     """
     layer = "model.layers.0."
     try:
@@ -83,7 +85,7 @@ def config_from_tensors(path: Path, tensors: dict[str, Tensor]) -> TinyLMConfig:
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}; expected the original project's tensors; check the file") from None
     except (ValueError, IndexError):
-        raise ValueError(f"{path} has weights that are no matrices; expected the original project's tensors") from None
+        raise ValueError(f"{path} has weights that are not matrices; expected the original project's tensors") from None
     if uneven or uneven_heads:
         raise ValueError(f"{path} has q_proj and k_proj of unequal heads; expected {NUM_KEY_VALUE_HEADS} k/v heads")
     numbers = [int(m.group(1)) for name in tensors if (m := _LAYER.match(name))]
@@ -103,4 +105,4 @@ def config_from_tensors(path: Path, tensors: dict[str, Tensor]) -> TinyLMConfig:
             tie_word_embeddings=tied,
         )
     except ValueError as error:
-        raise ValueError(f"{path} is no model of the original project ({error}); check the file") from None
+        raise ValueError(f"{path} is not a model of the original project ({error}); check the file") from None

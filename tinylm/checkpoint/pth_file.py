@@ -1,20 +1,20 @@
-"""`.pth` files, as `torch.save` writes them, read without unpickling.
+"""Read `.pth` files, as `torch.save` writes them, without unpickling.
 
-A `.pth` is a zip archive: `<name>/data.pkl` describes the objects and `<name>/data/0`, `1`, ... hold the numbers of
+A `.pth` is a zip archive: `<name>/data.pkl` describes the objects, and `<name>/data/0`, `1`, ... hold the numbers of
 one storage each, uncompressed. The description is a program for Python's pickle machine: push a string, make a tuple
-of the last three things, call a function with it. Calling is what makes a pickle dangerous.
+of the last three values, call a function with it. These calls make pickles dangerous.
 
 `torch.load` with weights_only=True calls few functions, but a program of a kilobyte can still (torch 2.13):
 
-- take a terabyte, by `bytearray(10**12)`;
-- run for ever: by a key that is a tuple of the tuple before it, twice, 60 times over (2^60 steps to hash it), or by
+- take a terabyte of memory, with `bytearray(10**12)`;
+- run for ever: with a key of 60 nested tuples, each of which holds the next one twice (2^60 steps to hash it), or by
   calling a tensor of 14 dimensions (the error message prints 6^14 of its numbers);
-- end the process, by a key that is a tuple 200,000 deep (the stack overflows).
+- end the process, with a key of 200,000 nested tuples (the stack overflows).
 
-To refuse these programs takes a machine that knows what is on the stack, so this machine reads the file by itself.
-State dicts need two dozen instructions and three functions. They are carried out symbolically: the results are names
-and `StoredTensor`s, which say where the numbers of a tensor lie. Those are checked against the archive's list of
-contents before any memory is taken.
+Only a machine that knows the values on its stack can refuse these programs, so this module has its own machine. State
+dicts need two dozen instructions and three functions. The machine executes them symbolically: the results are names and
+`StoredTensor`s, which describe where a tensor's numbers are. They are checked against the archive's list of contents
+before any memory is taken.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from torch import Tensor
 from tinylm.checkpoint.weights_file import check_name
 from tinylm.files.untrusted import shown
 
-_MAX_PICKLE = 1 << 20  # bytes; 150 tensors of a model take 30 KB
-_MAX_STEPS = 200_000  # instructions; a tensor takes some 30. Bounds the time, at a million a second
-_MAX_READ = 1 << 20  # bytes at a time, so also of the archive's list of contents: that is 10,000 storages
+_MAX_PICKLE = 1 << 20  # bytes; the 150 tensors of a model take 30 KB
+_MAX_STEPS = 200_000  # instructions; a tensor takes about 30. This bounds the time: a million take a second
+_MAX_READ = 1 << 20  # bytes at a time; also the limit of the list of contents, enough for 10,000 storages
 _DAMAGED = (
     zipfile.BadZipFile, RuntimeError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError,
     OverflowError, OSError, struct.error, zlib.error,
@@ -52,7 +52,7 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where in a `.pth` a tensor's numbers lie: numbers `offset`, `offset + stride`, ... of a storage."""
+    """Where a `.pth` holds a tensor's numbers: at `offset`, `offset + stride`, ... of a storage."""
 
     entry: str
     """Name of the storage in the archive."""
@@ -67,7 +67,7 @@ class StoredTensor:
 
 
 class _Global(NamedTuple):
-    """The name of a function or class. Nothing is imported for it."""
+    """The name of a function or class. It is not imported."""
 
     module: str
     name: str
@@ -80,14 +80,14 @@ class _Storage(NamedTuple):
 
 
 class _Refused(ValueError):
-    """Not damage: an instruction that no state dict has."""
+    """The file is not damaged, but has an instruction that no state dict needs."""
 
 
 class _BoundedFile(io.FileIO):
-    """A file that is never asked for much at once: `zipfile` reads the list of contents in one piece."""
+    """A file that refuses large reads: `zipfile` would read a list of contents of any size at once."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:  # to the end, which zipfile asks for near the end
+        if size is None or size < 0:  # read to the end; zipfile does this only near the end
             size = _MAX_READ
         if size > _MAX_READ:
             raise zipfile.BadZipFile("its list of contents is too long")
@@ -95,11 +95,11 @@ class _BoundedFile(io.FileIO):
 
 
 def read_contents(path: Path) -> Any:
-    """What was saved: dicts, lists, numbers and strings, with a `StoredTensor` for each tensor.
+    """The saved dicts, lists, numbers and strings, with a `StoredTensor` for each tensor.
 
     Raises:
-        ValueError: code or other objects in the file, a damaged or compressed archive, a tensor that its storage
-            does not hold.
+        ValueError: the file holds code or other objects, the archive is damaged or compressed, or a tensor does not fit
+            its storage.
     """
     with path.open("rb") as opened:
         start = opened.read(2)
@@ -120,24 +120,24 @@ def read_contents(path: Path) -> Any:
             return _Machine(folder, sizes).run(archive.read(description))
     except _Refused as error:
         raise ValueError(
-            f"{path} holds more than tensors ({error}) and was refused unread, for it could run code; "
+            f"{path} holds more than tensors ({error}) and was not loaded, because it could run code; "
             "save only the state_dict with torch.save"
         ) from None
     except _DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{path} is damaged or no PyTorch file ({shown(reason, 100)}); copy or save it again"
+            f"{path} is damaged or not a PyTorch file ({shown(reason, 100)}); copy or save it again"
         ) from None
 
 
 def load_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own; one storage is read at a time.
+    """The tensors, each in its own memory; one storage is read at a time.
 
     Raises:
-        ValueError: they are together more than twice the file (views of the same numbers), or a damaged file.
+        ValueError: the tensors need more than twice the file's size (views of the same numbers), or it is damaged.
     """
     total, size = sum(t.num_elements * t.dtype.itemsize for t in stored.values()), path.stat().st_size
-    if total > 2 * size:  # twice: input and output embeddings may share theirs
+    if total > 2 * size:  # twice, because input and output embeddings may share their numbers
         raise ValueError(
             f"{path} has {size} bytes and tensors of {total} bytes, which are views of the same numbers; "
             "save it with contiguous tensors of their own"
@@ -161,7 +161,7 @@ def load_tensors(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Te
 
 
 def _read_storage(archive: zipfile.ZipFile, entry: str, dtype: torch.dtype) -> Tensor:
-    """A storage's numbers, [n], read in pieces: at no time are they in memory twice."""
+    """A storage's numbers, [n], read in pieces, so that they are never in memory twice."""
     raw = bytearray(archive.getinfo(entry).file_size)
     if not raw:
         return torch.empty(0, dtype=dtype)
@@ -176,7 +176,7 @@ def _read_storage(archive: zipfile.ZipFile, entry: str, dtype: torch.dtype) -> T
 
 
 def _checked_sizes(archive: zipfile.ZipFile, file_size: int) -> dict[str, int]:
-    """Entry -> bytes. No entry is compressed, so none of them, and not all together, can be larger than the file."""
+    """Entry -> bytes. Entries must not be compressed, so all of them together are at most as large as the file."""
     sizes: dict[str, int] = {}
     for entry in archive.infolist():
         check_name(entry.filename)
@@ -191,7 +191,7 @@ def _checked_sizes(archive: zipfile.ZipFile, file_size: int) -> dict[str, int]:
 
 
 class _Machine:
-    """The part of Python's pickle machine that state dicts use: a stack, marks in it, and a memo of values."""
+    """The part of Python's pickle machine that state dicts need: a stack with marks, and a memo of values."""
 
     def __init__(self, folder: str, sizes: Mapping[str, int]) -> None:
         self.folder, self.sizes = folder, sizes
@@ -214,7 +214,7 @@ class _Machine:
         raise EOFError("its data.pkl has no end")
 
     def pop(self, count: int) -> list[Any]:
-        """The last `count` values, taken off."""
+        """Take the last `count` values off the stack."""
         if count > len(self.stack):
             raise IndexError("an instruction takes more values than there are")
         taken = self.stack[len(self.stack) - count :]
@@ -225,7 +225,7 @@ class _Machine:
         return self.pop(len(self.stack) - self.marks.pop())
 
     def set_items(self, flat: list[Any]) -> None:
-        """Keys are strings or numbers: nothing else is hashed, so a key cannot cost more than its own size."""
+        """Put keys and values into the last dict. Keys must be strings or numbers: hashing others may never end."""
         target = self.stack[-1]
         for key, value in zip(flat[::2], flat[1::2], strict=True):
             if not isinstance(target, dict) or not isinstance(key, str | int):
@@ -234,11 +234,11 @@ class _Machine:
 
     def extend(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise ValueError("values are appended to what is no list")
+            raise ValueError("values are appended to something that is not a list")
         self.stack[-1].extend(values)
 
     def call(self) -> None:
-        """Carry out one of the functions that state dicts call; none of them is really called."""
+        """Compute the result of a function that state dicts call, without calling it."""
         function, arguments = self.pop(2)
         if function == _Global("collections", "OrderedDict") and arguments == ():
             self.stack.append({})
@@ -263,15 +263,15 @@ class _Machine:
         return _Storage(entry, dtype, size)
 
     def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any) -> StoredTensor:
-        """`torch._utils._rebuild_tensor_v2`, which makes a view of a storage; here only of one that holds it."""
+        """As `torch._utils._rebuild_tensor_v2`: a view of a storage, which must lie inside the storage."""
         numbers = (offset, *shape, *stride)
         if not isinstance(storage, _Storage) or len(shape) != len(stride) or len(shape) > 8:
             raise ValueError("a tensor without a storage, or of unequal shape and stride")
         if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-            raise ValueError("a tensor whose shape or stride is no whole number")
+            raise ValueError("a tensor with a shape or stride that is not whole numbers")
         elements = math.prod(shape)
         last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if elements else 0
-        # A stride of 0 repeats one number as often as the shape says; a saved weight never does.
+        # A stride of 0 repeats a number, so that there are more elements than stored numbers; saved weights never do.
         if elements > storage.size or last >= max(storage.size, 1):
             raise ValueError(f"a tensor of shape {shown(shape)} over a storage of {storage.size} numbers")
         return StoredTensor(storage.entry, storage.dtype, offset, tuple(shape), tuple(stride))
@@ -307,6 +307,6 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], object]] = {
     "STACK_GLOBAL": lambda machine, _: machine.stack.append(_Global(*machine.pop(2))),
     "BINPERSID": lambda machine, _: machine.stack.append(machine.storage(machine.pop(1)[0])),
     "REDUCE": lambda machine, _: machine.call(),
-    # What a state dict's own `_metadata` is set with; it says nothing that is needed here.
+    # Sets the `_metadata` of a state dict, which is not needed here.
     "BUILD": lambda machine, _: machine.pop(1),
 }

@@ -1,12 +1,13 @@
-"""Training states on disk: nested tensors and plain values, exactly, without a pickle; each step's in a folder.
+"""Training states on disk: nested tensors and plain values, saved exactly and without pickle, a folder for each step.
 
     pretrain_512_state/
         step_00000400/    state.safetensors (tensors), state.json (all else), manifest.json (size and SHA-256 of both)
         step_00000800/
         latest            the name of the newest
 
-A step's folder is published whole (see `atomic_files`), then `latest` names it, then all but the newest two go. So a
-kill at any moment leaves the last published step; and where its files were damaged later, the one before it.
+A step's folder is written completely or not at all (see `tinylm/files/atomic.py`), then `latest` is set to its name,
+then all but the newest two are deleted. So a kill at any moment leaves a complete state. If its files are damaged
+later, the state before it is used.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ _TENSORS, _VALUES, _LATEST = "state.safetensors", "state.json", "latest"
 _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 FORMAT = 2
 KEPT_STEPS = 2
-"""States that stay: the newest, and one more should a disk damage it."""
+"""States to keep: the newest, and one more in case the disk damages it."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """A state that was found whole.
+    """An undamaged state.
 
-    `damaged` says, a line each, what is wrong with the newer ones that were passed over.
+    `damaged` has a line for each newer state that was skipped, with what is wrong with it.
     """
 
     folder: Path
@@ -56,11 +57,11 @@ class TrainingState:
 def _publish(
     folder: Path, step: int, values: dict[str, Any], tensors: Mapping[str, Tensor], group: ProcessGroup | None
 ) -> Path:
-    """Write a step's folder, point `latest` to it, prune. With a `group`, the part of its first process.
+    """Write a step's folder, set `latest` to it and delete old steps. In a `group`, its first process does this.
 
-    There are two writers, of one format, and `_read_all` reads both: `torch.distributed.checkpoint` alone would need 3
-    to 5 times as long for a state that one process holds (2.1 to 3.7 s for 310 MB, in place of 0.4 to 1.2 s), and
-    memory for all of it once more, since it makes the file as a bytes object first.
+    Two writers write the same format, and `_read_all` reads both. `torch.distributed.checkpoint` takes 3 to 5 times as
+    long for a state that a single process holds (2.1 to 3.7 s for 310 MB, instead of 0.4 to 1.2 s), and twice the
+    memory, because it first makes the file as a bytes object.
     """
     place = folder / f"step_{step:08d}"
     with atomic_folder(place) as fresh:
@@ -77,7 +78,7 @@ def _publish(
 
 
 def _write_shards(fresh: Path | None, tensors: Mapping[str, Tensor], group: ProcessGroup) -> None:
-    """Every process of `group` writes its shards into the folder that the first one made: safetensors files."""
+    """Every process of `group` writes its shards, as safetensors files, into the folder that the first one made."""
     place = [str(fresh)]
     dist.broadcast_object_list(place, group_src=0, group=group)
     writer = HuggingFaceStorageWriter(place[0], save_distributed=True)
@@ -85,14 +86,14 @@ def _write_shards(fresh: Path | None, tensors: Mapping[str, Tensor], group: Proc
 
 
 class StateWriter:
-    """Saves states beside training, in a thread: first it copies the tensors, then it writes the copy.
+    """Saves states in a thread while training continues: it copies the tensors, then writes the copy.
 
-    Weights and moments change in an optimizer's step and nowhere else. So the copy is taken while the next gradient is
-    computed, and an update that comes too early waits for it. One save at a time: the next waits for the one before.
+    Weights and moments change only in an optimizer's step. So they are copied while the next gradient is computed, and
+    an optimizer waits with its step until the copy is complete. A save waits until the save before it is complete.
 
     Args:
-        folder: where the states go.
-        optimizers: what changes the tensors to save.
+        folder: folder of the states.
+        optimizers: the optimizers that change the tensors to save.
         sharded: every process has its share of the tensors and makes its own StateWriter; else only one process does.
         before: called in the thread before anything is written.
     """
@@ -105,19 +106,19 @@ class StateWriter:
         before: Callable[[], None] | None = None,
     ) -> None:
         self.folder, self.before = folder, before
-        # A group of its own: its messages must not come between those of the training thread.
+        # It needs its own group: its messages must not mix with those of the training thread.
         self.group = dist.new_group(backend="gloo") if sharded else None
         self._hooks = [optimizer.register_step_pre_hook(lambda *_: self.wait_for_copy()) for optimizer in optimizers]
-        self._copies: dict[str, Tensor] = {}  # its memory is kept for the next: fresh memory costs twice the copying
+        self._copies: dict[str, Tensor] = {}  # kept for the next save: new memory takes twice the time of copying
         self._copied = threading.Event()
         self._copied.set()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.seconds = 0.0
-        """How long the last save took."""
+        """Duration of the last save."""
 
     def save(self, state: dict[str, Any]) -> Exception | None:
-        """Begin to save a state; returns what went wrong with the save before, if anything did."""
+        """Begin to save a state; returns the error of the save before, if there was one."""
         error = self.wait()
         tensors: dict[str, Tensor] = {}
         values = _flatten(state, tensors, "")
@@ -133,11 +134,11 @@ class StateWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def wait_for_copy(self) -> None:
-        """Wait until the tensors may change again."""
+        """Wait until the tensors are copied and may change again."""
         self._copied.wait()
 
     def wait(self) -> Exception | None:
-        """Wait until all is written; returns what went wrong with the last save, once."""
+        """Wait until all is written; returns the error of the last save, only once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -145,7 +146,7 @@ class StateWriter:
         return error
 
     def close(self) -> None:
-        """Wait, and leave the optimizers alone."""
+        """Wait until all is written, and remove the hooks from the optimizers."""
         self.wait()
         for hook in self._hooks:
             hook.remove()
@@ -171,7 +172,7 @@ class StateWriter:
 
 
 def _copy(tensor: Tensor, memory: Tensor | None) -> Tensor:
-    """A copy on the CPU, in the memory of the last one if it fits."""
+    """A copy on the CPU; it reuses `memory`, the previous copy, if shape and type are the same."""
     tensor = tensor.detach()
     if memory is not None and memory.shape == tensor.shape and memory.dtype == tensor.dtype:
         return memory.copy_(tensor)
@@ -179,9 +180,9 @@ def _copy(tensor: Tensor, memory: Tensor | None) -> Tensor:
 
 
 def _prune(folder: Path, newest: Path) -> None:
-    """Delete what is older than the newest `KEPT_STEPS`, and what killed writers have left.
+    """Keep the `KEPT_STEPS` states up to `newest`; delete all others, and the leftovers of killed writers.
 
-    A step beyond the newest belongs to a run that was started over, or that went on from an older state.
+    A step after `newest` is from before the run was started over, or resumed from an older state.
     """
     for left in [*folder.glob(".step_*"), *folder.glob(".latest.*")]:
         remove_leftovers(folder / left.name[1:].split(".")[0])
@@ -193,7 +194,7 @@ def _prune(folder: Path, newest: Path) -> None:
 
 
 def discard_latest_state(folder: Path, step: int) -> None:
-    """Point `latest` to the state before that of `step`, which has turned out to be of no use, if there is one."""
+    """Set `latest` to the state before that of `step`, if there is one: the weights of `step` are broken."""
     name = f"step_{step:08d}"
     older = sorted(path.name for path in folder.glob("step_*") if path.name < name)
     if older and (folder / name).is_dir():
@@ -204,13 +205,14 @@ def discard_latest_state(folder: Path, step: int) -> None:
 def load_training_state(
     folder: str | Path, place_for: Callable[[str, tuple[int, ...]], Tensor | None] | None = None
 ) -> TrainingState:
-    """The newest state in `folder` that is whole, tensors on the CPU.
+    """The newest undamaged state in `folder`, with its tensors on the CPU.
 
     Args:
-        place_for: (name, shape of the whole) -> the sharded tensor to load this one into, or None for a plain one.
+        place_for: (name, full shape) -> the sharded tensor to load this one into, or None for a plain tensor.
 
     Raises:
-        FileNotFoundError: no state there. ValueError: there are states, and every one is damaged.
+        FileNotFoundError: there is no state.
+        ValueError: all states are damaged.
     """
     damaged: list[str] = []
     for place in state_folders(Path(folder)):
@@ -222,12 +224,12 @@ def load_training_state(
         except (ValueError, OSError) as error:
             damaged.append(str(error))
     if damaged:
-        raise ValueError(f"no state in {folder} is whole: {'; '.join(damaged)}")
+        raise ValueError(f"every state in {folder} is damaged: {'; '.join(damaged)}")
     raise FileNotFoundError(f"{folder} holds no training state to resume from")
 
 
 def _read_all(place: Path, place_for: Callable[[str, tuple[int, ...]], Tensor | None] | None) -> dict[str, Tensor]:
-    """All tensors of a step. Shards are put together, or dealt out anew, as `place_for` wants them."""
+    """All tensors of a step. Shards are joined, or divided as `place_for` says."""
     if place_for is None and (place / _TENSORS).is_file():
         return read_tensors(place / _TENSORS)
     for file in place.glob("*.safetensors"):
@@ -239,16 +241,16 @@ def _read_all(place: Path, place_for: Callable[[str, tuple[int, ...]], Tensor | 
         target = place_for(name, tuple(facts.size)) if place_for is not None else None
         targets[name] = torch.empty(facts.size, dtype=facts.properties.dtype) if target is None else target
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is no mistake
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a single process is fine
         checkpoint.load(targets, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=place_for is None)
     return targets
 
 
 def read_training_values(folder: str | Path) -> dict[str, Any]:
-    """The newest state without its tensors, which are None here: a look at the small file, and none at the large one.
+    """The newest readable state, with None for each tensor: it reads the small file, not the large one.
 
     Raises:
-        FileNotFoundError: no state there that can be read.
+        FileNotFoundError: there is no readable state.
     """
     for place in state_folders(Path(folder)):
         with contextlib.suppress(ValueError, OSError):
@@ -257,7 +259,7 @@ def read_training_values(folder: str | Path) -> dict[str, Any]:
 
 
 def state_folders(folder: Path) -> list[Path]:
-    """The folders of the states in `folder`: the one that `latest` names, then the others from the newest.
+    """The folders of the states in `folder`: first the one that `latest` names, then the others, newest first.
 
     Raises:
         ValueError: the folder holds a state of an older version of this project.
@@ -267,7 +269,7 @@ def state_folders(folder: Path) -> list[Path]:
     steps = sorted((path for path in folder.glob("step_*") if path.is_dir()), reverse=True)
     try:
         latest = (folder / _LATEST).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):  # lost or damaged: the names say as much
+    except (OSError, ValueError):  # lost or damaged: the names show the order, too
         return steps
     return sorted(steps, key=lambda path: path.name != latest)
 
@@ -276,19 +278,21 @@ def _read_record(folder: Path) -> dict[str, Any]:
     record = read_own_json(folder / _VALUES)
     if record.get("format") != FORMAT or not isinstance(record.get("state"), dict):
         found = shown(record.get("format"))
-        raise ValueError(f"{folder / _VALUES} has format {found}; expected {FORMAT}: it is not ours")
+        raise ValueError(
+            f"{folder / _VALUES} has format {found}; expected {FORMAT}: this version of tinylm cannot read it"
+        )
     return record
 
 
 def _unflatten_checked(place: Path, value: Any, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
-    """What was saved; ValueError for a record that no `_flatten` has made, which may come from anybody."""
+    """The saved state; ValueError for a record that `_flatten` did not make, because it may come from a stranger."""
     try:
         state = _unflatten(value, tensors)
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise TypeError("no step")
         return state
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{place / _VALUES} is no record of a state ({shown(str(error))}): restore it") from None
+        raise ValueError(f"{place / _VALUES} is not a training state ({shown(str(error))}): restore it") from None
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -304,7 +308,7 @@ def _flatten(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return [_flatten(item, tensors, f"{path}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, tuple):
         return {_TUPLE: [_flatten(item, tensors, f"{path}[{i}]") for i, item in enumerate(value)]}
-    # Exact types: a numpy number or an enum would come back as something else.
+    # Exact types: a numpy number or an enum would have another type after loading.
     if value is None or type(value) in (str, int, float, bool):
         return value
     raise TypeError(f"{path} is a {type(value).__name__}; training state holds tensors and plain JSON values only")

@@ -1,4 +1,4 @@
-"""The weights of a model folder: one safetensors file, or several that an index divides them among."""
+"""The weight files of a model folder: one safetensors file, or several (shards) that an index lists."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", flags=re.ASCII)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that an index names."""
+    """The safetensors files of a folder: the single one, or those that the index names."""
     if (folder / WEIGHTS).is_file() or not (folder / _INDEX).is_file():
         return [folder / WEIGHTS]
     return [folder / name for name in sorted(set(_weight_map(folder).values()))]
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor -> file, as the index of a folder says. A file's name is a name only: no `../`, no other folder."""
+    """Tensor -> file name, from the index. A name must be in the same folder: `../` and other folders are refused."""
     found = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{folder / _INDEX} names no files; save the model again")
@@ -35,7 +35,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def shapes_of(folder: Path, files: list[Path]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in the files, each in one of them, and in the one that the index names."""
+    """Shape of every tensor in the files; each must be in exactly one file, the one that the index names."""
     shapes: dict[str, tuple[int, ...]] = {}
     index = {} if files == [folder / WEIGHTS] else _weight_map(folder)
     for file in files:

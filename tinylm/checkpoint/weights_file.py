@@ -1,8 +1,7 @@
-"""Weights as files: safetensors headers checked before memory is taken, names, fingerprints.
+"""Weights in safetensors files: read and write them, and check the header before memory is taken.
 
-A `.safetensors` file is 8 bytes (little-endian header length), a JSON header that states every tensor's
-dtype, shape and place, then the numbers. So a file that was cut short, or is not what a config promises, is
-known from its first kilobytes.
+A `.safetensors` file is 8 bytes (little-endian header length), a JSON header with the dtype, shape and place of every
+tensor, and the numbers. So the first kilobytes show whether a file was cut short or does not fit its config.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from torch import Tensor
 from tinylm.files.atomic import MANIFEST, atomic_folder, check_manifest, write_manifest
 from tinylm.files.untrusted import MAX_JSON_BYTES, check_file, parse_json, shown
 
-_MAX_NAME = 512  # characters; PEFT's longest have some 80
+_MAX_NAME = 512  # characters; PEFT's longest names have about 80
 _MAX_DIMENSIONS = 8
-# The types that torch has; the format knows some of less than a byte too, which no model here is stored in.
+# Types that torch has. The format also has types smaller than a byte; no model here uses them.
 _ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "I64": 8, "I32": 4, "I16": 2,
     "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
@@ -31,15 +30,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def read_header(path: Path) -> Shapes:
-    """Name and shape of every tensor in a safetensors file, without reading a single number.
+    """Name and shape of every tensor in a safetensors file, without reading the numbers.
 
-    Every tensor must have the bytes that its type and shape need, and together they must fill the file from the
-    header to its end, without a hole and without sharing a byte: then no claim in a header costs more memory than
-    the file has.
+    Every tensor must have as many bytes as its type and shape need. Together the tensors must fill the rest of the file
+    without holes or shared bytes. So no header can claim more memory than the file's size.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file, shorter or longer than its header says, or a header that cannot be true.
+        ValueError: not a safetensors file, shorter or longer than its header says, or an impossible header.
     """
     check_file(path, "a safetensors file with the weights is expected there")
     size = path.stat().st_size
@@ -51,7 +49,7 @@ def read_header(path: Path) -> Shapes:
     try:
         header = parse_json(raw)
         if not isinstance(header, dict) or not isinstance(header.pop("__metadata__", {}), dict):
-            raise ValueError("no object")
+            raise ValueError("it is not an object")
         places = sorted(_checked_entry(name, entry) for name, entry in header.items())
     except ValueError as error:
         raise ValueError(f"{path} has an unreadable safetensors header ({error}); copy or save it again") from None
@@ -67,7 +65,7 @@ def read_header(path: Path) -> Shapes:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a tensor's name that no model has and no terminal should be sent (escape sequences)."""
+    """Raise ValueError for a long tensor name, or one that is unsafe to print (escape sequences)."""
     if not name.isprintable() or len(name) > _MAX_NAME:
         raise ValueError(f"the tensor name {shown(name)}; expected up to {_MAX_NAME} printable characters")
 
@@ -76,7 +74,7 @@ def _checked_entry(name: str, entry: object) -> tuple[int, int, str]:
     """(begin, end, name) of a tensor's bytes, from its entry in a header."""
     check_name(name)
     if not isinstance(entry, dict):
-        raise ValueError(f"{shown(name)} is no object")
+        raise ValueError(f"{shown(name)} is not an object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise ValueError(f"{shown(name)} has the dtype {shown(dtype)}; expected {', '.join(_ITEM_BYTES)}")
@@ -93,7 +91,7 @@ def _whole_numbers(value: object) -> TypeGuard[list[int]]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in memory of their own (not mapped onto the file)."""
+    """All tensors of a safetensors file, copied into memory (not mapped onto the file)."""
     read_header(path)
     try:
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -102,11 +100,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """`read_tensors`, for a file that holds a model's weights and therefore only floating-point numbers.
+    """`read_tensors` for a file of model weights, which must be floating-point numbers.
 
     Raises:
-        ValueError: the file is not what the manifest beside it says, or holds a tensor of whole numbers, which are
-            quantised weights without what gives them their scale.
+        ValueError: the file does not match the manifest beside it, or holds a tensor of whole numbers. These are
+            quantised weights, which are useless without their scales.
     """
     if (path.parent / MANIFEST).is_file():
         try:
@@ -124,7 +122,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError, naming the first tensor and the count, unless both hold the same names and shapes."""
+    """Raise ValueError, with the first tensor and the count, unless names and shapes are the same."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     wrong = [name for name in expected if name in found and found[name] != expected[name]]
@@ -154,7 +152,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     plain: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         data = tensor.detach().to("cpu").contiguous()
-        # The format holds no aliases: a second view of the same memory is written as a copy.
+        # The format has no shared memory: a second view of the same memory is written as a copy.
         if data.untyped_storage().data_ptr() in written or data.untyped_storage().nbytes() != data.nbytes:
             data = data.clone()
         written.add(data.untyped_storage().data_ptr())
@@ -162,7 +160,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); make room on the disk, then go on (--resume)") from None
+        raise OSError(f"{path} cannot be written ({error}); make room on the disk, then use --resume") from None
 
 
 def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -172,15 +170,15 @@ def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 @contextlib.contextmanager
 def replaceable_folder(path: str | Path, marker: str) -> Iterator[Path]:
-    """`atomic_folder` with a manifest, after making sure that what it would replace is one of ours.
+    """`atomic_folder` with a manifest; it replaces only a folder of the same kind.
 
     Raises:
-        ValueError: the folder exists, is not empty and has no file `marker` in it.
+        ValueError: the folder exists, is not empty and has no file `marker`.
     """
     folder = Path(path)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
         raise ValueError(
-            f"{folder} exists and holds other files (no {marker}); it would be replaced: choose another folder"
+            f"{folder} exists and holds other files (no {marker}), which would be deleted: choose another folder"
         )
     with atomic_folder(folder) as fresh:
         yield fresh

@@ -1,1 +1,1 @@
-"""What every command shares: settings, exit status, and the terminal."""
+"""What all commands share: settings, exit status, and the terminal."""

@@ -1,7 +1,7 @@
-"""How a command ends: signals, and the only place where an exception becomes a line and an exit status.
+"""How a command ends: signals, and the only place that turns an exception into a line and an exit status.
 
 0 done · 1 failed while running · 2 the user's mistake · 128 + n stopped by signal n: 130 Ctrl-C, 143 SIGTERM,
-138 SIGUSR1 (how batch systems announce that a machine is taken away)
+138 SIGUSR1 (batch systems send it before they take a machine away)
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from types import FrameType
 from typing import NoReturn
 
 RESUME_ADVICE = "run the same command with --resume"
-RERUN_ADVICE = "run the same command again to go on"
+RERUN_ADVICE = "run the same command again to continue"
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Stopped(KeyboardInterrupt):
-    """A stop that a signal asked for, raised like Ctrl-C so that the same clean-up runs."""
+    """Raised after a signal that asks to stop. It is a KeyboardInterrupt, so that the same clean-up runs."""
 
     def __init__(self, signum: int, where: str = "") -> None:
         super().__init__(where)
@@ -32,10 +32,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Inside the block a signal of `STOP_SIGNALS` asks to stop at the next good moment; a second one stops at once.
+    """Inside the block, a signal of `STOP_SIGNALS` sets `signum`, and the program stops when it is ready.
 
-    Read `signum`: 0 until a signal has come. Only the main thread may say what a signal does; in another one the block
-    changes nothing.
+    A second signal ends the process at once. `signum` is 0 until a signal arrives. Only the main thread may set signal
+    handlers; in other threads the block changes nothing.
     """
 
     def __init__(self) -> None:
@@ -49,12 +49,12 @@ class StopRequest:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            if handler is not None:  # None: set by other than Python, which cannot put it back
+            if handler is not None:  # None: not set by Python, which cannot restore it
                 signal.signal(number, handler)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
-            os._exit(128 + signum)  # nothing is half written: what is being saved has not got its name yet
+            os._exit(128 + signum)  # no file is left half written: one that is being saved still has a temporary name
         self.signum = signum
 
 
@@ -66,21 +66,21 @@ _ADVICE = {
     errno.EROFS: "Read-only file system; choose another path",
     errno.EEXIST: "File exists, where a folder is expected; choose another path",
     errno.ENOTDIR: "Not a directory: a part of this path is a file; choose another path",
-    errno.ELOOP: "its symbolic links lead round in a circle; correct them, or choose another path",
+    errno.ELOOP: "its symbolic links form a loop; correct them, or choose another path",
 }
-"""The system's words for an error of a path, where they do not say what to do."""
+"""Our text for the system's path errors, because the system's own text does not say what to do."""
 
 
 def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None, advice: str = RESUME_ADVICE) -> int:
-    """Call a command's `main` and turn whatever it raises into one line on stderr and an exit status.
+    """Call a command's `main` and turn every exception into one line on stderr and an exit status.
 
-    Status 2 for the user's mistakes (ValueError, a path that cannot be used), 128 + n for
-    signal n, 1 for the rest. With --debug among the arguments the traceback is printed first.
+    The status is 2 for the user's mistakes (ValueError, a path that cannot be used), 128 + n for signal n, and 1 for
+    all other errors. With --debug among the arguments, the traceback is printed first.
 
     Args:
         function: `main(argv) -> status`.
-        argv: the arguments; those of the process when None.
-        advice: how to go on after an interruption, if the command can.
+        argv: the arguments; None takes those of the process.
+        advice: how to continue after an interruption, if the command can.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
@@ -95,9 +95,9 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
         message = f"stopped{getattr(stop, 'where', '')}" + f"; {advice}" * bool(advice)
         return _report(message, 128 + number, debug)
     except BrokenPipeError:
-        # the reader has left (`tinylm eval | head`); a closed stdout must not fail again at exit
+        # the reader has ended (`tinylm eval | head`); stdout must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE, as when the system stops a program that writes to nobody
+        return 141  # 128 + SIGPIPE, the status of a program that SIGPIPE ends
     except Exception as error:
         if isinstance(error, _USER_MISTAKES) or (isinstance(error, OSError) and error.errno == errno.ELOOP):
             return _report(f"error: {_one_line(error)}", 2, debug)
@@ -106,7 +106,7 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
 
 
 def _open_closed_streams() -> None:
-    """Where a service or a shell has closed standard input or output, there is nothing to read and nobody to read."""
+    """Open the null device for each standard stream that a service or a shell has closed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
@@ -114,9 +114,9 @@ def _open_closed_streams() -> None:
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM is an exception inside the block, like Ctrl-C, and afterwards what it was to the caller before.
+    """Inside the block, SIGTERM raises an exception, as Ctrl-C does. Afterwards the caller's handler is restored.
 
-    Only the main thread may say what a signal does; in another one nothing changes.
+    Only the main thread may set signal handlers; in other threads the block changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -125,7 +125,7 @@ def _sigterm_raises() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is not None:  # None: set by other than Python, which cannot put it back
+        if before is not None:  # None: not set by Python, which cannot restore it
             signal.signal(signal.SIGTERM, before)
 
 
@@ -148,6 +148,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _known_name(name: str | bytes | int) -> str:
-    """A path that the user knows: of a temporary file the one that it would have become."""
+    """The path as the user knows it: for a temporary file, the path that it would have replaced."""
     path = Path(os.fsdecode(name)) if not isinstance(name, int) else Path(str(name))
     return str(path.with_name(path.name[1:].rsplit(".", 2)[0]) if path.name.endswith(".tmp") else path)

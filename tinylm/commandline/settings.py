@@ -1,6 +1,6 @@
-"""Settings of a run: frozen dataclasses, read from flags and YAML files, and written back as YAML.
+"""Settings of a run: frozen dataclasses, read from flags and YAML files, and written as YAML.
 
-A command declares one dataclass. Each field is a flag of the same name; the string literal below a field is
+Each command declares one dataclass. Each field is a flag of the same name, and the string literal below the field is
 its help text. `parse_settings` is the only parser in the project.
 """
 
@@ -27,12 +27,12 @@ from tinylm.files.untrusted import shown
 Settings = TypeVar("Settings")
 
 SHARED_FLAGS = {
-    "config": "YAML file with any of these settings; a flag given beside it wins",
+    "config": "YAML file with any of these settings; flags take precedence over it",
     "print_config": "print the settings of this run as YAML, ready for --config, and stop",
     "debug": "on failure, show where in the code it happened",
 }
 _MAX_QUOTED = 100
-"""Longest text for a setting that is no text, such as "3" for 3, which is read as YAML once more."""
+"""Longest quoted value of a setting that is not text, such as "3" for 3. Such a value is parsed as YAML again."""
 BOOL_WORDS = {"1": "true", "0": "false", "true": "true", "false": "false", "yes": "true", "no": "false"}
 TYPE_WORDS = {
     str: "text",
@@ -51,17 +51,17 @@ TYPE_WORDS = {
 def parse_settings(cls: type[Settings], argv: list[str], prog: str, description: str) -> Settings:
     """Build `cls` from command line flags, and from the YAML file named by --config.
 
-    Flags may be spelled with underscores or hyphens. A bool is set by `--use_compile` alone, or followed by
-    1, 0, true or false. A flag wins over the YAML file, and the file over the field's default.
+    Flags may have underscores or hyphens. `--use_compile` alone sets a bool, or it is followed by 1, 0, true or false.
+    A flag takes precedence over the YAML file, and the file over the field's default.
 
     Args:
         cls: a frozen dataclass with fields of str, int, float, bool, Literal, list, tuple, dict, or None.
         argv: the arguments after the command's name.
         prog: the command as the user types it, such as `tinylm pretrain`.
-        description: what it does, for --help.
+        description: what the command does, for --help.
 
     Raises:
-        ValueError: from the `__post_init__` of `cls`, when values do not fit together.
+        ValueError: from the `__post_init__` of `cls`, if values do not fit together.
         SystemExit: status 2 after one line on stderr for a wrong flag, key or value; status 0 after --help or
             --print_config.
     """
@@ -87,7 +87,7 @@ def parse_settings(cls: type[Settings], argv: list[str], prog: str, description:
 
 
 def settings_to_yaml(settings: Any) -> str:
-    """The settings as YAML, in the order of the fields; `--config` reads it back to an equal instance."""
+    """The settings as YAML, in the order of the fields; `--config` reads them back into an equal instance."""
     values = {field.name: _plain(getattr(settings, field.name)) for field in _init_fields(type(settings))}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
@@ -101,14 +101,14 @@ def _plain(value: Any) -> Any:
 
 
 class _ParseError(Exception):
-    """What jsonargparse found wrong, in one line."""
+    """An error that jsonargparse found, in one line."""
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """An ArgumentParser that raises its errors instead of printing the usage and leaving."""
+    """An ArgumentParser that raises its errors, instead of printing the usage and ending the program."""
 
     expected: dict[str, str]
-    """Setting -> what it may hold, in words."""
+    """Setting -> its accepted values, in words."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse says: 'Parser key "lr":\n  Expected a <class 'float'>. Got value: abc'
@@ -134,11 +134,11 @@ def _build_parser(cls: type, hints: dict[str, Any], prog: str, description: str)
         if not own:
             continue
         title = (owner.__doc__ or "").strip().split("\n")[0].rstrip(".")
-        # dataclasses write the signature where a class has no docstring
+        # if a class has no docstring, `dataclass` sets its signature as one
         group = parser.add_argument_group("settings" if title.startswith(f"{owner.__name__}(") else title)
         for field in own:
             note = "required" if _is_required(field) else f"default: {_shown(field)}"
-            # SUPPRESS: the result holds only what was given, so that a flag can be told from a default
+            # SUPPRESS: the result holds only the given flags, so that they can be told from defaults
             group.add_argument(
                 f"--{field.name}",
                 type=hints[field.name],
@@ -154,7 +154,7 @@ def _build_parser(cls: type, hints: dict[str, Any], prog: str, description: str)
 
 
 def _normalize_flags(argv: list[str], hints: dict[str, Any], prog: str) -> list[str]:
-    """Every setting as one word `--flag=value`, with underscores; an unknown flag ends the program."""
+    """Each setting as one word `--flag=value`, with underscores; an unknown flag ends the program."""
     known = [*hints, *SHARED_FLAGS, "help"]
     result, rest = [], list(argv)
     while rest:
@@ -201,9 +201,9 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
         if _is_bool(hints[key]) and value in (0, 1):
             value = bool(value)
         if isinstance(value, str) and _is_text(hints[key]):
-            values[key] = value  # jsonargparse would read it as YAML once more, aliases of aliases and all
+            values[key] = value  # jsonargparse would parse it as YAML again, aliases included
             continue
-        # No setting is NaN or infinite, and a whole number beyond 64 bits is one that torch cannot take.
+        # No setting is NaN or infinite, and torch takes no whole number of more than 64 bits.
         too_large = isinstance(value, int | float) and not abs(value) < 2**63
         if too_large or (isinstance(value, str) and len(value) > _MAX_QUOTED):
             _fail(prog, f"{where}: {key} is {shown(value)}; expected {_type_name(hints[key])}; see {prog} --help")
@@ -217,9 +217,9 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
 
 
 def load_yaml(path: str | Path, prog: str) -> tuple[str, dict[str, Any]]:
-    """Text and top level mapping of a YAML file; anything else there ends the program with status 2."""
+    """The text of a YAML file and its top level mapping; any other file ends the program with status 2."""
     try:
-        with open(path, "rb") as file:  # which may be a pipe, and one without end
+        with open(path, "rb") as file:  # read a limited number: it may be a pipe that never ends
             raw = file.read(MAX_YAML_BYTES + 1)
         if len(raw) > MAX_YAML_BYTES:
             _fail(
@@ -249,7 +249,7 @@ def load_yaml(path: str | Path, prog: str) -> tuple[str, dict[str, Any]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# What a settings class says about itself
+# Facts about a settings class
 # --------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +267,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _field_helps(cls: type) -> dict[str, str]:
-    """Field -> the string literal below it, in `cls` and the classes it inherits from; none without source code."""
+    """Field -> the string literal below it, for `cls` and its base classes; empty if there is no source code."""
     found = [parse_from_object(owner).params for owner in reversed(cls.__mro__[:-1])]
     return {param.arg_name: " ".join((param.description or "").split()) for params in found for param in params}
 
@@ -307,6 +307,6 @@ def _is_text(hint: Any) -> bool:
 
 
 def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """`did you mean ...? ` for a mistyped name, or nothing when no known name is near."""
+    """`did you mean ...? ` for a mistyped name; empty if no known name is similar."""
     matches = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {prefix}{matches[0]}? " if matches else ""

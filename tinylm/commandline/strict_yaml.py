@@ -1,4 +1,4 @@
-"""YAML as settings need it: mappings, lists and plain values, checked before anything is built."""
+"""Read YAML of mappings, lists and plain values, and check it before anything is built from it."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ def parse_yaml(text: str, load: Callable[[str], Any]) -> Any:
     """The value of a YAML text.
 
     Args:
-        load: builds it, by a reader's own rules; called once the text is found harmless.
+        load: parses the text by the caller's rules; it is called after the checks.
 
     Raises:
-        yaml.YAMLError: no YAML, or what `_check_events` refuses. It may carry a line in `problem_mark`.
+        yaml.YAMLError: the text is not YAML, or `_check_events` refuses it. `problem_mark` may hold the line.
     """
     _check_events(text)
     try:
         return load(text)
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
-        # what PyYAML raises itself for `!!bool foo`, `!!timestamp foo` or a number of 5,000 digits
+        # raised by PyYAML for `!!bool foo`, `!!timestamp foo` or a number of 5,000 digits
         raise yaml.MarkedYAMLError(problem=f"a value that cannot be read: {error}") from None
 
 
 def _check_events(text: str) -> None:
-    """Raise yaml.YAMLError for what a file of settings never has.
+    """Raise yaml.YAMLError for anchors, aliases, deep nesting and equal keys. No file of settings needs them.
 
-    An alias (`*name`) repeats a part of the file: nine lines of aliases of aliases are 10^9 values as soon as they
-    are copied or printed. The native reader recurses for each bracket, and 30,000 of them end the process. And of
-    two equal keys it takes the last without a word.
+    An alias (`*name`) repeats a part of the file: nine lines of aliases of aliases become 10^9 values when they are
+    copied or printed. The native reader recurses for each bracket, and 30,000 brackets end the process. Of two equal
+    keys it silently takes the last.
     """
-    seen: list[set[str] | None] = []  # for each open mapping its keys so far; None for a list
+    seen: list[set[str] | None] = []  # the keys so far of each open mapping; None for a list
     key_is_next: list[bool] = []
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionEndEvent):
@@ -50,7 +50,7 @@ def _check_events(text: str) -> None:
         if seen and (keys := seen[-1]) is not None:
             if key_is_next[-1] and isinstance(event, yaml.ScalarEvent):
                 if event.value in keys:
-                    raise yaml.MarkedYAMLError(problem="a key that stands twice", problem_mark=event.start_mark)
+                    raise yaml.MarkedYAMLError(problem="a key that appears twice", problem_mark=event.start_mark)
                 keys.add(event.value)
             key_is_next[-1] = not key_is_next[-1]
         if isinstance(event, yaml.CollectionStartEvent):

@@ -1,7 +1,6 @@
-"""The terminal: consoles, facts in two columns, and the one way to show how far some work has come.
+"""The terminal: consoles, facts in two columns, and the progress bar.
 
-Nothing outside this folder prints by itself. On a terminal a progress bar is redrawn in place; in a pipe or a file
-there is none.
+Nothing outside this folder prints by itself. A progress bar is drawn on a terminal only, not in a pipe or a file.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def make_console(is_main: bool = True, **options: Any) -> Console:
-    """A console that neither wraps lines nor colours by guess; silent in all processes but the main one.
+    """A console that does not wrap lines or highlight words by itself. It prints in the main process only.
 
     Args:
-        options: of rich's Console, such as `stderr` and `markup`.
+        options: options of rich's Console, such as `stderr` and `markup`.
     """
     return Console(highlight=False, soft_wrap=True, quiet=not is_main, **options)
 
 
 def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
-    """Two columns: what will happen, or what happened. Lines are never wrapped, so that paths can be copied."""
+    """Print names and values in two columns. Lines are not wrapped, so that paths can be copied."""
     width = max(len(name) for name in facts)
     console.print(f"[bold]{title}[/bold]")
     for name, value in facts.items():
@@ -33,14 +32,14 @@ def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
 
 
 class ShowProgress(Protocol):
-    """What `progress` yields: call it with a few words and, where they are known, the numbers for the bar."""
+    """The function that `progress` yields: call it with a few words and, if known, the numbers for the bar."""
 
     def __call__(self, text: str, done: int | None = None, total: int | None = None) -> None: ...
 
 
 @contextlib.contextmanager
 def progress(console: Console, title: str) -> Iterator[ShowProgress]:
-    """Show on a terminal how far some work has come; the bar goes when the block ends.
+    """Show a progress bar on a terminal; it disappears when the block ends.
 
     Without numbers the bar moves back and forth.
     """

@@ -1,1 +1,1 @@
-"""The commands that are no training stage; `tinylm.cli` has the table of all."""
+"""The commands that are not training stages; `tinylm.cli` has the table of all commands."""

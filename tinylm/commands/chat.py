@@ -28,10 +28,10 @@ from tinylm.system.runtime import setup_runtime
 
 DEFAULT_FOLDER = Path("out")
 STAGES = ("dpo", "lora", "full_sft", "pretrain")
-"""What a model's name starts with, the last stage of training first."""
+"""What the names of models start with; the last stage of training comes first."""
 HELP = "/reset  forget the conversation\n/system TEXT  give instructions (none: remove them)\n/exit  leave (or Ctrl-D)"
 CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Never sent to a terminal: an answer could otherwise move the cursor or change the title."""
+"""Removed before text is sent to a terminal: an answer could move the cursor or change the title."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class ChatSettings(SamplingSettings):
         super().__post_init__()
         for name in ("max_seq_len", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted is 0 (read from the model) or more")
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 (read from the model) or more")
         if self.weight == "pretrain" and self.system:
             raise ValueError("system with weight=pretrain; a base model continues text and takes no instructions")
 
@@ -81,16 +81,16 @@ class ChatSettings(SamplingSettings):
 
 
 def find_model(model_path: str, weight: str) -> Path:
-    """The model meant by --model_path and --weight: of several runs in a folder, the newest.
+    """The model that --model_path and --weight mean; of several runs in a folder, the newest.
 
     Raises:
-        FileNotFoundError, ValueError: nothing given and nothing under ./out, or no model of that kind in the folder.
+        FileNotFoundError, ValueError: there is no such model in the folder, or none under ./out if no folder is given.
     """
     return resolve_model_path(model_path, weight, newest=True) if model_path else _default_model(weight)
 
 
 def _default_model(weight: str) -> Path:
-    """The quickstart's model, of the last stage it reached; else the newest under ./out."""
+    """The quickstart's model of the last stage that it reached; else the newest model under ./out."""
     for stage in (weight,) if weight else STAGES:
         if models := last_models(DEFAULT_FOLDER / "quickstart", stage, depth=1):
             return newest_model(models)
@@ -104,7 +104,7 @@ def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
     """(engine, whether the model is a base model, the model's name), with the adapter merged in.
 
     Raises:
-        ValueError, FileNotFoundError: no such model, or not the shape that was asked for.
+        ValueError, FileNotFoundError: there is no such model, or it has another shape than requested.
     """
     path = find_model(settings.model_path, settings.weight)
     runtime = setup_runtime(settings.device, settings.dtype)
@@ -131,11 +131,11 @@ def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
 
 
 class Chat:
-    """One conversation with one model: what was said, and the next answer.
+    """One conversation with one model: its messages so far, and the next answer.
 
     Args:
-        is_base: the model continues text; nothing is remembered between inputs.
-        notify: called with a sentence when part of the history had to be left out.
+        is_base: the model continues text and remembers nothing between inputs.
+        notify: called with a sentence if a part of the history had to be left out.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Chat:
         yield from self.engine.stream_text(ids, self.sampling)
 
     def command(self, line: str) -> str | None:
-        """Carry out a line that starts with "/"; what to tell the user, or None to leave."""
+        """Execute a line that starts with "/"; returns the reply to the user, or None to leave."""
         name, _, rest = line.partition(" ")
         if name == "/exit":
             return None
@@ -228,9 +228,9 @@ def _answer_lines(chat: Chat, lines: TextIO, notices: Console) -> None:
 
 
 def _converse(chat: Chat, notices: Console) -> None:
-    """Read, answer, until /exit or Ctrl-D. Ctrl-C stops an answer, or empties the line."""
+    """Read and answer until /exit or Ctrl-D. Ctrl-C stops an answer, or clears the line."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (arrow keys and history, where the platform has them)
+        import readline  # noqa: F401  (arrow keys and history, if the platform has readline)
     while True:
         try:
             line = input("> ")
@@ -250,8 +250,8 @@ def _converse(chat: Chat, notices: Console) -> None:
 
 
 def _take(chat: Chat, line: str, notices: Console) -> bool:
-    """Act on one line of input; False to leave."""
-    # A terminal can hand over broken bytes as lone surrogates, which no tokenizer accepts.
+    """Handle one line of input; returns False to leave."""
+    # Invalid bytes from a terminal arrive as lone surrogates, which no tokenizer accepts.
     line = line.strip().encode("utf-8", errors="replace").decode("utf-8")
     if line in ("exit", "quit"):
         return False
@@ -266,7 +266,7 @@ def _take(chat: Chat, line: str, notices: Console) -> bool:
 
 
 def _print_answer(chat: Chat, text: str) -> None:
-    """Stream one answer to stdout; on a terminal with the speed behind it."""
+    """Stream one answer to stdout; on a terminal, also print the speed."""
     console = make_console(markup=False, emoji=False)
     start = time.perf_counter()
     pieces: list[str] = []
@@ -280,7 +280,7 @@ def _print_answer(chat: Chat, text: str) -> None:
     seconds = time.perf_counter() - start
     console.file.write("\n")
     if console.is_terminal:
-        num_tokens = len(chat.engine.tokenizer.encode("".join(pieces))) + 1  # the stop token was computed, too
+        num_tokens = len(chat.engine.tokenizer.encode("".join(pieces))) + 1  # the stop token was computed too
         console.print(f"{num_tokens / seconds:.0f} tokens/s", style="dim", justify="right")
 
 

@@ -40,31 +40,29 @@ class EvalSettings:
     model_path: str
     """model folder, adapter folder or .pth file to measure"""
     data_path: str | None = None
-    """file, folder (each file a task of its own) or glob; unset measures TinyWorld's skills"""
+    """file, folder (each file is a task) or glob; unset measures TinyWorld's skills"""
     tasks: str = "auto"
     """comma-separated choice of skills, bits_per_byte, blimp, multiple_choice, lambada, chat, preferences,
-    generate; auto takes what each file's fields say"""
+    generate; auto chooses by each file's fields"""
     adapter: str | None = None
-    """LoRA adapter folder to put on the model"""
+    """folder of a LoRA adapter to add to the model"""
     reference_path: str | None = None
-    """model that preferences are measured against; with an adapter, the model without it is taken by
-    default"""
+    """model that preferences are measured against; by default, with an adapter, the model without it"""
     tokenizer_path: str | None = None
-    """tokenizer folder; unset takes the one in the model folder"""
+    """tokenizer folder; unset takes the model's own"""
     limit: int | None = None
-    """first so many records of a file, pairs of a minimal-pair set, or items of a skill; unset takes all (100
-    items of each skill)"""
+    """take only the first records of a file, pairs of a minimal-pair set, or items of a skill, this many; unset takes
+    all (100 items of each skill)"""
     output: str | None = None
     """JSON file to write the report to"""
     max_new_tokens: int = 128
-    """longest reply (tokens) in tasks that generate; replies are greedy"""
+    """longest reply (tokens) in tasks that generate text; decoding is greedy"""
     batch_size: int = TOKENS_PER_BATCH
-    """tokens in one forward pass of the tasks that score"""
+    """tokens in one forward pass, in tasks that score text"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
     dtype: str = "auto"
-    """auto, float32, bfloat16 or float16: the precision of matrix products; output logits are always
-    float32"""
+    """precision of matrix products: auto, float32, bfloat16 or float16; output logits are always float32"""
 
     def __post_init__(self) -> None:
         check_task_names(self.task_names)
@@ -78,7 +76,7 @@ class EvalSettings:
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The chosen tasks; none for auto."""
+        """The chosen tasks; empty for auto."""
         return () if self.tasks == "auto" else tuple(name.strip() for name in self.tasks.split(","))
 
 
@@ -131,7 +129,7 @@ def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
     if chosen and not plan:
         raise ValueError(
             f"{settings.data_path}: no data for {', '.join(sorted(chosen))}; expected a file with the fields "
-            "of that task; leave --tasks out to take what the files hold"
+            "of that task; leave out --tasks to choose by the fields"
         )
     return plan
 
@@ -164,7 +162,7 @@ def _without_adapters(model: Any) -> ReferenceModel:
 
 
 def measure_skills(evaluator: Evaluator, settings: EvalSettings) -> Scoreboard:
-    """TinyWorld's scoreboard with one column."""
+    """TinyWorld's scoreboard, with one column for the model."""
     with task_progress("skills") as report:
         column = score_skills(
             evaluator.engine,
@@ -178,8 +176,7 @@ def measure_skills(evaluator: Evaluator, settings: EvalSettings) -> Scoreboard:
 
 
 def measure_file(evaluator: Evaluator, runtime: Runtime, task: str, path: str, limit: int | None) -> list[Measure]:
-    """One task on one file, under a progress bar. The engine casts for itself, so autocast is for scoring
-    only."""
+    """Run one task on one file, with a progress bar. Autocast is for scoring only: the engine casts by itself."""
     precision = contextlib.nullcontext() if task == "generate" else runtime.autocast()
     with task_progress(f"{task}: {path}") as report, precision:
         return run_task(replace(evaluator, progress=report), task, path, limit)
@@ -187,6 +184,6 @@ def measure_file(evaluator: Evaluator, runtime: Runtime, task: str, path: str, l
 
 @contextlib.contextmanager
 def task_progress(title: str) -> Iterator[Progress]:
-    """Progress on stderr, in the form in which tasks report it."""
+    """A progress bar on stderr, as a function that tasks call with (done, total)."""
     with progress(make_console(stderr=True), title) as show:
         yield lambda done, total: show(f"{done:,} of {total:,}", done, total)

@@ -2,7 +2,8 @@
 
     tinylm export --model_path out/dpo --format pth --output dpo_512_epoch0.pth
 
-A model folder is already a Hugging Face folder. This command writes the original project's `.pth` instead.
+A model folder is already a Hugging Face folder. This command writes the `.pth` of the
+original project, lyuzlion/Tiny-Language-Model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class ExportSettings:
     output: str
     """the file to write"""
     format: Literal["pth"] = "pth"
-    """pth: weights under the original project's names"""
+    """pth: weights under the names of lyuzlion/Tiny-Language-Model"""
     tokenizer_path: str | None = None
     """tokenizer folder, for a .pth that does not fit the default one"""
 

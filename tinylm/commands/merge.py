@@ -1,4 +1,4 @@
-"""Fold a LoRA adapter into its base model: W + (alpha / rank) B A, an ordinary model folder again.
+"""Fold a LoRA adapter into its base model, W + (alpha / rank) B A, and save an ordinary model folder.
 
 tinylm merge --model_path out/lora --output_dir out/merged
 """

@@ -1,9 +1,9 @@
-"""The main job: from nothing to a model that answers, on the embedded corpus.
+"""Train a model that answers from scratch, on the embedded corpus.
 
     tinylm quickstart
 
-tokenizer -> pretrain -> full SFT -> LoRA and DPO -> scoreboard -> chat. Each stage is the recipe that its own
-command runs, with settings fit for TinyWorld. Finished stages are skipped, interrupted ones are resumed.
+tokenizer -> pretrain -> full SFT -> LoRA and DPO -> scoreboard -> chat. Each stage runs the recipe of its own command,
+with settings for TinyWorld. Finished stages are skipped, interrupted stages are resumed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class QuickstartSettings:
     dtype: str = "auto"
     """precision of matrix products: auto, float32, bfloat16 or float16"""
     chat: bool = True
-    """open a chat at the end when there is a terminal; else show three sample chats"""
+    """open a chat at the end if there is a terminal; else show three sample chats"""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 100:
@@ -71,7 +71,7 @@ class QuickstartSettings:
             raise ValueError(f"num_items is {self.num_items}; expected at least 1; pass --num_items 100")
 
     def sized(self, count: int) -> int:
-        """A number of documents, chats or pairs, scaled."""
+        """`count` documents, chats or pairs, scaled; at least 64."""
         return max(64, round(self.scale * count))
 
 
@@ -87,7 +87,7 @@ class Plan:
 
 
 def make_plan(settings: QuickstartSettings) -> Plan:
-    """What the stages are run with; the numbers were found by trying, see docs/trials.md."""
+    """The settings of the stages; trials found the numbers, see docs/trials.md."""
     out = Path(settings.output_dir)
     shared: dict[str, Any] = {
         "max_seq_len": 256,
@@ -141,7 +141,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
 
 
 def claim_folder(settings: QuickstartSettings) -> None:
-    """Write into the folder which quickstart it holds; one with other settings could not use its stages.
+    """Record the settings in the folder, and refuse a folder of other settings: its stages could not be used.
 
     Raises:
         ValueError: it holds a quickstart with another scale or seed.
@@ -173,9 +173,9 @@ def finished_model(stage: str, settings: TrainSettings) -> Path | None:
 
 
 def train_all(plan: Plan, console: Console) -> dict[str, Path]:
-    """Run what is missing; returns the folder of each stage's model."""
+    """Run the stages that are not finished; returns the folder of each stage's model."""
     if (Path(plan.tokenizer.output_dir) / "tokenizer.json").exists():
-        console.print("[bold]1/5 tokenizer[/bold]: done before")
+        console.print("[bold]1/5 tokenizer[/bold]: already done")
     else:
         console.rule("1/5 tokenizer", align="left")
         train_tokenizer.train(plan.tokenizer)
@@ -188,7 +188,7 @@ def train_all(plan: Plan, console: Console) -> dict[str, Path]:
     folders = {}
     for number, (stage, settings, train) in enumerate(stages, start=2):
         if folder := finished_model(stage, settings):
-            console.print(f"[bold]{number}/5 {stage}[/bold]: done before, {folder}")
+            console.print(f"[bold]{number}/5 {stage}[/bold]: already done, {folder}")
         else:
             console.rule(f"{number}/5 {stage}", align="left")
             folder = train(settings)
@@ -197,7 +197,7 @@ def train_all(plan: Plan, console: Console) -> dict[str, Path]:
 
 
 def measure(folders: dict[str, Path], num_items: int, console: Console) -> tuple[Scoreboard, bool]:
-    """(the scoreboard over all models, whether the base under the adapter is bit for bit what it was)."""
+    """(the scoreboard of all models, whether the adapter's base has the same bits as before)."""
     columns = {"base": "pretrain", "SFT": "full_sft", "LoRA": "lora", "DPO": "dpo"}
     models = {name: load_model(folders[stage]) for name, stage in columns.items()}
     engines = {name: Engine(model, tokenizer) for name, (model, tokenizer, _) in models.items()}
@@ -217,7 +217,7 @@ def measure(folders: dict[str, Path], num_items: int, console: Console) -> tuple
 
 
 def bars(board: Scoreboard, untouched: bool) -> list[tuple[str, str, str, bool]]:
-    """(what, measured, wanted, met) for each promise of the quickstart."""
+    """(what, measured, wanted, met) for each bar that the quickstart promises to reach."""
 
     def value(column: str, row: str) -> float:
         found = board.value(column, row)
@@ -242,7 +242,7 @@ def bars(board: Scoreboard, untouched: bool) -> list[tuple[str, str, str, bool]]
 
 
 def show_bars(rows: list[tuple[str, str, str, bool]], console: Console) -> None:
-    """The promises, and whether this run kept them."""
+    """Print the bars, and whether this run met them."""
     table = Table("bar", "measured", "wanted", "", title="what the quickstart promises", title_justify="left")
     for what, got, wanted, met in rows:
         table.add_row(what, got, wanted, "[green]met[/green]" if met else "[red]missed[/red]")
@@ -250,7 +250,7 @@ def show_bars(rows: list[tuple[str, str, str, bool]], console: Console) -> None:
 
 
 def show_sample_chats(folder: Path, console: Console) -> None:
-    """Three questions and the model's replies."""
+    """Print three questions and the model's replies."""
     model, tokenizer, _ = load_model(folder)
     engine = Engine(model, tokenizer)
     for question in SAMPLE_CHATS:
@@ -261,8 +261,8 @@ def show_sample_chats(folder: Path, console: Console) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: plan, train what is missing, measure, chat."""
-    description = "Train a small chat model from nothing: tokenizer, pretraining, SFT, LoRA, DPO, scoreboard, chat."
+    """The command line: plan, train the unfinished stages, measure, chat."""
+    description = "Train a small chat model from scratch: tokenizer, pretraining, SFT, LoRA, DPO, scoreboard, chat."
     settings = parse_settings(QuickstartSettings, argv, "tinylm quickstart", description)
     console = make_console()
     claim_folder(settings)
@@ -275,7 +275,7 @@ def main(argv: list[str]) -> int:
     console.print(board.to_table())
     show_bars(rows, console)
     if settings.scale < 1:
-        console.print(f"a rehearsal with {settings.scale:.0%} of the data; reaching all of these takes all of it")
+        console.print(f"this run used {settings.scale:.0%} of the data; use all of it to meet all bars")
     seconds = time.perf_counter() - started
     out = Path(settings.output_dir)
     report = {

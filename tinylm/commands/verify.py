@@ -1,9 +1,9 @@
-"""Is a model what it was when it was written, and what made it?
+"""Check that a model has not changed since it was written, and show how it was made.
 
     tinylm verify out/pretrain
 
-Checks every file's hash against the folder's manifest, that weights, config and tokenizer belong together, and that
-the parent is still the one it was made from; then shows the lineage: stage, data, settings, parent, code.
+It checks every file's hash against the folder's manifest, that weights, config and tokenizer belong together, and that
+the parent has not changed. Then it shows the lineage: stage, data, settings, parent, code.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class VerifySettings:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `is_right` is None where it could not be checked."""
+    """The result of one check. `is_right` is None if the check was not possible."""
 
     what: str
     is_right: bool | None
@@ -49,24 +49,24 @@ class Finding:
 
 
 def _checked(what: str, check: Callable[[], str]) -> Finding:
-    """What `check` says, or what it raises."""
+    """The result of `check`, or the error that it raises."""
     try:
         return Finding(what, True, check())
     except FileNotFoundError as error:
         return Finding(what, None, f"not checked: {error}")
     except (ValueError, OSError) as error:
         return Finding(what, False, str(error))
-    except (TypeError, KeyError, AttributeError) as error:  # a record that is no record of ours
-        return Finding(what, False, f"a record of another form than tinylm writes ({type(error).__name__}: {error})")
+    except (TypeError, KeyError, AttributeError) as error:  # a record that tinylm did not write
+        return Finding(what, False, f"the record is not in tinylm's form ({type(error).__name__}: {error})")
 
 
 def verify_folder(folder: Path) -> Iterator[Finding]:
-    """Look at a model folder or an adapter folder, and at what it says of its origin."""
+    """Check a model folder or an adapter folder, and the origin that it states."""
     yield _checked("files", lambda: _check_files(folder))
     yield _checked("weights", lambda: _check_weights(folder))
     lineage = read_own_json(folder / "lineage.json") if (folder / "lineage.json").is_file() else {}
     if not lineage:
-        yield Finding("lineage", None, "no lineage.json: nobody can tell what made this model")
+        yield Finding("lineage", None, "no lineage.json: it is unknown how this model was made")
         return
     yield _checked("tokenizer", lambda: _check_tokenizer(folder, lineage))
     yield _checked("parent", lambda: _check_parent(lineage))
@@ -76,21 +76,21 @@ def verify_folder(folder: Path) -> Iterator[Finding]:
 
 
 def verify_states(folder: Path) -> Iterator[Finding]:
-    """Look at every training state of a run."""
+    """Check every training state of a run."""
     for place in state_folders(folder):
         yield _checked(place.name, partial(_check_state, place))
-    yield _checked("to go on", lambda: f"from step {load_training_state(folder).values['step']:,}")
+    yield _checked("resume", lambda: f"from step {load_training_state(folder).values['step']:,}")
 
 
 def _check_state(place: Path) -> str:
     check_manifest(place)
-    return "whole"
+    return "all files unchanged"
 
 
 def _check_files(folder: Path) -> str:
     check_manifest(folder)
     files = read_own_json(folder / "manifest.json")["files"]
-    return f"{len(files)} files are what was written, {sum(facts['bytes'] for facts in files.values()):,} bytes"
+    return f"{len(files)} files unchanged, {sum(facts['bytes'] for facts in files.values()):,} bytes"
 
 
 def _check_weights(folder: Path) -> str:
@@ -106,7 +106,7 @@ def _check_tokenizer(folder: Path, lineage: dict[str, Any]) -> str:
         raise FileNotFoundError("lineage.json does not name the tokenizer")
     if tokenizer.fingerprint != promised:
         raise ValueError(f"it is {tokenizer.fingerprint}; the model was trained with {promised}")
-    return f"{tokenizer.vocab_size:,} entries, the one that the model was trained with"
+    return f"{tokenizer.vocab_size:,} entries, the same as in training"
 
 
 def _check_parent(lineage: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def _check_parent(lineage: dict[str, Any]) -> str:
         return "none: trained from random weights"
     path = Path(parent["path"])
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there (any more)")
+        raise FileNotFoundError(f"{path} does not exist (any more)")
     model, _, _ = load_model(path)
     found = weights_fingerprint(unload_lora(model))
     if parent.get("weights") not in (None, found):
@@ -124,7 +124,7 @@ def _check_parent(lineage: dict[str, Any]) -> str:
 
 
 def show_lineage(lineage: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, value) of what made a model, as far as it is recorded; a stranger's record may hold anything."""
+    """(name, value) pairs of a lineage, as far as they are recorded; a stranger's lineage may hold anything."""
     settings = lineage.get("settings")
     settings = settings if isinstance(settings, dict) else {}
     yield "stage", str(lineage.get("stage"))
@@ -141,9 +141,9 @@ def show_lineage(lineage: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: look at a folder; status 1 if anything in it is not what it should be."""
+    """The command line: check a folder; the status is 1 if a check fails."""
     if argv and not argv[0].startswith("-"):
-        argv = ["--model_path", *argv]  # `tinylm verify out/pretrain`, as one would type it
+        argv = ["--model_path", *argv]  # accept `tinylm verify out/pretrain`
     settings = parse_settings(VerifySettings, argv, "tinylm verify", "Check a model's files and where it comes from.")
     console, path = make_console(), Path(settings.model_path)
     if path.is_dir() and state_folders(path):

@@ -1,4 +1,4 @@
-"""Export to the original project's `.pth`: its names, weights only, for its own scripts to load."""
+"""Export to the `.pth` of the original project, lyuzlion/Tiny-Language-Model: the weights, under its names."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tinylm.model.weights import base_state
 
 
 def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
-    """Write the weights under the original's names, with `lm_head.weight` as it stores it.
+    """Write the weights under the original's names, and `lm_head.weight` also if it is tied to the embedding.
 
     Raises:
-        ValueError: a shape that the original's code cannot express (it has rotary positions, two key/value
-            heads, no biases and no query/key norms), or adapters that are not merged.
+        ValueError: the original's code cannot express the model's shape (it has rotary positions, two key/value
+            heads, no biases and no query/key norms), or adapters are not merged.
     """
     config = model.config
     if has_lora(model):
@@ -28,16 +28,16 @@ def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
     if config.num_key_value_heads != NUM_KEY_VALUE_HEADS:
         raise ValueError(
             f"num_key_value_heads is {config.num_key_value_heads}; the original project's code has "
-            f"{NUM_KEY_VALUE_HEADS}: export this model as a model folder instead"
+            f"{NUM_KEY_VALUE_HEADS}: use the model folder instead"
         )
     for name in ("qk_norm", "attention_bias", "mlp_bias", "rope_scaling"):
         if getattr(config, name):
-            raise ValueError(f"{name} is set; the original project's code has no such thing: export a model folder")
+            raise ValueError(f"{name} is set; the original project's code lacks it: use the model folder instead")
     if config.rope_theta != 1e6 or config.rms_norm_eps != 1e-5:
         raise ValueError(
             f"rope_theta {config.rope_theta} and rms_norm_eps {config.rms_norm_eps} are not the 1e6 and 1e-5 "
             "fixed "
-            "in the original project's code: export a model folder instead"
+            "in the original project's code: use the model folder instead"
         )
     state = {name_to_original(name): tensor.detach().cpu() for name, tensor in base_state(model).items()}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
@@ -47,5 +47,5 @@ def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
-        error.filename = str(path)  # a full disk: the system does not say which file did not fit
+        error.filename = str(path)  # a full disk: the system's error does not name the file
         raise

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, that one process owns at a time, and that may come from strangers."""
+"""Files: written completely or not at all, locked by one process at a time, and checked when they come from others."""

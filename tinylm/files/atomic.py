@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, and the manifest that says later whether they still are whole.
+"""Write files and folders completely or not at all, and a manifest that shows later whether they changed.
 
-What is written lies beside its target under a temporary name, is flushed to the disk, and is renamed last. So whatever
-stops the writer (a kill, a full disk, a power cut), the target is the old one or the new one and never half of either.
+The new file is written beside its target under a temporary name, flushed to the disk, and then renamed. Whatever stops
+the writer (a kill, a full disk, a power cut), the target is the complete old file or the complete new one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MANIFEST = "manifest.json"
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a temporary sibling of `path` for binary writing; it becomes `path` when the block ends well.
+    """Open a temporary file beside `path` for binary writing; it becomes `path` when the block ends without an error.
 
-    When the block fails (a full disk, an interruption) the temporary file goes, with the parent folders made
-    for it, and the old `path` stays. Symbolic links are followed, so the file they point to is replaced.
+    If the block fails (a full disk, an interruption), the temporary file and the parent folders made for it are
+    deleted, and the old `path` is kept. Symbolic links are followed: the file they point to is replaced.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -54,10 +54,10 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder; it becomes `path` when the block ends well.
+    """Yield an empty temporary folder; it becomes `path` when the block ends without an error.
 
-    An existing folder at `path` is swapped out, then deleted. When the block fails the temporary folder goes,
-    with the parent folders made for it, and the old one stays.
+    An existing folder at `path` is swapped out, then deleted. If the block fails, the temporary folder and the parent
+    folders made for it are deleted, and the old folder is kept.
 
     Raises:
         NotADirectoryError: `path` is a file.
@@ -82,7 +82,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON object whole or not at all. NaN and infinite numbers become null, since JSON has no others."""
+    """Write a JSON object completely or not at all. NaN and infinite numbers become null: JSON has neither."""
     with atomic_write(path) as file:
         text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
         file.write(text.encode("utf-8") + b"\n")
@@ -97,9 +97,10 @@ def _finite(value: Any) -> Any:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Delete what a killed `atomic_write` or `atomic_folder` of `path` has left; the owner of `path` calls it.
+    """Delete what a killed `atomic_write` or `atomic_folder` of `path` has left; only the owner of `path` may call it.
 
-    Where two folders cannot be exchanged, a kill between two renames leaves the old one aside: it comes back.
+    On a system that cannot exchange two folders, a kill between two renames leaves the old folder under another name.
+    It gets its name back.
     """
     target = Path(os.path.realpath(path))
     if not target.exists():
@@ -117,7 +118,7 @@ def remove_leftovers(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _parent_folder(target: Path) -> Iterator[Path]:
-    """Make the folder that `target` lies in; when the block fails, what was made goes, unless others use it."""
+    """Make the parent folders of `target`; if the block fails, delete those that were made and are empty."""
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,20 +126,20 @@ def _parent_folder(target: Path) -> Iterator[Path]:
             _sync(folder.parent)
         yield target.parent
     except BaseException:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
+        with contextlib.suppress(OSError):  # stop at the first folder that is not empty
             for folder in made:
                 folder.rmdir()
         raise
 
 
 def _swap_in(fresh: Path, target: Path) -> None:
-    """`fresh` becomes `target`. Where the system can exchange two folders, there is no moment without a `target`."""
+    """Rename `fresh` to `target`. If the system can exchange two folders, `target` exists at every moment."""
     if not target.exists():
         os.rename(fresh, target)
         _sync(target.parent)
         return
     if not _exchange(fresh, target):
-        # For the moment between these two renames `remove_leftovers` knows the old one by its name, and brings it back.
+        # After a kill between these two renames, `remove_leftovers` finds the old folder by its name and restores it.
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
         os.rename(target, old)  # a rename onto an empty folder replaces it
         try:
@@ -152,7 +153,7 @@ def _swap_in(fresh: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders' names in one step, with Linux's renameat2; False where the system or its disk cannot."""
+    """Swap the names of two folders in one step with Linux's renameat2; False if the system or its disk cannot."""
     if sys.platform != "linux":
         return False
     at_working_folder, rename_exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's headers
@@ -168,7 +169,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk; not on Windows, which cannot open folders."""
+    """Flush a file, or the entries of a folder, to the disk; not on Windows, which cannot open folders."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -183,10 +184,10 @@ os.umask(_UMASK_AT_START)
 
 
 def _default_mode(full: int) -> int:
-    """The permissions of a new file under the user's umask; temporary files are private, results are not.
+    """The permissions of a new file under the user's umask. Temporary files are private; results should not be.
 
-    The umask is read without changing it, since other threads may be making files. Linux shows it; elsewhere it is the
-    one that the program started with.
+    The umask is read without changing it, because other threads may be making files. Linux shows it in /proc;
+    elsewhere the umask at the program's start is used.
     """
     status = Path("/proc/self/status")
     found = re.search(r"^Umask:\s*([0-7]+)$", status.read_text(), flags=re.MULTILINE) if status.exists() else None
@@ -199,7 +200,7 @@ def _default_mode(full: int) -> int:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write manifest.json: size and SHA-256 of every other file in `folder` (not of folders in it)."""
+    """Write manifest.json: size and SHA-256 of every other file directly in `folder`."""
     files = {
         path.name: _facts_of(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST
     }
@@ -208,9 +209,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_manifest(folder: Path, *names: str) -> None:
-    """Raise ValueError, naming the file, unless every file is what the manifest says, or each of `names` is.
+    """Compare the files with the manifest: all that it lists, or only `names`. Files that it does not list are ignored.
 
-    A file that the manifest does not know is no fault.
+    Raises:
+        ValueError: a file is missing or has changed, or the manifest cannot be read; the message names the file.
     """
     path = folder / MANIFEST
     try:
@@ -220,7 +222,7 @@ def check_manifest(folder: Path, *names: str) -> None:
         files = manifest["files"]
         facts = {name: {key: files[name][key] for key in ("bytes", "sha256")} for name in names or files}
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {MANIFEST}; without it nobody can tell whether it is whole") from None
+        raise ValueError(f"{folder} has no {MANIFEST}; without it the files cannot be checked") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is not a manifest, or does not list all files; restore the folder") from None
     for name, promised in facts.items():

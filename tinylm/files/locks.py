@@ -1,7 +1,7 @@
 """Locks on files: one run folder belongs to one run at a time.
 
-The `filelock` library holds them as locks of the operating system (flock, LockFileEx). The system frees such a lock
-when its process ends, however it ends, and a lock file that stays behind means nothing.
+The `filelock` library uses locks of the operating system (flock, LockFileEx). The system frees such a lock when its
+process ends for whatever reason. A lock file without a lock on it means nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ POLL_SECONDS = 0.2
 def run_lock(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path` inside the block.
 
-    Between machines the lock works on file systems that pass locks on (NFS 4 and most of those made for clusters).
+    Between machines it works on file systems that share locks: NFS 4 and most file systems made for clusters.
 
     Args:
-        patience: seconds to wait for it. A file server frees the lock of a lost machine only when it notices the loss.
+        patience: seconds to wait for the lock. A file server frees the lock of a lost machine only when it notices the
+            loss.
 
     Raises:
-        ValueError: another process has it; the message names that process.
-        OSError: the file cannot be made, or its file system has no locks.
+        ValueError: another process has the lock; the message names that process.
+        OSError: the file cannot be made, or its file system does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(
@@ -37,13 +38,13 @@ def run_lock(path: Path, patience: float = 0.0) -> Iterator[None]:
         poll_interval=POLL_SECONDS,
         on_acquired=_write_owner,
         fallback_to_soft=False,  # a lock that is only a file would outlive a killed process
-        preserve_lock_file=True,  # deleting it would let two processes lock two files of one name
+        preserve_lock_file=True,  # if it were deleted, two processes could lock two files of the same name
     )
     try:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"{path.parent} belongs to a run that is still going ({_owner(path)}); wait for it or stop it, or choose "
+            f"{path.parent} is in use by another run ({_owner(path)}); wait for it to end, stop it, or choose "
             "another --output_dir"
         ) from None
     try:
@@ -56,7 +57,7 @@ def try_to_lock(descriptor: int) -> bool:
     """Lock an open file until it is closed; False if another process has it.
 
     Raises:
-        OSError: the file system has no locks.
+        OSError: the file system does not support locks.
     """
     return lock_descriptor(descriptor, blocking=False)
 
@@ -67,7 +68,7 @@ def _write_owner(descriptor: int) -> None:
 
 
 def _owner(path: Path) -> str:
-    """What the owner of a lock wrote into its file; Windows does not let others read it."""
+    """What the owner of a lock wrote into its file; on Windows other processes cannot read it."""
     with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
         if owner := file.read(200).strip():
             return owner

@@ -1,7 +1,7 @@
-"""Files from strangers: which of them may be opened, and JSON that says one thing only.
+"""Files from strangers: which of them may be opened, and how to read JSON that has only one meaning.
 
-Everything that reads a model folder, an adapter or a tokenizer comes through here, so that a file is checked once,
-in one place, before anything is built from it. docs/reliability.md says what is promised.
+All code that reads a model folder, an adapter or a tokenizer uses these functions, so that a file is checked once, in
+one place, before anything is built from it. docs/reliability.md describes the guarantees.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 1 << 20
-"""A config, an index, a lineage, a safetensors header. Python's objects take up to 30 times the room of their text
-(`[],` is 3 bytes, an empty list 64), so this bounds the memory; 10,000 tensors fit in."""
+"""Limit for a config, an index, a lineage or a safetensors header. Python's objects take up to 30 times the memory of
+their text (`[],` is 3 bytes, an empty list 64), so this bounds the memory. A header of 10,000 tensors fits."""
 
 _MAX_OWN_JSON_BYTES = 64 << 20
 
-_MAX_DEPTH = 64  # what walks through the values afterwards recurses: Python's own limit is 1,000 calls
-_MAX_DIGITS = 40  # a 128-bit number has 39, and float() takes any of these without overflowing
+_MAX_DEPTH = 64  # later code walks through the values by recursion, and Python's limit is 1,000 calls
+_MAX_DIGITS = 40  # a 128-bit number has 39, and float() takes 40 digits without overflowing
 _HALF_PAIR = re.compile(rb"\\u[dD][89abAB]|\\u[dD][c-fC-F]")
 
 
@@ -30,22 +30,22 @@ def shown(text: object, longest: int = 60) -> str:
 
 
 def check_file(path: Path, purpose: str) -> None:
-    """Raise unless `path` is a regular file that lies, itself or the file it links to, in its own folder.
+    """Raise unless `path` is a regular file in its own folder, or a link to one there.
 
-    A link out of the folder would make a downloaded model read whatever its author chose: `model.safetensors` may
-    lead to another model of the user's, which is then exported and published as this one. One kind of link does
-    lead out and is how the Hugging Face hub stores every model: `models--a--b/snapshots/<commit>/config.json` is a
-    link to `models--a--b/blobs/<hash>`. So a file that lies in `blobs` beside `snapshots` is accepted too. The path
-    is resolved to its end before it is compared: a `blobs` that is itself a link elsewhere does not pass.
+    A link out of the folder would let the author of a downloaded model choose what is read: `model.safetensors` may
+    point to another model of the user, which is then exported and published as this one. One kind of link out of the
+    folder is accepted, because the Hugging Face hub stores every model with it:
+    `models--a--b/snapshots/<commit>/config.json` is a link to `models--a--b/blobs/<hash>`, so a file may lie in `blobs`
+    beside `snapshots`. All links are resolved before the comparison: a `blobs` that is a link elsewhere is refused.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a pipe, a device (reading one may never end), a folder, or a link that leads out.
+        ValueError: a pipe or device (reading it may never end), a folder, or a link out of the folder.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; {purpose}")
     if not path.is_file():
-        raise ValueError(f"{path} is no regular file; {purpose}: replace it with a plain file")
+        raise ValueError(f"{path} is not a regular file; {purpose}: replace it with a plain file")
     if not path.is_symlink():
         return
     home, target = path.parent.resolve(), path.resolve()
@@ -55,17 +55,19 @@ def check_file(path: Path, purpose: str) -> None:
 
 
 def parse_json(raw: bytes | str, max_values: int | None = None, finite: bool = True) -> Any:
-    """JSON in the strict sense of RFC 8259, and no ambiguous part of it.
+    """Read strict JSON (RFC 8259), without its ambiguities.
 
-    Python's reader accepts NaN and Infinity, turns 1e999 into infinity, and of two equal keys takes the last; other
-    readers take the first, so one file could pass here as one model and load elsewhere as another.
+    Python's reader accepts NaN and Infinity, turns 1e999 into infinity, and takes the last of two equal keys. Other
+    readers take the first, so the same file could be one model here and another model there.
 
     Args:
-        finite: refuse NaN, Infinity and what overflows to it. False is for our own files, such as a best loss so far.
-        max_values: refuse more commas and brackets than that (a bound on the number of values) before parsing.
+        finite: refuse NaN, Infinity and numbers that overflow to it. False is for our own files: a best loss may be
+            infinite.
+        max_values: refuse a text with more commas and opening brackets than this, before it is parsed. Their count
+            bounds the number of values.
 
     Raises:
-        ValueError: says what is wrong; never RecursionError, OverflowError or KeyError.
+        ValueError: the text is refused; the message says why. No other exception is raised.
     """
     data = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
     if max_values is not None and (found := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
@@ -81,7 +83,7 @@ def parse_json(raw: bytes | str, max_values: int | None = None, finite: bool = T
     except RecursionError:
         raise ValueError(f"brackets nested deeper than {_MAX_DEPTH}") from None
     _check_depth(value)
-    if _HALF_PAIR.search(data):  # an escaped pair is fine, half of one is no Unicode and cannot be written anywhere
+    if _HALF_PAIR.search(data):  # half of a surrogate pair is not Unicode: encoding it raises ValueError
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
@@ -90,7 +92,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of up to `MAX_JSON_BYTES`, with finite numbers only.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: `check_file`'s, too large, or not a JSON object.
+        FileNotFoundError: no such file.
+        ValueError: `check_file` refuses it, it is too large, or it is not a JSON object.
     """
     return _read_object(path, MAX_JSON_BYTES, finite=True)
 
@@ -101,7 +104,7 @@ def read_own_json(path: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path, max_bytes: int, finite: bool) -> dict[str, Any]:
-    check_file(path, "it is needed to load what lies beside it")
+    check_file(path, "it is needed to load the files beside it")
     size = path.stat().st_size
     if size > max_bytes:
         raise ValueError(f"{path} has {size} bytes; at most {max_bytes} are expected: save the folder again")
@@ -119,7 +122,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} stands twice in one object")
+        raise ValueError(f"the key {shown(twice)} appears twice in one object")
     return found
 
 
@@ -136,7 +139,7 @@ def _finite_number(text: str) -> float:
 
 
 def _check_depth(value: Any) -> None:
-    """Level by level, not by recursion, which is what depth would break."""
+    """Raise ValueError for deep nesting. It goes level by level: recursion would fail on deep values."""
     level, depth = [value], 0
     while level := [item for item in level if isinstance(item, (dict, list))]:
         if (depth := depth + 1) > _MAX_DEPTH:

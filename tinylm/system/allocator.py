@@ -1,8 +1,8 @@
-"""Freed memory kept at hand on a CPU, instead of given back to the operating system after every step.
+"""Keep freed memory in the process on a CPU, instead of returning it to the operating system after every step.
 
-A training step frees all its activations and the next one asks for them again. glibc hands large blocks back at once,
-and the system must then map and clear every page anew: some ten thousand page faults a step of the `tiny` preset, a
-tenth of its time.
+A training step frees all its activations, and the next step allocates them again. glibc returns large blocks to the
+system at once, which must then map and clear every page again: about ten thousand page faults in a step of the `tiny`
+preset, a tenth of its time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what this process frees, for its own next use; False where it cannot be told (not glibc).
+    """Let the C library keep the memory that this process frees; False if it is not glibc, which has this setting.
 
-    The process then holds on to the most it ever used, up to 2 GB of it in one piece.
+    The process then keeps the most memory that it ever used, up to 2 GB in one block.
     """
-    # CDLL(None), the C library of this process itself, is an error on Windows.
+    # CDLL(None), the C library of this process, is an error on Windows.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False

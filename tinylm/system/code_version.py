@@ -1,4 +1,4 @@
-"""Which code this is, to the byte: a version number alone does not tell a changed checkout from a release."""
+"""Which code this is, exactly: a changed checkout has the same version number as a release."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The cores of a CPU side by side: several micro-batches at a time, instead of one spread over all cores.
+"""Compute several micro-batches at a time on a CPU, each on its own cores, instead of one on all cores.
 
-torch spreads each operation over the cores and at its end waits for the slowest. A tiny model's operations last a
-tenth of a millisecond, so two cores used like this are worth about one and a half. A core that has rows of its own
-waits only once a step.
-Python's global lock does not slow this down: torch releases it while an operation runs.
+torch spreads each operation over the cores and then waits for the slowest. A tiny model's operations last a tenth of a
+millisecond, so two cores used like this are worth about one and a half. A core with its own rows waits only once a
+step. Python's global lock does not slow this down: torch releases it while an operation runs.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ def num_cores(device: torch.device) -> int:
 
 
 def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> Iterator[Result]:
-    """`map`, with `at_once` items in work at a time; the results come in the order of the items.
+    """`map` that computes `at_once` items at a time; the results have the order of the items.
 
-    The cores are dealt out evenly among these. `function` must not draw random numbers, because which item would get
-    which is left to chance.
+    Each item gets an equal share of the cores. `function` must not draw random numbers: which item gets which number
+    would depend on timing.
     """
     cores = torch.get_num_threads()
     cores_each = max(1, cores // at_once)
-    # The main thread's number counts for the matrix library of all threads, each thread's own for everything else.
+    # The matrix library uses the main thread's number in all threads; everything else uses each thread's own.
     torch.set_num_threads(cores_each)
     try:
         yield from ordered_map(_threads(at_once, cores_each), function, items, ahead=2 * at_once)
@@ -44,7 +43,7 @@ def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item], at_o
 
 @lru_cache(maxsize=4)
 def _threads(at_once: int, cores_each: int) -> ThreadPoolExecutor:
-    """The threads are kept, because each new one would repeat torch's own set-up."""
+    """A pool of threads. It is kept, because each new thread would repeat torch's set-up."""
     return ThreadPoolExecutor(
         at_once, thread_name_prefix="core", initializer=torch.set_num_threads, initargs=(cores_each,)
     )

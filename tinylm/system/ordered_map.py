@@ -1,4 +1,4 @@
-"""`map` over an executor (threads or processes) that keeps the order of the items and bounds the items in work."""
+"""`map` over an executor (threads or processes) that keeps the order of the items and limits how many are in work."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def ordered_map(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item, computed by `executor`, in the order of the items.
 
-    The items are read lazily, so they may be endless or larger than memory. However it ends (the items run out, one of
-    them fails, the consumer closes the generator), no item is still in work afterwards; the executor can be used again.
+    The items are read lazily, so they may be endless or larger than memory. When the generator ends (no more items, a
+    failed item, or closed by the consumer), no item is in work any more, and the executor can be used again.
 
     Args:
-        ahead: how many items are submitted at a time, at least 1: those in work, and those whose results wait for
-            their turn.
+        ahead: how many items are submitted at a time, at least 1. This counts the items in work and the results that
+            wait for their turn.
 
     Raises:
-        Exception: what `function` raises for an item, in that item's place, or what reading the items raises.
+        Exception: what `function` raises for an item, when that item's turn comes, or what reading the items raises.
     """
     pending: deque[Future[Result]] = deque()
     try:

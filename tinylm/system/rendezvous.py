@@ -1,10 +1,10 @@
-"""How the processes of a torchrun meet, again and again.
+"""How the processes that torchrun starts find each other, also after a restart.
 
-torchrun starts all processes anew when one is lost or a machine joins, and hands them the same key-value store each
-time (pytorch/pytorch#135712: the number of restarts cannot tell the rounds apart, since every machine counts its own).
-What the processes before have left there still stands in it, their addresses among it: whoever reads those before they
-are overwritten calls a process that is no more, and the new round fails. So each round agrees on a name of its own
-first, under which it keeps everything, and which only living processes can have agreed on.
+torchrun restarts all processes when one is lost or a machine joins. Each round of processes gets the same key-value
+store (pytorch/pytorch#135712: the number of restarts does not identify a round, because every machine counts its own).
+The store still holds the entries of earlier rounds, among them addresses. A process that reads an old address before it
+is overwritten calls a process that has ended, and the new round fails. So the processes of a round first agree on a new
+name, which only running processes can do, and keep all their entries under this name.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ POLL_SECONDS = 0.02
 
 
 def fresh_store(address: str, port: int, rank: int, world_size: int, timeout: float) -> Store:
-    """A key-value store that holds nothing yet, shared by the processes of this round.
+    """An empty key-value store, shared by the processes of this round.
 
     Args:
         address, port: of torchrun's store (MASTER_ADDR, MASTER_PORT).
         timeout: seconds to wait for the other processes.
 
     Raises:
-        TimeoutError: they did not come.
+        TimeoutError: some of them did not answer in time.
     """
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
     return PrefixStore(agree_on_name(store, rank, world_size, timeout), store)
 
 
 def agree_on_name(store: Store, rank: int, world_size: int, timeout: float) -> str:
-    """A name that all processes of this round get, and none that came before.
+    """A new name, the same for all processes of this round.
 
-    Process 0 invents it. The others each call with a word that nobody has used before, and believe only an answer that
-    repeats it, which a process that is no more cannot give; then they say that they have heard. Process 0 goes on
-    answering until all have, since the call it saw first may be a left-over one.
+    Process 0 makes it. Every other process writes a new random word under "call". It accepts only an answer that begins
+    with this word, which no earlier process can have written, and confirms it under "heard". Process 0 keeps answering
+    until all have confirmed, because the first call that it reads may be from an earlier round.
+
+    Raises:
+        TimeoutError: some of them did not answer in time.
     """
     deadline = time.monotonic() + timeout
     if rank != 0:
@@ -61,11 +64,11 @@ def agree_on_name(store: Store, rank: int, world_size: int, timeout: float) -> s
 
 
 def _read(store: Store, key: str) -> str:
-    """The value of a key, or "" if there is none; `get` would wait for one."""
+    """The value of a key, or "" if it is not set; `get` alone would wait for it."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
 def _wait(deadline: float, timeout: float, missing: list[int]) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError(f"process {', '.join(map(str, missing))} did not come within {timeout:g} s")
+        raise TimeoutError(f"process {', '.join(map(str, missing))} did not answer within {timeout:g} s")
     time.sleep(POLL_SECONDS)

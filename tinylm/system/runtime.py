@@ -1,6 +1,6 @@
-"""Where a run happens: device, number formats, processes, seed.
+"""What a run runs on: device, number formats, processes, seed.
 
-Nothing else in the project asks torch what machine this is.
+Only this module asks torch about the machine.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ DTYPE_NAMES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 @dataclass(frozen=True)
 class Runtime:
-    """The machine as one process sees it.
+    """The device, precision and place of one process.
 
     `compute_dtype` is the format of matrix products; parameters and optimizer state are always float32.
-    `rank` counts processes over all machines, `local_rank` those of this machine.
+    `rank` numbers the processes of all machines, `local_rank` those of this machine.
     """
 
     device: torch.device
@@ -48,11 +48,11 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that prints and writes."""
+        """True in the only process that prints and writes."""
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision for the code inside; nothing in float32. No cache of weights: threads would share it."""
+        """Mixed precision inside the block, none in float32. Without a cache of weights: threads would share it."""
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=False)
@@ -64,7 +64,7 @@ class Runtime:
         return tensor
 
     def max_over_ranks(self, value: float) -> float:
-        """The largest `value` of all processes; they must ask together."""
+        """The largest `value` of all processes; all must call it together."""
         if self.world_size == 1:
             return value
         largest = torch.tensor(value, dtype=torch.float32, device=self.device)  # MPS has no float64
@@ -72,12 +72,12 @@ class Runtime:
         return float(largest)
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process; all of them get the same answer, and must ask together."""
+        """Whether `flag` is true in any process. All must call it together; all get the same answer."""
         return bool(self.max_over_ranks(flag))
 
     @property
     def is_restart(self) -> bool:
-        """Whether torchrun has started this process anew, after another one was lost."""
+        """Whether torchrun has restarted this process, after another one was lost."""
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0) > 0
 
     @property
@@ -87,18 +87,18 @@ class Runtime:
         return "" if found == "none" else found
 
     def barrier(self) -> None:
-        """Wait until every process has come this far."""
+        """Wait until every process has reached this point."""
         if self.world_size > 1:
             dist.barrier()
 
 
 def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 600.0) -> Runtime:
-    """Choose device and precision, and join the other processes when started by torchrun.
+    """Choose device and precision, and join the other processes if torchrun started this one.
 
     Args:
         device: auto (CUDA, then MPS, then the CPU), cpu, cuda (under torchrun the GPU LOCAL_RANK), cuda:N or mps.
-        dtype: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16 (or short: fp32).
-        timeout: seconds after which another process that does not answer counts as lost.
+        dtype: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16 (or fp32, ...).
+        timeout: seconds without an answer after which another process counts as lost.
 
     Raises:
         ValueError: the device is unknown or absent, or the precision does not suit it.
@@ -124,7 +124,7 @@ def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 60
 
 
 def _store_of_this_round(rank: int, world_size: int, timeout: float) -> dist.Store | None:
-    """Where the processes find each other; None for what torch does by itself, with no torchrun that starts anew."""
+    """The store in which the processes find each other; None (torch makes one) if torchrun did not start them."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     return fresh_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world_size, timeout)
@@ -166,14 +166,14 @@ def _names_bf16(capabilities: Mapping[str, Any]) -> bool:
 def measured_matmul_flops(runtime: Runtime) -> float:
     """Speed of a large square matrix product in the run's compute dtype, in FLOP/s (2n^3 for n x n by n x n).
 
-    It is the ceiling that a training step's speed is reported against. Takes a fraction of a second.
+    The speed of a training step is reported as a share of it. Takes 0.3 seconds or a little more.
     """
     size = 4096 if runtime.device.type == "cuda" else 1024
     left = torch.rand(size, size, device=runtime.device, dtype=runtime.compute_dtype)
     right = torch.rand(size, size, device=runtime.device, dtype=runtime.compute_dtype)
     best = float("inf")
     deadline = time.perf_counter() + 0.3
-    torch.mm(left, right)  # the first product pays for set-up
+    torch.mm(left, right)  # the first product includes set-up
     _synchronize(runtime.device)
     while time.perf_counter() < deadline or best == float("inf"):
         start = time.perf_counter()
@@ -225,7 +225,7 @@ def _choose_device(name: str, local_rank: int) -> torch.device:
 
 
 def _check_one_gpu_each(chosen: torch.device, asked: str, local_rank: int) -> None:
-    """NCCL hangs when two processes share a GPU, so say it before joining."""
+    """Refuse two processes on one GPU before they join: NCCL would hang."""
     if chosen.type == "cuda" and chosen.index != local_rank:
         raise ValueError(f"device {asked!r} for process {local_rank}; expected one GPU each; use --device cuda")
     if chosen.type == "mps":

@@ -1,1 +1,1 @@
-"""Objectives, optimizers, the training loop, and one recipe per stage."""
+"""Objectives, optimizers, the training loop, and a recipe for each stage."""

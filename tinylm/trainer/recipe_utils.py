@@ -1,4 +1,4 @@
-"""Small parts that every recipe needs: the parent model, sample texts, and the run with its lineage."""
+"""Parts that the recipes share: the parent model, sample texts, and the run with its lineage."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tinylm.trainer.run.run import Run
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 
 DEFAULT_SEQ_LEN = 512
-"""Tokens of a row in fine-tuning where the model's context is longer and nothing else is asked for."""
+"""Default tokens of a row in fine-tuning; less if the model's context is shorter."""
 MIN_CHAT_CONTEXT = 32
-"""Tokens below which a question in the chat template leaves no room for an answer."""
+"""Smallest context (tokens) in which a question in the chat template leaves room for an answer."""
 
 
 def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Tokenizer, dict[str, Any]]:
     """The model that a fine-tuning stage starts from, its tokenizer, and its description for the lineage.
 
     Raises:
-        ValueError: rows of `max_seq_len` do not fit into the model's context, or it has another width than asked for.
+        ValueError: rows of `max_seq_len` do not fit into the model's context, or its width is not the requested one.
     """
     settings, path = stage.settings, resolve_model_path(model_path)
     model, tokenizer, lineage = load_model(path, device=stage.runtime.device, tokenizer_path=settings.tokenizer_path)
@@ -69,12 +69,12 @@ def sample_texts(
     chat: bool = False,
     max_new_tokens: int = 40,
 ) -> Callable[[], list[str]]:
-    """A function that lets the model, as it is then, continue each prompt greedily, or answer it in a chat."""
+    """A function that lets the model, as it is when called, continue each prompt greedily or answer it in a chat."""
 
     def sample() -> list[str]:
         room = model.config.max_position_embeddings // 4  # the prompt needs most of a short context
         settings = SamplingSettings(max_new_tokens=min(max_new_tokens, room), temperature=0.0)
-        # A sharded model computes as it is; it cannot be copied into another precision.
+        # A sharded model cannot be copied into another precision.
         engine = Engine(model, tokenizer, dtype=model.dtype if is_sharded(model) else None)
         if not chat:
             return [prompt + "".join(engine.stream_text(tokenizer.encode(prompt), settings)) for prompt in prompts]
@@ -86,10 +86,10 @@ def sample_texts(
 
 
 def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None]) -> Run:
-    """A stage's run: who runs, what learns, and on which (training, validation) data.
+    """The run of a stage: its plan and lineage, from the learner and the (training, validation) data.
 
     Raises:
-        ValueError: the run would write its model where its parent lies.
+        ValueError: the run would overwrite its parent.
     """
     settings, runtime, parent = stage.settings, stage.runtime, learner.parent
     source = Path(os.path.realpath(parent["path"])) if parent else None

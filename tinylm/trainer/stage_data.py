@@ -1,4 +1,4 @@
-"""The data of each stage: the user's files, or TinyWorld where none are given; always a part held out."""
+"""The data of each stage: the user's files, or TinyWorld if none are given; a part is held out for validation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tinylm.trainer.run.stage import Stage
 Messages = list[dict[str, str]]
 
 HELD_OUT_STORIES, HELD_OUT_CHATS, HELD_OUT_PAIRS = 300, 400, 200
-"""Items of TinyWorld's test split that a run on TinyWorld validates on."""
+"""Items of TinyWorld's test split for the validation of a run on TinyWorld."""
 
 
 def load_texts(
@@ -59,7 +59,7 @@ def load_texts(
 
 
 def _check_same_everywhere(runtime: Runtime, fingerprints: list[str]) -> None:
-    """Processes that see different data would silently train on some rows twice and on others never.
+    """Compare the data of all processes: otherwise they would silently train on some rows twice and on others never.
 
     Raises:
         ValueError: the processes do not all have the same data.
@@ -67,7 +67,7 @@ def _check_same_everywhere(runtime: Runtime, fingerprints: list[str]) -> None:
     ours = torch.tensor([int(text[:8], 16) for text in fingerprints], dtype=torch.int64, device=runtime.device)
     if not torch.equal(runtime.all_reduce_sum(ours.clone()), ours * runtime.world_size):
         raise ValueError(
-            f"process {runtime.rank} sees other data than the rest; expected the same files on every "
+            f"process {runtime.rank} reads different data from the other processes; expected the same files on every "
             "machine; copy them, or give an address that all of them read"
         )
 
@@ -82,8 +82,8 @@ def load_chats(
     """(training, validation) rows of chats.
 
     Args:
-        replacements: what to put in place of {{name}} and the like in the user's data.
-        embedded: (count, split) -> TinyWorld's chats, or its chats in persona.
+        replacements: texts for {{name}} and the like in the user's data.
+        embedded: (count, split) -> TinyWorld's chats, or its persona chats.
     """
     settings, console = stage.settings, stage.console
     if settings.data_path is None:
@@ -132,7 +132,7 @@ def _split_files(stage: Stage, load: Callable[[str, BadRows], list[Any]]) -> tup
 
 
 def _as_messages(pair: tinyworld.Preference) -> tuple[Messages, Messages, Messages]:
-    """A TinyWorld pair in the form the loaders give."""
+    """A TinyWorld pair in the form that the loaders return."""
     chosen, rejected = ([{"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected))
     return list(pair.prompt), chosen, rejected
 

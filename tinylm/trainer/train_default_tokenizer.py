@@ -1,7 +1,8 @@
-"""Make the tokenizer in `tinylm/tokenizer/default` again: `python -m tinylm.trainer.train_default_tokenizer
---data_path DATA`.
+"""Train the tokenizer in `tinylm/tokenizer/default`.
 
-What it is trained on, and why in these amounts, is in that folder's README.md.
+    python -m tinylm.trainer.train_default_tokenizer --data_path DATA
+
+The README.md in that folder lists the texts and gives the reasons for their amounts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tinylm.commandline.terminal import make_console, print_facts
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 HELD_OUT = 10
-"""Of the Chinese chapters and of the Python modules, number 0, 10, 20, ... are kept for measuring."""
+"""Chinese chapters and Python modules number 0, 10, 20, ... are not trained on, but used for measuring."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def chinese_chapters(data_path: Path, held_out: bool) -> list[str]:
 
 
 def python_modules(held_out: bool) -> list[str]:
-    """The modules at the top of the running Python's standard library."""
+    """The top-level modules of the running Python's standard library."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     chosen = [file for number, file in enumerate(files) if (number % HELD_OUT == 0) == held_out]
     return [file.read_text(encoding="utf-8") for file in chosen]
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> None:
         "Chinese chapters held out": chinese_chapters(data_path, held_out=True),
     }
     facts = {name: f"{bytes_per_token(tokenizer, texts):.3f} bytes per token" for name, texts in measured.items()}
-    print_facts(make_console(), f"{tokenizer} written to {settings.output_dir}; on text not trained on:", facts)
+    print_facts(make_console(), f"{tokenizer} written to {settings.output_dir}; on held-out text:", facts)
 
 
 if __name__ == "__main__":

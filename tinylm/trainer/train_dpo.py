@@ -38,11 +38,11 @@ class DPOSettings(TrainSettings):
     """Settings of DPO."""
 
     model_path: str
-    """the model to start from, which is the reference too: a folder, or a .pth of the original project"""
+    """the model to start from, also the reference: a folder, or a .pth of lyuzlion/Tiny-Language-Model"""
     output_dir: str = "out/dpo"
     """folder for the model folders, the training state and the metrics (JSON lines)"""
     learning_rate: float = 5e-5
-    """peak learning rate; far below fine-tuning's, since the loss only asks for a difference"""
+    """peak learning rate; far below fine-tuning's, because the loss only asks for a difference"""
     weight_decay: float = 0.0
     """decay of matrices, times the learning rate, per step"""
     beta: float = 0.1
@@ -60,10 +60,10 @@ class DPOSettings(TrainSettings):
 
 
 def attach_reference(model: TinyLMForCausalLM, data: DPODataset, stage: Stage) -> None:
-    """Log-probabilities of every answer under the model as it is now, computed once: the reference never changes.
+    """Compute each answer's log-probability under the current model, once: the reference never changes.
 
-    Each process scores every `world_size`-th batch. Where it scored nothing it has zeros, so the sum over all
-    processes holds every number exactly as one process alone would have it.
+    Each process scores every `world_size`-th batch and leaves the rest at zero. So the sum over all processes holds
+    exactly the numbers that a single process would compute.
     """
     model.eval()
     runtime = stage.runtime
@@ -88,11 +88,11 @@ def train(settings: DPOSettings) -> Path:
     """Train on preferences; returns the model folder."""
     # 2. Runtime
     stage = start_stage("dpo", settings)
-    # 3. Tokenizer and 4. model: the parent brings both; an adapter is folded in
+    # 3. Tokenizer and 4. model: both come from the parent; an adapter is folded in
     model, tokenizer, parent = load_parent(stage, settings.model_path)
     merge_lora(model)
     shard(model, settings.sharding, stage.runtime)
-    # 5. Data, with the reference's view of it
+    # 5. Data, with the reference's log-probabilities
     stage = with_row_length(stage, model)
     data = load_pairs(stage, tokenizer, settings.tinyworld_pairs)
     for part in filter(None, data):

@@ -1,4 +1,4 @@
-"""Full supervised fine-tuning: a base model learns to answer, and every weight may move.
+"""Full supervised fine-tuning: a base model learns to answer, and all its weights are trained.
 
     tinylm sft --model_path out/pretrain --data_path chats.jsonl
 
@@ -31,11 +31,11 @@ class ChatTrainSettings(TrainSettings):
     """Settings of fine-tuning on chats."""
 
     model_path: str
-    """the model to start from: a model folder, a stage's output folder, or a .pth of the original project"""
+    """the model to start from: a model folder, a stage's output folder, or a .pth of lyuzlion/Tiny-Language-Model"""
     name: str = ""
-    """put in place of {{name}} in the data"""
+    """replaces {{name}} in the data"""
     author: str = ""
-    """put in place of {{author}} in the data"""
+    """replaces {{author}} in the data"""
     hidden_size: int = 0
     """if given, must be the model's width (the original project's flag)"""
     num_hidden_layers: int = 0
@@ -49,7 +49,7 @@ class ChatTrainSettings(TrainSettings):
 
     @property
     def replacements(self) -> dict[str, str]:
-        """What to fill into the data's {{...}} places."""
+        """Texts for the {{...}} places in the data."""
         return {key: value for key, value in (("name", self.name), ("author", self.author)) if value}
 
 
@@ -69,7 +69,7 @@ def train(settings: FullSFTSettings) -> Path:
     """Fine-tune all weights; returns the model folder."""
     # 2. Runtime
     stage = start_stage("full_sft", settings)
-    # 3. Tokenizer and 4. model: the parent brings both; an adapter is folded in
+    # 3. Tokenizer and 4. model: both come from the parent; an adapter is folded in
     model, tokenizer, parent = load_parent(stage, settings.model_path)
     merge_lora(model)
     shard(model, settings.sharding, stage.runtime)

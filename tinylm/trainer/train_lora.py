@@ -1,4 +1,4 @@
-"""LoRA: a model learns something new through a small adapter, and its own weights stay untouched.
+"""LoRA: a small adapter learns something new, and the model's own weights do not change.
 
     tinylm lora --model_path out/full_sft --data_path identity.jsonl --name Ada --author me
 
@@ -56,14 +56,14 @@ def train(settings: LoRASettings) -> Path:
     """Train an adapter; returns its folder."""
     # 2. Runtime
     stage = start_stage("lora", settings)
-    # 3. Tokenizer and 4. model: the parent brings both
+    # 3. Tokenizer and 4. model: both come from the parent
     model, tokenizer, parent = load_parent(stage, settings.model_path)
     if has_lora(model):
         raise ValueError(f"{settings.model_path} is an adapter; fold it into its model first, with tinylm merge")
     if settings.lora_rank > model.config.hidden_size:
         raise ValueError(
-            f"lora_rank is {settings.lora_rank}, more than the model's width of {model.config.hidden_size}, beyond "
-            "which an adapter is larger than what it adapts; pass --lora_rank 8"
+            f"lora_rank is {settings.lora_rank}, more than the model's width of {model.config.hidden_size}: such an "
+            "adapter is larger than the weights that it adapts; pass --lora_rank 8"
         )
     apply_lora(model, settings.lora_config)
     shard(model, settings.sharding, stage.runtime)
@@ -76,7 +76,7 @@ def train(settings: LoRASettings) -> Path:
 
     # 7. Fit, saving the adapter folder after each epoch
     def save(folder: Path, lineage: dict[str, Any]) -> None:
-        # relative, so that both can be moved together; through no link, which `..` would not lead back from
+        # relative, so that both can be moved together, and without links, because `..` does not lead back through them
         base = os.path.relpath(os.path.realpath(parent["path"]), os.path.realpath(folder))
         save_adapter(model, folder, base, lineage)
 

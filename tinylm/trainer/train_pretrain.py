@@ -95,7 +95,7 @@ def train(settings: PretrainSettings) -> Path:
 
 def main(argv: list[str]) -> int:
     """The command line: flags -> settings -> train."""
-    train(parse_settings(PretrainSettings, argv, "tinylm pretrain", "Train a model on plain text from nothing."))
+    train(parse_settings(PretrainSettings, argv, "tinylm pretrain", "Train a model on plain text from scratch."))
     return 0
 
 

@@ -20,7 +20,7 @@ from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tinylm.trainer.run.train_settings import require_at_least, require_output_dir, require_share
 
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
-"""The control tokens and one entry for each byte: a tokenizer without any merge."""
+"""The control tokens and one entry for each byte: a tokenizer without merges."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class TokenizerSettings:
 
 
 def tinyworld_texts(num_documents: int) -> Iterator[str]:
-    """Stories, and the turns of chats, each with the role that stands before it in the chat template.
+    """Stories, and the turns of chats, each after its role, as in the chat template.
 
-    A role not learnt as a word would be several tokens in every turn: "as", "s", "ist", "ant".
+    If the roles were not in the text, each would be several tokens in every turn: "as", "s", "ist", "ant".
     """
     yield from tinyworld.pretrain_documents(num_documents)
     for item in tinyworld.conversations(num_documents):
@@ -62,7 +62,7 @@ def tinyworld_texts(num_documents: int) -> Iterator[str]:
 
 
 def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """Texts until `limit` bytes of UTF-8 are read."""
+    """The first texts, up to the one that reaches `limit` bytes of UTF-8."""
     read = 0
     for text in texts:
         yield text

@@ -1,13 +1,13 @@
-"""Several processes, one model: what each holds of it, and how their gradients come together.
+"""Train one model in several processes: what each process holds, and how the gradients are summed.
 
 - `--sharding none`: every process holds the whole model. PyTorch's DistributedDataParallel sends gradients in buckets
-  while the backward pass still computes the earlier layers' (Li et al. 2020, arXiv:2006.15704).
-- `--sharding fsdp`: every process holds its share of each weight, of its gradient and of the optimizer's state; a block
-  is put together just before it computes. PyTorch's FSDP2 (Zhao et al. 2023, arXiv:2304.11277), for models that one
-  device cannot hold.
+  while the backward pass still computes the gradients of earlier layers (Li et al. 2020, arXiv:2006.15704).
+- `--sharding fsdp`: every process holds its share of each weight, of its gradient and of the optimizer's state. The
+  weights of a block are gathered just before it computes. PyTorch's FSDP2 (Zhao et al. 2023, arXiv:2304.11277), for
+  models that do not fit on one device.
 
-Both *average* gradients over the processes. Here they must be summed, since each process's loss is divided by the
-global count already; so the loss is multiplied by their number.
+Both *average* gradients over the processes. We need their sum, because each process already divides its loss by the
+global count; so the loss is multiplied by the number of processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tinylm.system.runtime import Runtime
 from tinylm.trainer.core.objectives import Objective
 
 SHARDINGS = ("none", "fsdp")
-# The model's buffers are tables of positions, the same everywhere. torch 2.13 calls the setting by another name.
+# The buffers are position tables, equal in all processes: do not send them. torch 2.13 has renamed the setting.
 _BUFFERS = "forward_sync_buffers"
 if _BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
     _BUFFERS = "broadcast_buffers"
@@ -39,10 +39,10 @@ if _BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
 def shard(model: TinyLMForCausalLM, sharding: str, runtime: Runtime) -> None:
     """Give each process its share of the weights of `model`, in place; "none" leaves the model as it is.
 
-    Call it before the optimizers are made: each steps only its process's share.
+    Call it before the optimizers are made: they update only their process's share.
 
     Raises:
-        ValueError: fsdp in a single process, or in float16.
+        ValueError: fsdp with a single process, or with float16.
     """
     if sharding == "none":
         return
@@ -55,10 +55,10 @@ def shard(model: TinyLMForCausalLM, sharding: str, runtime: Runtime) -> None:
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    # One unit: with tied embeddings both are the same weight, which is needed at both ends of the forward pass.
+    # One unit, because tied embeddings are a single weight, used at both ends of the forward pass.
     fully_shard([model.model.embed_tokens, model.lm_head], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "run_backbone")  # what objectives call instead of `forward`
+    register_fsdp_forward_method(model, "run_backbone")  # objectives call it instead of `forward`
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -68,7 +68,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Inside, every process has all weights of `model` as plain tensors, to save or look at; not to compute with."""
+    """Inside the block, every process has all weights as plain tensors, to save or read, not to compute with."""
     for module in _sharded_modules(model):
         module.unshard()
     try:
@@ -78,7 +78,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Leave each process its share again; a forward pass without a backward pass keeps some weights together."""
+    """Reduce each process to its share again: a forward pass without a backward pass keeps some weights gathered."""
     for module in _sharded_modules(model):
         module.reshard()
 
@@ -88,19 +88,19 @@ def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; every process must call it."""
+    """The full tensor, of one that may be sharded; every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, full_value: Tensor) -> Tensor:
-    """`full_value`, which every process has, sharded as `tensor` is."""
+    """`full_value` sharded as `tensor` is; every process passes all of `full_value`."""
     if not isinstance(tensor, DTensor):
         return full_value
     return distribute_tensor(full_value, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 class _LossModule(nn.Module):
-    """`objective(model, batch)` as a module's forward pass, which DistributedDataParallel needs to see."""
+    """`objective(model, batch)` as the forward pass of a module, because DistributedDataParallel wraps a module."""
 
     def __init__(self, model: TinyLMForCausalLM, objective: Objective) -> None:
         super().__init__()
@@ -111,9 +111,9 @@ class _LossModule(nn.Module):
 
 
 class GradientExchange:
-    """Sums the gradients of all processes in the backward pass of a step's last micro-batch, and only there.
+    """Sums the gradients of all processes, once per step: in the backward pass of its last micro-batch.
 
-    `loss(batch)` is the objective, as `(loss_sum, metrics)`, to be called inside `micro_batch`.
+    `loss(batch)` computes the objective, `(loss_sum, metrics)`; call it inside `micro_batch`.
     """
 
     def __init__(self, model: TinyLMForCausalLM, objective: Objective, runtime: Runtime) -> None:
@@ -127,7 +127,7 @@ class GradientExchange:
 
     @contextlib.contextmanager
     def micro_batch(self, batch: Batch, is_last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch, which is on the model's device."""
+        """Surrounds the forward and backward pass of a micro-batch, which must be on the model's device."""
         if self.needs_rehearsal:
             self._rehearse(batch)
         if isinstance(self.model, FSDPModule):
@@ -136,11 +136,11 @@ class GradientExchange:
             yield
 
     def _rehearse(self, batch: Batch) -> None:
-        """Go through one backward pass whose gradients are dropped.
+        """Run one backward pass and drop its gradients.
 
-        DistributedDataParallel orders its buckets by the first backward pass, and that order is the order in which more
-        than two processes are summed. Without a rehearsal the first step after a resume would round differently from
-        the same step of the unbroken run.
+        The first backward pass determines the order of DistributedDataParallel's buckets, and with more than two
+        processes the rounding of the sums depends on this order. Without a rehearsal, the first step after a resume
+        would round differently from the same step of an uninterrupted run.
         """
         device = self.runtime.device
         with torch.random.fork_rng([device.index] if device.type == "cuda" else []), self.runtime.autocast():

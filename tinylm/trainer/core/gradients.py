@@ -1,6 +1,6 @@
-"""The gradient of one optimizer step, over its micro-batches and the processes of the run.
+"""The gradient of one optimizer step, summed over its micro-batches and the processes of the run.
 
-Micro-batches are computed one after the other, or several at once, each on CPU cores of its own.
+Micro-batches are computed one after the other, or several at once, each on its own CPU cores.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Scaler = torch.amp.GradScaler | None
 
 
 def micro_batches_at_once(batch_size: int, model: TinyLMForCausalLM, runtime: Runtime) -> int:
-    """Into how many equal micro-batches a batch is cut, to be computed side by side on a CPU's cores; 1 elsewhere.
+    """Into how many equal micro-batches to split a batch, to compute them at once on a CPU's cores; 1 on other devices.
 
-    With dropout a batch is not cut: micro-batches computed at once would draw their random numbers in any order.
-    Several processes do not cut either: they exchange gradients in the backward pass of a step's last micro-batch.
+    A batch is not split with dropout, because micro-batches at once would draw random numbers in any order, nor with
+    several processes, because they exchange gradients in the backward pass of a step's last micro-batch.
     """
     has_dropout = any(getattr(module, "dropout", 0.0) for module in model.modules())
     if has_dropout or runtime.world_size > 1:
@@ -38,16 +38,16 @@ def accumulate_gradients(
     scaler: Scaler = None,
     at_once: int = 1,
 ) -> dict[str, Tensor]:
-    """Add to `.grad` of the parameters `trained` the gradient of the mean loss over all micro-batches and ranks.
+    """Add the gradient of the mean loss, over all micro-batches and ranks, to `.grad` of the parameters `trained`.
 
-    Every micro-batch's loss is divided by the global count, so how a step is cut up does not matter, to rounding.
+    Each micro-batch's loss is divided by the global count, so the result does not depend on the split, to rounding.
 
     Args:
-        at_once: micro-batches computed at a time, each on cores of its own. Their gradients are added in the order of
-            the micro-batches, so the sum is the same every time.
+        at_once: micro-batches computed at a time, each on its own cores. Their gradients are added in the order of the
+            micro-batches, so the sum is always the same.
 
     Returns:
-        Means over the step's targets, all ranks: "loss" and the objective's metrics; and "count", "num_tokens".
+        "loss" and the objective's metrics, as means over the step's targets of all ranks; "count" and "num_tokens".
     """
     runtime = exchange.runtime
     sum_dtype = torch.float32 if runtime.device.type == "mps" else torch.float64  # MPS has no float64
@@ -55,7 +55,7 @@ def accumulate_gradients(
         [sum(b.count for b in micro_batches), sum(b.input_ids.numel() for b in micro_batches)], dtype=sum_dtype
     )
     count, num_tokens = runtime.all_reduce_sum(sizes.to(runtime.device)).unbind()
-    divisor = count.clamp(min=1)  # a step without a single target learns nothing, instead of 0 / 0
+    divisor = count.clamp(min=1)  # avoids 0 / 0: a step without targets learns nothing
     sums: dict[str, Tensor] = {}
 
     def share_of_loss(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,8 +1,8 @@
-"""The one training loop. It knows batches, an objective and a schedule; it does not know which stage it runs.
+"""The training loop of all stages. It needs batches, an objective and a schedule, and does not know the stage.
 
 Gradients are normalised by the *global* number of targets of an optimizer step, over micro-batches and ranks.
-A row with few targets therefore weighs as little as it should, and how a batch is cut up does not matter:
-batch 8x1, 1x8 accumulated, and 2 ranks x 4 agree to rounding.
+So every target has the same weight, and the result does not depend on how a batch is split: batch 8x1, 1x8 accumulated,
+and 2 ranks x 4 agree to rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 @dataclass
 class StepReport:
-    """What one optimizer step did; handed to the `on_step` callables."""
+    """The result of one optimizer step; `on_step` callables receive it."""
 
     step: int
     """Optimizer steps done so far, this one included."""
@@ -45,7 +45,7 @@ class StepReport:
     seconds: float
     """Wall-clock time of the step, data loading included."""
     skipped: bool = False
-    """The loss or the gradient was not a number, so the weights are those of the step before."""
+    """The loss or the gradient was not a finite number, so the weights did not change."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The objective's metrics, means over the step's targets."""
 
@@ -67,14 +67,14 @@ def fit(
     """Train in place, from `start_step` to `num_steps` or to the end of `step_batches`, whichever comes first.
 
     Args:
-        step_batches: for each optimizer step the micro-batches this rank accumulates.
+        step_batches: for each optimizer step, the micro-batches that this rank accumulates.
         learning_rate: optimizer step (from 0) -> learning rate.
         grad_clip: largest global gradient norm; 0 turns clipping off.
-        on_step: called after every step, in order: logging, evaluation, saving are the recipe's.
-        scaler: fp16's gradient scaler; bf16 and fp32 need none.
-        at_once: micro-batches computed side by side, each on CPU cores of its own.
+        on_step: called in this order after every step; logging, evaluation and saving are passed in here.
+        scaler: the gradient scaler for fp16; bf16 and fp32 need none.
+        at_once: micro-batches computed at a time, each on its own CPU cores.
 
-    A step whose loss or gradient is not a number changes no weight and says so in its report.
+    A step whose loss or gradient is not a finite number changes no weights, and its report says so.
     """
     trained = [p for group in _groups(optimizers) for p in group["params"]]
     exchange = GradientExchange(model, objective, runtime)
@@ -112,9 +112,9 @@ def _groups(optimizers: Optimizers) -> Iterator[dict]:
 def _update_weights(
     optimizers: Optimizers, trained: list[Tensor], loss: Tensor, grad_clip: float, scaler: Scaler
 ) -> tuple[float, bool]:
-    """Clip, step and forget the gradients; returns their global norm before clipping, and whether the step was skipped.
+    """Clip, step, clear the gradients; returns their global norm before clipping, and whether the step was skipped.
 
-    Loss and norm are those of all ranks together, so every rank comes to the same decision.
+    Loss and norm are global, so all ranks decide the same.
     """
     for optimizer in optimizers if scaler is not None else ():
         scaler.unscale_(optimizer)  # type: ignore[union-attr]

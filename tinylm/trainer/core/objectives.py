@@ -24,7 +24,7 @@ Objective = Callable[[TinyLMForCausalLM, Batch], tuple[Tensor, dict[str, Tensor]
 
 
 class TargetScores(NamedTuple):
-    """What `score_targets` finds.
+    """The result of `score_targets`.
 
     log_probs: [N] float32.
     positions: [N] flat positions (into B*T) of the targets.
@@ -54,8 +54,8 @@ def with_auxiliary_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`loss_sum` with `count` times each auxiliary loss, and the same as metrics.
 
-    The loop divides a loss sum by the global count, so an auxiliary loss counts with its mean over micro-batches.
-    Outside training it is only reported: the loss on held-out data measures the prediction alone.
+    The loop divides a loss sum by the global count, so the loss includes the mean of an auxiliary loss over the
+    micro-batches. Outside training it is only reported: the loss on held-out data measures only the predictions.
     """
     sums = {name: count * loss for name, loss in losses.items()}
     for value in sums.values() if is_training else ():

@@ -37,8 +37,8 @@ class AdamW(torch.optim.Optimizer):
         m = b1 m + (1 - b1) g            v = b2 v + (1 - b2) g^2
         p = p - lr * wd * p - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    Equal to `torch.optim.AdamW` (a test holds it there over 100 steps). `make_optimizer` takes torch's fused
-    kernel instead, which passes over memory once, where this class passes ten times.
+    Equal to `torch.optim.AdamW` (a test compares them over 100 steps). `make_optimizers` takes torch's fused kernel
+    instead, which reads memory once, while this class reads it ten times.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ def orthogonalize(matrices: Tensor, steps: int = 4) -> Tensor:
     the steps bring singular values into about [0.7, 1.2], close enough for an update direction. They must start at 1 or
     below. Jordan divides by the Frobenius norm, (sum s^2)^(1/2), and takes five steps; the Gram matrix, which the first
     step needs anyway, also gives ||A||_F^(1/2) = (sum s^4)^(1/4), a bound several times closer to the largest singular
-    value. From this higher start four steps get as far, which saves a twentieth of a training step of `tiny`.
+    value. From this higher start four steps suffice, which saves a twentieth of the time of a training step of `tiny`.
 
     Products are in bfloat16 where the hardware has it; a CPU that must emulate it takes 25 times as long as in float32.
 
@@ -115,8 +115,8 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`.
 
     Matrices of one shape, transposed or not, are orthogonalised together: a tiny model has many small ones, and one
-    batched product of twelve costs little more than half of twelve products. Of a stack [E, out, in], each of the E
-    matrices is orthogonalised for itself.
+    batched product of twelve costs little more than half of twelve products. In a stack [E, out, in], each of the E
+    matrices is orthogonalised separately.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(shard_like(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(columns))
 
     def _direction(self, p: Tensor, mu: float) -> Tensor:
-        """Nesterov's look one step ahead, laid wide: [..., rows, columns] with rows <= columns."""
+        """Nesterov's look one step ahead, transposed if necessary: [..., rows, columns] with rows <= columns."""
         assert p.grad is not None
         state = self.state[p]
         if not state:
@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
         momentum = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
         return _wide(
             p, full_tensor(p.grad.lerp(momentum, mu))
-        )  # the whole matrix: a shard cannot be orthogonalised alone
+        )  # the full matrix: a shard cannot be orthogonalised alone
 
 
 def _wide(p: Tensor, matrix: Tensor) -> Tensor:

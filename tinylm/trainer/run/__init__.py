@@ -1,1 +1,1 @@
-"""A whole run around the loop: its plan, its files, what it shows, and how it resumes."""
+"""A run around the training loop: its plan, its files, its output, and how it resumes."""

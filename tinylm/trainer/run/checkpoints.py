@@ -1,4 +1,4 @@
-"""The checkpoints of a run: its folder, the models it leaves there, and the states it resumes from."""
+"""The checkpoints of a run: its folder, its models there, and the states that it resumes from."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from tinylm.trainer.run.stage import Learner, Plan, Stage
 
 @dataclass
 class Progress:
-    """How far a run has come; a training state holds all of it."""
+    """The progress of a run; a training state holds all of it."""
 
     step: int = 0
-    """Optimizer steps done when this process took the run up; where it starts."""
+    """Optimizer steps done when this process started or resumed the run."""
     evaluation_pending: bool = False
-    """The evaluation and the model folder of `step` are still to come."""
+    """Whether the evaluation and the model folder of `step` are still to be made."""
     num_skipped: int = 0
-    """Steps of the run whose loss or gradient was not a number."""
+    """Steps of the run whose loss or gradient was not a finite number."""
     best_validation_loss: float | None = None
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Settings that were changed on a resume: step, setting, was, now."""
@@ -67,39 +67,38 @@ def relative_change(before: list[Tensor], parameters: Iterable[nn.Parameter]) ->
 
 
 class Movement:
-    """How far the weights of a model have moved since the start of its run, whatever came between.
+    """How far a model's weights have moved since the start of its run, across all resumes.
 
-    A training state does not hold the first weights. It holds their fingerprint, and a recipe makes the same weights
-    again from the seed; where another torch or device draws other numbers, the movement counts from the resume and
-    says so.
+    A training state holds only a fingerprint of the first weights: a recipe makes the same weights again from the seed.
+    If another torch or device draws other numbers, the movement is measured from the resume, and the report says so.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.first_weights = snapshot(model.parameters())
         self.known_fingerprint: str | None = None
-        """Of the run's first weights, from the state it was resumed from."""
+        """Fingerprint of the run's first weights, from the state that it resumed from."""
         self.since = ""
-        """Empty, or from which step on the movement counts: ", since step 1,200"."""
+        """Empty, or the step from which the movement is measured: ", since step 1,200"."""
 
     @cached_property
     def own_fingerprint(self) -> str:
-        """Of the weights that the recipe made; all processes must ask."""
+        """Fingerprint of the weights that the recipe made; all processes must call it."""
         return values_fingerprint(self.first_weights)
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the run's first weights, for its training state."""
+        """Fingerprint of the run's first weights, for its training state."""
         return self.known_fingerprint if self.since else self.own_fingerprint
 
     def resume(self, fingerprint: str | None, step: int) -> None:
-        """Continue a run whose first weights had this fingerprint; the model has the weights of `step` already."""
+        """Continue a run whose first weights had this fingerprint; the model already has the weights of `step`."""
         if fingerprint != self.own_fingerprint:
             self.first_weights = snapshot(self.model.parameters())
             self.known_fingerprint, self.since = fingerprint, f", since step {step:,}"
 
     def measure(self) -> float:
-        """The L2 norm of the change, relative to that of the first weights."""
+        """The L2 norm of the change, divided by that of the first weights."""
         return relative_change(self.first_weights, self.model.parameters())
 
 
@@ -107,8 +106,8 @@ class Checkpoints:
     """Saves and restores a run: weights, optimizers, plan and progress.
 
     Args:
-        lineage: where the model comes from; goes into each model folder.
-        before_saving: called before a state is written, in the writing thread.
+        lineage: where the model comes from; it is written into each model folder.
+        before_saving: called in the writing thread before a state is written.
     """
 
     def __init__(
@@ -136,28 +135,28 @@ class Checkpoints:
 
     @property
     def name(self) -> str:
-        """What the names of all files begin with, as the original project's do: stage and width."""
+        """Stage and width: all file names begin with it, as in lyuzlion/Tiny-Language-Model."""
         return f"{self.stage.name}_{self.learner.model.config.hidden_size}"
 
     @property
     def state_folder(self) -> Path:
-        """Training states live beside the model folders, never inside one."""
+        """Folder of the training states, beside the model folders."""
         return self.folder / f"{self.name}_state"
 
     def model_folder(self, epoch: int) -> Path:
-        """Folder of the model after `epoch` (from 0), named as the original project names its files."""
+        """Folder of the model after `epoch` (from 0), named like the files of the original project."""
         return self.folder / f"{self.name}_epoch{epoch}"
 
     @property
     def last_folder(self) -> Path:
-        """Folder of the model that the whole run ends with."""
+        """Folder of the run's final model."""
         return self.model_folder(self.plan.last_epoch)
 
     @contextlib.contextmanager
     def owned_folder(self) -> Iterator[None]:
-        """Inside, the stage's files belong to this run alone; what a killed run has left half written is deleted."""
-        # The lock of a process that was lost with its machine may take a while to go. The other processes wait for the
-        # main one no longer than the timeout, so it waits for half of that.
+        """Lock the stage's files for this run inside the block, and delete the half-written files of a killed run."""
+        # The lock of a process on a lost machine is freed only after a while. The other processes wait for the main
+        # process until the timeout, so the main process waits for the lock for half of that.
         patience = self.stage.settings.timeout / 2 if self.is_restarted() else 0.0
         with contextlib.ExitStack() as stack:
             refusal = None
@@ -169,14 +168,14 @@ class Checkpoints:
                 except (ValueError, OSError) as error:
                     refusal = error
             if self.stage.runtime.any_rank(refusal is not None):
-                raise refusal or ValueError("the main process could not take the run's folder")
+                raise refusal or ValueError("the main process could not lock the run's folder")
             yield
 
     # --- saving --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Inside, states can be saved beside training."""
+        """Inside the block, states can be saved while training continues."""
         model, optimizers = self.learner.model, self.learner.optimizers
         self.writer = StateWriter(self.state_folder, optimizers, is_sharded(model), self.before_saving)
         try:
@@ -185,7 +184,7 @@ class Checkpoints:
             self.writer.close()
 
     def save_model(self, step: int) -> None:
-        """Write the model folder of the epoch that `step` ends."""
+        """Write the model folder of the epoch that ends with `step`."""
         progress, epoch = self.progress, self.plan.epoch_of(step)
         facts = {
             "epoch": epoch,
@@ -200,9 +199,7 @@ class Checkpoints:
                 self.learner.save(self.model_folder(epoch), {"stage": self.stage.name, **facts, **self.lineage})
 
     def save_state(self, step: int, evaluation_pending: bool = False) -> None:
-        """Begin to save the state after `step`. One that could not be saved is said, and the run continues: the next
-        may succeed.
-        """
+        """Begin to save the state after `step`. If the save before failed, print a warning: the next may succeed."""
         assert self.writer is not None
         if self.stage.runtime.is_main or is_sharded(self.learner.model):
             error = self.writer.save(self.state(step, evaluation_pending))
@@ -214,21 +211,21 @@ class Checkpoints:
         """Wait until the last state is on the disk.
 
         Raises:
-            RuntimeError: it could not be saved.
+            RuntimeError: the state could not be saved.
         """
         assert self.writer is not None
         if error := self.writer.wait():
             raise RuntimeError(f"the training state could not be saved: {error}") from error
 
     def discard_state(self, step: int) -> None:
-        """Point to the state before that of `step`, whose weights compute no numbers."""
+        """Let a resume start from the state before that of `step`, because the weights of `step` are broken."""
         assert self.writer is not None
         self.writer.wait()
         if self.stage.runtime.is_main:
             discard_latest_state(self.state_folder, step)
 
     def description(self) -> dict[str, Any]:
-        """What tells this run from others; `check_same_run` says how far it must agree for a resume."""
+        """What identifies this run. `check_same_run` compares it with that of a state before a resume."""
         settings, model = self.stage.settings, self.learner.model
         parent = self.lineage.get("parent") or {}
         return {
@@ -246,7 +243,7 @@ class Checkpoints:
         }
 
     def state(self, step: int, evaluation_pending: bool = False) -> dict[str, Any]:
-        """All that a resume after `step` needs. Random generators are not in it: each step seeds them."""
+        """All that a resume after `step` needs, without the random generators: each step seeds them."""
         model, progress = self.learner.model, self.progress
         reshard(model)
         return {
@@ -258,7 +255,7 @@ class Checkpoints:
             "changed_on_resume": progress.changes,
             "best_validation_loss": progress.best_validation_loss,
             "first_weights": self.movement.fingerprint,
-            # Only what trains: a frozen base under an adapter is in its own folder.
+            # Only trained weights: the frozen base of an adapter is in its own folder.
             "weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
             "optimizers": optimizer_states(model, self.learner.optimizers),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
@@ -267,11 +264,11 @@ class Checkpoints:
     # --- resuming ------------------------------------------------------------------------------------------------
 
     def should_resume(self) -> bool:
-        """With --resume, or when torchrun has restarted the processes."""
+        """Whether to resume: with --resume, or if torchrun has restarted the processes."""
         return self.stage.settings.resume or self.is_restarted()
 
     def is_restarted(self) -> bool:
-        """Whether torchrun has restarted the processes because one was lost or came back; all must ask."""
+        """Whether torchrun has restarted the processes, because one was lost or joined; all must call it."""
         runtime = self.stage.runtime
         if runtime.any_rank(runtime.is_restart):
             return True
@@ -283,10 +280,10 @@ class Checkpoints:
             return False
 
     def restore(self) -> None:
-        """Resume from the newest state that is undamaged, or start from the beginning where there is none.
+        """Resume from the newest undamaged state, or start from the beginning if there is no state.
 
         Raises:
-            ValueError: it is a state of another run, all states are damaged, or the processes see different ones.
+            ValueError: the state is of another run, all states are damaged, or the processes find different states.
         """
         runtime, console = self.stage.runtime, self.stage.console
         found = self._newest_state()
@@ -326,20 +323,20 @@ class Checkpoints:
             for name, weight in state["weights"].items():
                 parameters[name].copy_(weight)
         load_optimizer_states(self.learner.model, self.learner.optimizers, state["optimizers"])
-        if self.scaler is not None and state["scaler"] is not None:  # None: computed in another dtype until now
+        if self.scaler is not None and state["scaler"] is not None:  # None: the run has used another dtype until now
             self.scaler.load_state_dict(state["scaler"])
 
     def _keep_rows_per_step(self, state: dict[str, Any]) -> None:
-        """On another number of processes, a run keeps the rows of its steps; the processes share them."""
+        """With another number of processes, keep the number of rows per step; the processes share the rows."""
         rows, saved = int(state["identity"]["rows_per_optimizer_step"]), state.get("settings", {})
         asked = {name: getattr(self.stage.settings, name) for name in ("batch_size", "accumulation_steps")}
         if rows != self.plan.source.rows_per_step and all(saved.get(name) == value for name, value in asked.items()):
             processes = self.stage.runtime.world_size
-            self.stage.console.print(f"note: {processes} process(es) share the {rows} rows of a step now")
+            self.stage.console.print(f"note: {processes} process(es) now share the {rows} rows of a step")
             self.plan.keep_rows_per_step(rows)
 
     def note_unfinished(self) -> None:
-        """Say it when a run is about to be replaced by one that starts over."""
+        """Print a note if this run starts over and replaces an earlier run."""
         if self.progress.step or not self.stage.runtime.is_main:
             return
         with contextlib.suppress(FileNotFoundError):

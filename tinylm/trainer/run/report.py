@@ -1,4 +1,4 @@
-"""What a run shows and records: its plan, a line while it trains, its result; metrics.jsonl and TensorBoard."""
+"""The output of a run: its plan, a line per step, its result, the metrics file, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tinylm.trainer.core.loop import StepReport
 from tinylm.trainer.run.checkpoints import Checkpoints
 
 EXPECTED_MATMUL_SHARE = 0.4
-"""Share of the measured matmul speed assumed for the estimate before the first step; the live line then measures."""
+"""Share of the matmul speed that the estimate before the first step assumes; later the share is measured."""
 
 
 class RunReport:
-    """What a run shows. On a terminal the line of a step is redrawn in place; elsewhere it is printed now and then."""
+    """What a run prints. On a terminal the line of a step is redrawn in place; elsewhere every `log_interval` steps."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
@@ -38,10 +38,10 @@ class RunReport:
         self.show: ShowProgress = lambda text, done=None, total=None: None
 
     def print_plan(self, matmul_flops: float) -> None:
-        """What will happen: sizes, steps, device, estimated time and memory.
+        """Print the plan: sizes, steps, device, estimated time and memory.
 
         Args:
-            matmul_flops: the device's measured speed, operations per second.
+            matmul_flops: the device's measured speed, in operations per second.
         """
         self.matmul_flops = matmul_flops
         settings, runtime, plan = self.stage.settings, self.stage.runtime, self.plan
@@ -70,26 +70,26 @@ class RunReport:
     def _expected_memory(self, holders: int) -> float:
         """Bytes that a process needs: weights, gradients, moments and activations.
 
-        Activations per token: about 20 C numbers of 2 bytes for each block, and logits, 3 V of 4 bytes. fp32 weights;
-        for those that train also a gradient and two moments, of which FSDP gives each process a share.
+        Activations per token: about 20 C numbers of 2 bytes for each block, and 3 V of 4 bytes for the logits. Weights
+        are fp32; trained weights also have a gradient and two moments. FSDP gives each process a share of all these.
         """
         settings, config = self.stage.settings, self.learner.model.config
         activations = settings.batch_size * settings.max_seq_len * (
             20 * config.hidden_size * config.num_hidden_layers * 2 + 3 * config.vocab_size * 4
         )  # fmt: skip
-        # On a CPU the copy of weights and moments that is saved lies in the same memory.
+        # On a CPU, the copy of weights and moments for saving is in the same memory.
         kept = 12 * self.num_trained if self.stage.runtime.device.type == "cpu" else 0
         return (4 * self.num_parameters + 12 * self.num_trained + kept) / holders + activations
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
-        """Inside, steps can be shown."""
+        """Inside the block, steps can be shown."""
         self.started = time.perf_counter()
         with progress(self.stage.console, self.stage.name) as self.show:
             yield
 
     def show_step(self, report: StepReport) -> dict[str, float]:
-        """Show a step: loss, validation loss, tokens/s, share of the matmul ceiling, time left; returns its record."""
+        """Show a step: loss, validation loss, tokens/s, share of the matmul speed, time left; returns its record."""
         speed = report.num_tokens / report.seconds
         keep = 0.9 if self.tokens_per_second else 0.0  # a moving average over about ten steps
         self.tokens_per_second = keep * self.tokens_per_second + (1 - keep) * speed
@@ -116,7 +116,7 @@ class RunReport:
         }
 
     def show_validation(self, step: int, values: Mapping[str, float], texts: Sequence[str]) -> None:
-        """Show what a validation found, and the texts that the model wrote."""
+        """Show the result of a validation, and the texts that the model wrote."""
         self.validation_loss = values["validation_loss"]
         shown = " · ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
         self.stage.console.print(f"{self.stage.name} {step}/{self.plan.num_steps} · {shown}")
@@ -124,7 +124,7 @@ class RunReport:
             self.stage.console.print(f"    {' '.join(text.split())}", style="dim", markup=False)
 
     def print_result(self) -> None:
-        """What happened: time, best loss, how far the weights moved (relative to their size), where the model is."""
+        """Print the result: time, best loss, how far the weights moved (relative to their size), the model's folder."""
         progress, movement = self.checkpoints.progress, self.checkpoints.movement
         change = movement.measure()
         facts = {"time": format_seconds(time.perf_counter() - self.started)}
@@ -141,14 +141,14 @@ class RunReport:
 
 
 class MetricsLog:
-    """The metrics file of a run, and TensorBoard; the main process writes them, in the others nothing happens.
+    """The metrics file of a run, and TensorBoard; only the main process writes them.
 
-    A resumed run drops the lines past the step it resumes from, and what a full disk has cut, so every step stands
-    there once.
+    A resumed run drops the lines after the step that it resumes from, and lines that a full disk has cut, so every step
+    is there once.
 
     Args:
         folder: of the run.
-        name: of the run among those of its folder: stage and width, such as pretrain_512.
+        name: of the run in its folder: stage and width, such as pretrain_512.
         is_main: whether this process writes.
     """
 
@@ -164,8 +164,8 @@ class MetricsLog:
         """Open the files for the block.
 
         Args:
-            evaluation_pending: the evaluation of `start_step` is still to come; a line of it was written by a run that
-                was killed behind it.
+            evaluation_pending: the evaluation of `start_step` is still to be made, so a line of it is dropped: a run
+                that was killed later wrote it.
         """
         if not self.is_main:
             yield
@@ -188,7 +188,7 @@ class MetricsLog:
             self.file = self.writer = None
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Record the values of one step; what is not a finite number becomes null, since JSON has no NaN."""
+        """Record the values of one step; NaN and infinite numbers become null, because JSON has neither."""
         if self.file is None:
             return
         record = {"step": step, **{name: _json_value(value) for name, value in values.items()}}
@@ -201,7 +201,7 @@ class MetricsLog:
                     self.writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Put the lines on the disk: before a state is saved, so that a machine that dies leaves no gap."""
+        """Flush the lines to the disk; called before a state is saved, so that no step is missing after a power cut."""
         if self.file is not None:
             os.fsync(self.file.fileno())
 
@@ -210,7 +210,7 @@ def _is_kept(line: str, start_step: int, evaluation_pending: bool) -> bool:
     try:
         record = json.loads(line)
         step = int(record["step"])
-    except (ValueError, KeyError, TypeError):  # cut
+    except (ValueError, KeyError, TypeError):  # the line was cut
         return False
     return step < start_step or (step == start_step and not (evaluation_pending and "validation_loss" in record))
 
@@ -223,5 +223,7 @@ def _tensorboard_writer(folder: Path, start_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard needs the package; install it with: pip install 'tinylm[track]'") from error
+        raise ValueError(
+            "--tensorboard needs the package tensorboard; install it with: pip install 'tinylm[track]'"
+        ) from error
     return SummaryWriter(str(folder), purge_step=start_step + 1)

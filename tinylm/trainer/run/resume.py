@@ -1,9 +1,9 @@
-"""Resuming from a training state: whether it is a state of the same run, and what of the optimizers it keeps.
+"""Resume from a training state: check that it is of the same run, and save and load the optimizers' states.
 
-Data, parent, shape, batch and number of steps are compared by their results (fingerprints, numbers), not by the flags
-that led to them. Settings in `FREE` may change. Those in `ADJUSTABLE` may change too; the run says so and records it.
-Every other setting must stay the same: a run with one weight decay in its first half and another in its second is
-neither of the two runs, but would report itself as one of them.
+Data, parent, shape, batch and number of steps are compared by their results (fingerprints, numbers), not by their
+flags. Settings in `FREE` may change. Settings in `ADJUSTABLE` may change too; the run prints and records the change.
+All other settings must stay the same: if the weight decay changed halfway, the run would report the second value, but
+would not be a run with that value.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 FREE = frozenset(
-    # where things are, and when something is shown, tried or saved
+    # paths, and when something is shown, evaluated or saved
     "output_dir validation_path max_bad_rows log_interval eval_interval eval_batches save_interval resume tensorboard "
     # how the same sums are computed; weights and optimizer state are always float32
     "device dtype num_workers use_compile sharding timeout "
@@ -31,19 +31,19 @@ FREE = frozenset(
     "qk_norm dropout".split()
 )
 ADJUSTABLE = frozenset({"learning_rate", "grad_clip"})
-"""What a run that has diverged may need to change to continue."""
+"""Settings that may have to change before a diverged run can continue."""
 
 
 def check_same_run(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The `ADJUSTABLE` settings that have changed, each as {step, setting, was, now}.
 
     Args:
-        folder: where the state lies.
-        saved: the training state. One of an older version may have fewer entries; only those it has are compared.
+        folder: folder of the states.
+        saved: the training state. If an older version wrote it, it may have fewer entries; only these are compared.
         ours: this run's "identity", "settings" and "sources" (names for the data and the parent), as in the state.
 
     Raises:
-        ValueError: the state is of another run; names what differs, both values and what to do.
+        ValueError: the state is of another run; the message says what differs, both values, and what to do.
     """
     changes = []
     unfinished = saved["step"] < saved["identity"]["num_steps"]
@@ -69,7 +69,7 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, An
 
 
 def _shown(value: Any, source: str | None = None) -> str:
-    """A value as a flag takes it; a fingerprint is preceded by the path it belongs to, which people know better."""
+    """A value as a flag takes it. A fingerprint follows the path that it belongs to, because people know the path."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"{source} (fingerprint {text})" if source else text
 
@@ -83,7 +83,7 @@ def optimizer_states(model: nn.Module, optimizers: Sequence[torch.optim.Optimize
 def load_optimizer_states(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], states: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Put what `optimizer_states` returned back into the optimizers; their settings stay as they are."""
+    """Load the result of `optimizer_states` into the optimizers; their settings do not change."""
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer, state in zip(optimizers, states, strict=True):
         order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -92,7 +92,7 @@ def load_optimizer_states(
 
 
 def place_like(model: nn.Module) -> Callable[[str, tuple[int, ...]], Tensor | None]:
-    """For `load_training_state` of a sharded model: where each tensor of the state goes.
+    """The `place_for` of `load_training_state` for a sharded model: where each tensor is loaded.
 
     A tensor's name contains the name of a parameter. If both have the same shape, it is sharded as that parameter is.
     """

@@ -1,6 +1,6 @@
 """A training run around `fit`: it plans, trains, validates, saves, resumes and reports.
 
-Recipes make the parts (stage, learner, data) and hand them over; what all stages share is here, once.
+Recipes make the parts (stage, learner, data); this module does what all stages share.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tinylm.trainer.run.stage import Learner, Plan, Stage
 from tinylm.trainer.run.validation import validate
 
 MAX_SKIPS = 10
-"""Steps in a row whose loss or gradient may be not a number; then the run has diverged and ends."""
+"""After so many steps in a row without a finite loss and gradient, the run has diverged and ends."""
 
 
 class Run:
     """One stage's run. Make it, `fit()` it, and read `progress`.
 
     Args:
-        stage: which stage is run, with which settings, on which machine.
+        stage: the stage, its settings and the machine.
         learner: the model, its optimizers and its objective.
         plan: the steps to do.
         validation_data: held-out rows, or None.
@@ -52,15 +52,15 @@ class Run:
         self.spikes = SpikeWatch()
         self.skips_in_a_row = 0
         self.micro_batches: list[Batch] = []
-        """Of the step that is being computed."""
+        """Micro-batches of the current step."""
         self.stop_request = StopRequest()
 
     def fit(self) -> Path:
-        """Train, from the start or from where `--resume` finds it; returns the last model folder.
+        """Train from the start, or from the saved state with `--resume`; returns the last model folder.
 
         Raises:
-            Stopped: a signal asked for it; the step was finished and the state saved.
-            RuntimeError: the run has diverged, or its end could not be saved.
+            Stopped: a signal asked to stop; the step was finished and the state saved.
+            RuntimeError: the run has diverged, or its last state could not be saved.
         """
         settings, learner, plan = self.stage.settings, self.learner, self.plan
         with self.checkpoints.owned_folder(), self.stop_request:
@@ -126,8 +126,8 @@ class Run:
             self.metrics.write(report.step, record)
 
     def _stop(self, report: StepReport) -> None:
-        """End at once: evaluation and model folder, if they are due, come when the run is resumed."""
-        where = f" after step {report.step:,}, in which nothing was updated; the state before it stays"
+        """Save the state and end the run. If an evaluation or a model folder is due, a resume makes it."""
+        where = f" after step {report.step:,}, in which nothing was updated; the state before it is kept"
         if not self.skips_in_a_row:
             self.checkpoints.save_state(report.step, evaluation_pending=True)
             where = f" after step {report.step:,}, which is saved"
@@ -135,7 +135,7 @@ class Run:
         raise Stopped(self.stop_request.signum or signal.SIGTERM, where)
 
     def _watch(self, report: StepReport) -> None:
-        """Count the steps that were skipped, and end a run that only skips."""
+        """Count skipped steps, and end the run after `MAX_SKIPS` of them in a row."""
         console, checkpoints = self.stage.console, self.checkpoints
         if not report.skipped:
             self.skips_in_a_row = 0
@@ -151,7 +151,7 @@ class Run:
         path = checkpoints.folder / f"{checkpoints.name}_bad_batch_rank{self.stage.runtime.rank}.jsonl"
         tokenizer = self.learner.tokenizer
         write_bad_batch(path, report.step, self.micro_batches, tokenizer.decode if tokenizer is not None else None)
-        checkpoints.discard_state(report.step - MAX_SKIPS)  # that step's update may be what broke the weights
+        checkpoints.discard_state(report.step - MAX_SKIPS)  # that step's update may have broken the weights
         raise RuntimeError(
             f"{what}, as in {MAX_SKIPS} steps in a row; the last batch is in {path}, the weights of the last good step "
             f"are in {checkpoints.state_folder}, if one was saved: continue from there with --resume and a lower "
@@ -172,12 +172,12 @@ class Run:
         self.metrics.write(step, {**values, **{f"sample_{number}": text for number, text in enumerate(texts)}})
 
     def _sample(self) -> list[str]:
-        # A sharded model computes with all processes, or not at all.
+        # A sharded model needs all processes to compute.
         if self.learner.sample is None or not (self.stage.runtime.is_main or is_sharded(self.learner.model)):
             return []
         try:
             return self.learner.sample()
-        except ValueError as error:  # weights that a step has just broken: the steps that follow tell more
+        except ValueError as error:  # a step has broken the weights; `_watch` handles it after the next steps
             self.stage.console.print(f"warning: no sample ({error})", markup=False)
             return []
 
@@ -186,7 +186,7 @@ class Run:
         is_last, is_due = step == self.plan.num_steps, interval and step % interval == 0
         if self.plan.ends_epoch(step):
             self.checkpoints.save_model(step)
-        # After a skipped step the weights may be broken already; two such states would push out the last good one.
+        # After a skipped step the weights may be broken; two such states would replace the last good one.
         if is_last or ((self.plan.ends_epoch(step) or is_due) and not self.skips_in_a_row):
             self.checkpoints.save_state(step)
         if is_last:
@@ -194,7 +194,7 @@ class Run:
 
 
 class SpikeWatch:
-    """Tells when a loss stands far above those before it; a spike may mend itself, so it only tells."""
+    """Warns if a loss is far above the losses before it. It only warns, because the loss may recover by itself."""
 
     def __init__(self, num_steps: int = 50, factor: float = 6.0) -> None:
         self.losses: deque[float] = deque(maxlen=num_steps)
@@ -213,7 +213,7 @@ class SpikeWatch:
 
 
 def write_bad_batch(path: Path, step: int, batches: Iterable[Batch], decode: Callable[[list[int]], str] | None) -> None:
-    """Write the rows of a step whose loss was not a number, for inspection: a JSON object a line."""
+    """Write the rows of a step whose loss was not a number, for inspection; one JSON object per line."""
     with atomic_write(path) as file:
         for number, batch in enumerate(batches):
             for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):

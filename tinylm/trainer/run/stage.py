@@ -1,4 +1,4 @@
-"""What a run is made from: the stage that is run (who), what learns in it, and the plan of its steps."""
+"""The parts of a run: the stage, what learns in it, and the plan of its steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stage(Generic[Settings]):
     """A training stage as one process runs it."""
 
     name: str
-    """pretrain, full_sft, lora or dpo: what the names of all its files begin with."""
+    """pretrain, full_sft, lora or dpo; the names of all its files begin with it."""
     settings: Settings
     runtime: Runtime
     console: Console
@@ -47,21 +47,21 @@ def start_stage(name: str, settings: Settings) -> Stage[Settings]:
 
 @dataclass
 class Learner:
-    """What learns in a stage, how it is scored and how it is saved."""
+    """What learns in a stage, its objective, and how it is saved."""
 
     model: TinyLMForCausalLM
     tokenizer: Tokenizer
     optimizers: Sequence[torch.optim.Optimizer]
     objective: Objective
     sample: Callable[[], list[str]] | None = None
-    """Texts to look at after each validation; shown and recorded."""
+    """Makes sample texts after each validation; they are shown and recorded."""
     parent: dict[str, Any] | None = None
-    """The model that the stage started from: path, stage, fingerprint of the weights."""
+    """The model that the stage started from: its path, stage and the fingerprint of its weights."""
     save_folder: Callable[[Path, dict[str, Any]], None] | None = None
-    """(folder, lineage) -> writes an adapter folder, say; by default the model folder is written."""
+    """(folder, lineage) -> None: writes an adapter folder, for example; by default a model folder is written."""
 
     def save(self, folder: Path, lineage: dict[str, Any]) -> None:
-        """Write the model folder, or what `save_folder` writes."""
+        """Call `save_folder` if it is given; otherwise write the model folder."""
         if self.save_folder is not None:
             self.save_folder(folder, lineage)
         else:
@@ -69,10 +69,10 @@ class Learner:
 
 
 class Plan:
-    """Steps of a run, counted from 0; a step never spans two epochs.
+    """The steps of a run. A step never spans two epochs.
 
     Args:
-        source: where the steps come from.
+        source: the batches of each step.
         at_once: micro-batches computed at a time.
     """
 
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of a whole epoch."""
+        """Optimizer steps of an epoch."""
         return self.source.steps_per_epoch
 
     @property
@@ -105,7 +105,7 @@ class Plan:
         return step % self.steps_per_epoch == 0 or step == self.num_steps
 
     def keep_rows_per_step(self, rows: int) -> None:
-        """Plan steps of `rows` rows, which the processes of the run share."""
+        """Make each step `rows` rows, shared by the processes of the run."""
         self.source = self.source.with_rows_per_step(rows)
 
     def learning_rate(self, step: int) -> float:
@@ -115,8 +115,8 @@ class Plan:
     def batches(self, start_step: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each optimizer step from `start_step` on.
 
-        Dropout's generator is seeded by (seed, step, rank): a resumed run draws what the unbroken run drew, with no
-        generator state to keep.
+        (seed, step, rank) seed the generator for dropout, so a resumed run draws the same numbers as an uninterrupted
+        run, and a training state needs no generator state.
         """
         step = start_step
         for epoch in range(step // self.steps_per_epoch, self.settings.epochs):

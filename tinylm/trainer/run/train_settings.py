@@ -1,6 +1,7 @@
-"""The settings that every training stage shares; each stage's own dataclass adds to them.
+"""The settings that all training stages share; the dataclass of each stage adds its own.
 
-A field is a flag and a YAML key; the text below it is its help. Names are the original project's.
+A field is a flag and a YAML key; the text below it is its help. The names are those of the original project,
+lyuzlion/Tiny-Language-Model.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def require_share(settings: Any, *names: str) -> None:
 
 
 def require_output_dir(settings: Any) -> None:
-    """Raise ValueError if `output_dir` is empty, which would be the working directory, or leads through a file.
+    """Raise ValueError if `output_dir` is empty, which would mean the working directory, or if it is below a file.
 
-    Before the text is read and tokenised, which may take an hour.
+    This check comes before the text is read and tokenised, which may take an hour.
     """
     if not settings.output_dir.strip():
         raise ValueError("output_dir is empty; expected the path of a folder, such as --output_dir out")
@@ -70,7 +71,7 @@ class TrainSettings:
     accumulation_steps: int = 1
     """micro-batches whose gradients are added up for one optimizer step"""
     max_seq_len: int = 0
-    """tokens of a packed row; 0 takes the model's context, but at most 512"""
+    """tokens of a packed row; 0 means the model's context, but at most 512"""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (with adamw for embeddings and norms)"""
@@ -107,7 +108,7 @@ class TrainSettings:
     log_interval: int = 10
     """optimizer steps between log lines"""
     eval_interval: int = 200
-    """optimizer steps between validations (one always comes at the end); 0 means only at the end"""
+    """optimizer steps between validations (the last is always at the end); 0 means only at the end"""
     eval_batches: int = 50
     """most validation batches per validation; 0 means all"""
     save_interval: int = 500

@@ -16,13 +16,13 @@ from tinylm.trainer.core.objectives import Objective
 def batches_of_rank(
     data: Dataset, batch_size: int, runtime: Runtime, max_batches: int = 0
 ) -> Iterator[tuple[int, Batch]]:
-    """(first row, batch) of every `world_size`-th batch of the data, in its order, on the model's device.
+    """(first row, batch) of every `world_size`-th batch, in the order of the data, on the model's device.
 
-    Every process gets as many: one that has none left gets a batch without targets, since a sharded model computes with
-    all processes or not at all.
+    All processes get the same number of batches, because a sharded model needs all processes to compute. If a process
+    has no batch left, it gets one without targets.
 
     Args:
-        max_batches: batches of `batch_size` rows to take, over all processes; 0 means all.
+        max_batches: batches of `batch_size` rows in all processes together; 0 means all.
     """
     num_batches = min(-(-len(data) // batch_size), max_batches or len(data))
     for number in range(runtime.rank, num_batches + -num_batches % runtime.world_size, runtime.world_size):
@@ -38,10 +38,10 @@ def validate(
     """Mean loss (and the objective's metrics) per target over the held-out data, and bits per byte of text.
 
     Args:
-        max_batches: batches of `batch_size` rows to look at, in the order of the data; 0 means all.
+        max_batches: batches of `batch_size` rows to use, in the order of the data; 0 means all.
 
     Returns:
-        "validation_loss" in nats, "validation_" and each metric, and "bits_per_byte" where the data knows its bytes.
+        "validation_loss" in nats, "validation_<metric>" for each metric, "bits_per_byte" if the data knows its bytes.
     """
     model.eval()
     sums: dict[str, float] = {}
