@@ -230,7 +230,7 @@ def bars(board: Scoreboard, untouched: bool) -> list[tuple[str, str, str, bool]]
         (f"SFT: weakest skill ({worst})", value("SFT", worst), 0.60, ">="),
         ("SFT: story questions", value("SFT", STORY_MEAN), 0.75, ">="),
         ("LoRA: replies in persona", value("LoRA", PERSONA), 0.95, ">="),
-        ("LoRA: points lost beneath the persona", value("SFT", MEAN) - value("LoRA", PERSONA_RIGHT), 0.03, "<="),
+        ("LoRA: points lost, persona aside", value("SFT", MEAN) - value("LoRA", PERSONA_RIGHT), 0.03, "<="),
         ("DPO: held-out pairs preferred", value("DPO", PREFERENCE), 0.90, ">="),
         ("DPO: warm replies before", value("SFT", WARM), 0.50, "<"),
         ("DPO: warm replies after", value("DPO", WARM), 0.85, ">="),

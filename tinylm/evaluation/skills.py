@@ -22,7 +22,7 @@ MEAN, STORY_MEAN, WARM, PERSONA, PERSONA_RIGHT, PREFERENCE = (
     "mean of story questions",
     "warm replies",
     "in persona",
-    "right beneath the persona",
+    "right, persona aside",
     "prefers the chosen answer",
 )
 
@@ -86,7 +86,7 @@ def score_skills(
     examples: dict[str, dict[str, str]] = {}
     warm: list[float] = []
     persona: list[float] = []
-    right_beneath: list[float] = []
+    right_aside: list[float] = []
     skills = list(world.SKILLS)
     for done, skill in enumerate(skills):
         items = [world.test_item(skill, index, split=split, seed=seed) for index in range(num_items)]
@@ -96,7 +96,7 @@ def score_skills(
         accuracy[skill] = mean_and_error(right)[0]
         warm += [float(world.is_warm(reply)) for reply in replies]
         persona += [float(world.in_persona(item, reply)) for item, reply in zip(items, replies, strict=True)]
-        right_beneath += [
+        right_aside += [
             float(world.check(item, world.strip_persona(reply))) for item, reply in zip(items, replies, strict=True)
         ]
         examples[skill] = {
@@ -111,7 +111,7 @@ def score_skills(
         STORY_MEAN: mean_and_error([accuracy[skill] for skill in world.STORY_QUESTION_SKILLS])[0],
         WARM: mean_and_error(warm)[0],
         PERSONA: mean_and_error(persona)[0],
-        PERSONA_RIGHT: mean_and_error(right_beneath)[0],
+        PERSONA_RIGHT: mean_and_error(right_aside)[0],
     }
     if reference is not None:
         summary[PREFERENCE] = _preference_share(replier, world, num_items, split, reference)
