@@ -142,7 +142,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a meta.json": (lambda folder: (folder / "meta.json").write_text("{"), "Expecting property name"),
     "deep meta.json": (lambda folder: (folder / "meta.json").write_text("[" * 100_000), "deeper than 64"),
     "huge meta.json": (lambda folder: os.truncate(folder / "meta.json", 1 << 21), "too large"),
-    "a list": (lambda folder: (folder / "meta.json").write_text("[]"), "holds no object"),
+    "a list": (lambda folder: (folder / "meta.json").write_text("[]"), "is not an object"),
     "empty": (lambda folder: (folder / "meta.json").write_text("{}"), "no 'version'"),
     "old": (_change(version=1), "format 1; expected 2"),
     "another tokenizer's": (_change(tokenizer="0" * 16), "another tokenizer"),

@@ -1,13 +1,13 @@
-"""Batches: which rows come when. The order is a function of (seed, epoch, position) and of nothing else.
+"""Batches: which rows come when. The order depends on (seed, epoch, position) and on nothing else.
 
-An epoch is one permutation of the rows. An optimizer step takes the next `rows_per_step` of them, however many
-processes there are: in micro-batches of at most `batch_size` rows, of which each rank computes its consecutive share.
-So a step's rows are the same whether they come as 8 at once, as 8 accumulated micro-batches of 1, or as 4 on each of 2
-ranks; and a run goes on at any step, on any number of processes, without replaying what came before.
+An epoch is one permutation of the rows. An optimizer step takes the next `rows_per_step` of them, for any number of
+processes: in micro-batches of at most `batch_size` rows per process, of which each rank computes its consecutive share.
+So a step has the same rows whether they come as 8 at once, as 8 accumulated micro-batches of 1, or as 4 on each of 2
+ranks. A run can resume at any step, on any number of processes, without replaying what came before.
 
-The last step of an epoch may have fewer rows; none is left out and none is seen twice. Where a micro-batch has fewer
-rows than there are ranks, a rank without one gets a batch with `count` 0: it adds exactly zero to the loss, and all
-ranks compute the same number of micro-batches.
+The last step of an epoch may have fewer rows; each row is seen exactly once in an epoch. If a micro-batch has fewer rows
+than there are ranks, a rank without a row gets a batch with `count` 0: it adds exactly zero to the loss, and all ranks
+compute the same number of micro-batches.
 """
 
 from __future__ import annotations

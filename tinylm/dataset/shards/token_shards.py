@@ -178,7 +178,7 @@ def open_shard(folder: str | Path, tokenizer: Any) -> Shard:
         return _checked_shard(folder, tokenizer)
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         reason = f"no {error} in meta.json" if isinstance(error, KeyError) else error
-        raise ValueError(f"{folder}: damaged token shard ({reason}); delete the folder, it is made anew") from None
+        raise ValueError(f"{folder}: damaged token shard ({reason}); delete the folder, and it will be made again") from None
 
 
 def _checked_shard(folder: Path, tokenizer: Any) -> Shard:
@@ -186,7 +186,7 @@ def _checked_shard(folder: Path, tokenizer: Any) -> Shard:
         _require((folder / name).is_file(), f"no file {name}")
     _require((folder / "meta.json").stat().st_size <= MAX_META_BYTES, "meta.json is too large")
     meta = parse_json((folder / "meta.json").read_bytes())
-    _require(isinstance(meta, dict), "meta.json holds no object")
+    _require(isinstance(meta, dict), "meta.json is not an object")
     _require(meta["version"] == FORMAT_VERSION, f"format {shown(meta['version'])}; expected {FORMAT_VERSION}")
     _require(meta["tokenizer"] == tokenizer.fingerprint, "made with another tokenizer")
     numbers = [meta[name] for name in ("num_tokens", "num_documents", "num_rows", "num_bad")]
