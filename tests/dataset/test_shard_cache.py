@@ -172,7 +172,7 @@ def test_a_damaged_shard_is_made_anew_and_that_is_said(tokenizer, corpus: Path, 
     assert again.fingerprint == good.fingerprint
     assert [name for name, inode in inodes(cache).items() if before[name] != inode] == [damaged.name]
     (line,) = lines
-    assert str(damaged) in line and "tokens.bin has 4 bytes" in line and line.endswith("its source will be tokenised again")
+    assert str(damaged) in line and "tokens.bin has 4 bytes" in line and line.endswith("its source is tokenised again")
 
 
 def test_a_disk_that_damages_what_it_is_given_is_an_error(tokenizer, corpus: Path, tmp_path: Path, monkeypatch) -> None:

@@ -118,7 +118,7 @@ def _open_good(
             pass
         except ValueError as error:
             if notice is not None:
-                notice(str(error).replace("delete the folder, and it will be made again", "its source will be tokenised again"))
+                notice(str(error).replace("delete the folder to make it again", "its source is tokenised again"))
     return shards
 
 

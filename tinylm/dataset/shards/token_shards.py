@@ -178,7 +178,7 @@ def open_shard(folder: str | Path, tokenizer: Any) -> Shard:
         return _checked_shard(folder, tokenizer)
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         reason = f"no {error} in meta.json" if isinstance(error, KeyError) else error
-        raise ValueError(f"{folder}: damaged token shard ({reason}); delete the folder, and it will be made again") from None
+        raise ValueError(f"{folder}: damaged token shard ({reason}); delete the folder to make it again") from None
 
 
 def _checked_shard(folder: Path, tokenizer: Any) -> Shard:
