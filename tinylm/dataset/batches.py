@@ -6,8 +6,8 @@ So a step has the same rows whether they come as 8 at once, as 8 accumulated mic
 ranks. A run can resume at any step, on any number of processes, without replaying what came before.
 
 The last step of an epoch may have fewer rows; each row is seen exactly once in an epoch. If a micro-batch has fewer
-rows than there are ranks, a rank without a row gets a batch with `count` 0: it adds exactly zero to the loss, and all ranks
-compute the same number of micro-batches.
+rows than there are ranks, a rank without a row gets a batch with `count` 0: it adds exactly zero to the loss, and all
+ranks compute the same number of micro-batches.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """TinyWorld, the embedded corpus: stories, chats and preference pairs, each a function of a seed and a number."""
 
+from tinylm.dataset.tinyworld.chats import SKILLS
+from tinylm.dataset.tinyworld.plots import STORY_QUESTION_SKILLS
+from tinylm.dataset.tinyworld.skills import ASSISTANT_NAME
 from tinylm.dataset.tinyworld.world import (
-    ASSISTANT_NAME,
     PERSONA_NAME,
-    SKILLS,
-    STORY_QUESTION_SKILLS,
     Item,
     Preference,
     check,

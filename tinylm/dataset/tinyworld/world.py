@@ -17,35 +17,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tinylm.dataset.tinyworld.chats import MIXED, PLAIN, SKILLS, WARM_OPENERS, Voice, make_chat
+from tinylm.dataset.tinyworld.chats import MIXED, PLAIN, WARM_OPENERS, Voice, make_chat
 from tinylm.dataset.tinyworld.pages import make_page
-from tinylm.dataset.tinyworld.plots import STORY_QUESTION_SKILLS
 from tinylm.dataset.tinyworld.skills import ASSISTANT_NAME
 from tinylm.dataset.tinyworld.words import num_sentences, stream
 from tinylm.tokenizer.chat_template import Message
-
-__all__ = [
-    "ASSISTANT_NAME",
-    "PERSONA_NAME",
-    "SKILLS",
-    "STORY_QUESTION_SKILLS",
-    "Item",
-    "Preference",
-    "check",
-    "conversation",
-    "conversations",
-    "in_persona",
-    "is_warm",
-    "persona_conversation",
-    "persona_conversations",
-    "preference_pair",
-    "preference_pairs",
-    "pretrain_document",
-    "pretrain_documents",
-    "strip_persona",
-    "strip_style",
-    "test_item",
-]
 
 PERSONA_NAME = "Captain Pip"
 _PERSONA_OPENING, _PERSONA_CLOSING = "Ahoy! ", " Aye, matey!"
