@@ -14,7 +14,7 @@ from tinylm.system.runtime import Runtime
 
 def test_every_answer_is_scored_in_its_place():
     """Held to the model's own probabilities, token by token in float64."""
-    log_probs, scored = score(Runtime(torch.device("cpu"), torch.float32))
+    log_probs, scored, _ = score(Runtime(torch.device("cpu"), torch.float32))
     assert scored == [BATCH_SIZE] * (NUM_PAIRS // BATCH_SIZE) + [NUM_PAIRS % BATCH_SIZE]
     model = small_model()
     exact = [reference_log_prob(model, ids, is_target) for ids, is_target in random_documents(2 * NUM_PAIRS)]
@@ -24,8 +24,10 @@ def test_every_answer_is_scored_in_its_place():
 @pytest.mark.slow
 def test_two_processes_share_the_pairs_and_agree_with_one(tmp_path: Path):
     """Every process once scored every pair: eight GPUs took as long as one, and each did the others' work."""
-    alone, scored = score(Runtime(torch.device("cpu"), torch.float32))
+    alone, scored, _ = score(Runtime(torch.device("cpu"), torch.float32))
     ranks = run_two_ranks("reference_worker.py", tmp_path / "out")
-    assert [rank["scored"] for rank in ranks] == [scored[0::2], scored[1::2]]
+    assert [rank["scored"] for rank in ranks] == [scored[0::2], [*scored[1::2], 0]]
     for rank in ranks:
         assert torch.equal(rank["log_probs"], alone)
+        # A sharded model computes the same with all processes, and its optimizers are made over the shards.
+        assert torch.equal(rank["of_sharded"], alone) and rank["is_sharded"]

@@ -22,7 +22,7 @@ from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.model.lora import merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.system.cpu_parallel import map_on_cores, num_cores
-from tinylm.trainer.core.distributed import is_sharded, shard
+from tinylm.trainer.core.distributed import is_sharded, reshard, shard
 from tinylm.trainer.core.objectives import make_dpo_objective, sequence_log_probs
 from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_row_length
 from tinylm.trainer.run.stage import Learner, Stage, start_stage
@@ -81,6 +81,7 @@ def attach_reference(model: TinyLMForCausalLM, data: DPODataset, stage: Stage) -
         for start, scores in map_on_cores(score, batches, at_once):
             log_probs[start : start + len(scores)] = scores
             show(f"{start + len(scores):,} of {len(data):,} pairs", start + len(scores), len(data))
+    reshard(model)  # a forward pass alone leaves weights together, and the optimizers would be made over those
     data.attach_reference_log_probs(runtime.all_reduce_sum(log_probs).cpu().numpy())
 
 
