@@ -58,6 +58,24 @@ def test_a_signal_finishes_the_step_and_saves_and_nothing_is_lost(tmp_path, numb
     assert lineage["finished"] and lineage["best_validation_loss"] == whole.progress.best_validation_loss
 
 
+def test_a_signal_in_the_last_validation_is_not_forgotten(tmp_path):
+    """The run is finished then, but what would follow it, such as the quickstart's next stage, must not start."""
+    run = make_run(tmp_path, max_steps=4)
+    validate = run.validate
+
+    def then_signal(data):
+        if run.micro_batches and run.plan.num_steps == 4 and run.progress.best_validation_loss is not None:
+            os.kill(os.getpid(), signal.SIGTERM)  # the second of two validations, at steps 2 and 4
+        return validate(data)
+
+    run.validate = then_signal
+    with pytest.raises(Stopped, match="after the last step; the run is finished") as stop:
+        run.fit()
+    assert stop.value.signum == signal.SIGTERM and "pretrain: done" in said(run)
+    assert load_training_state(run.checkpoints.state_folder).values["step"] == 4
+    assert json.loads((run.checkpoints.last_folder / "lineage.json").read_text())["finished"]
+
+
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)

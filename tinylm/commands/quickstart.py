@@ -52,7 +52,7 @@ class QuickstartSettings:
     output_dir: str = "out/quickstart"
     """folder for everything: tokenizer, models, scoreboard"""
     scale: float = 1.0
-    """share of the training data; 0.1 is a rehearsal of a minute or so"""
+    """share of the training data; 0.1 is a rehearsal of a few minutes"""
     num_items: int = 100
     """held-out items per skill on the scoreboard"""
     seed: int = 42
@@ -243,7 +243,7 @@ def bars(board: Scoreboard, untouched: bool) -> list[tuple[str, str, str, bool]]
 
 def show_bars(rows: list[tuple[str, str, str, bool]], console: Console) -> None:
     """Print the bars, and whether this run met them."""
-    table = Table("bar", "measured", "wanted", "", title="what the quickstart promises", title_justify="left")
+    table = Table("bar", "measured", "wanted", "", title="what the quickstart aims at", title_justify="left")
     for what, got, wanted, met in rows:
         table.add_row(what, got, wanted, "[green]met[/green]" if met else "[red]missed[/red]")
     console.print(table)
@@ -275,7 +275,7 @@ def main(argv: list[str]) -> int:
     console.print(board.to_table())
     show_bars(rows, console)
     if settings.scale < 1:
-        console.print(f"this run used {settings.scale:.0%} of the data; use all of it to meet all bars")
+        console.print(f"this run used {settings.scale:.0%} of the data; the goals are meant for all of it")
     seconds = time.perf_counter() - started
     out = Path(settings.output_dir)
     report = {

@@ -98,9 +98,10 @@ def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None
         raise ValueError(f"the run would overwrite its parent, {source}; choose another --output_dir")
     train_data, validation_data = data
     at_once = 1 if settings.use_compile else micro_batches_at_once(settings.batch_size, learner.model, runtime)
+    rows_per_micro_batch = settings.batch_size // at_once
     rows_per_step = settings.batch_size * settings.accumulation_steps * runtime.world_size
     sampler = BatchSampler(
-        len(train_data), settings.batch_size // at_once, rows_per_step, settings.seed, runtime.rank, runtime.world_size
+        len(train_data), rows_per_micro_batch, rows_per_step, settings.seed, runtime.rank, runtime.world_size
     )
     plan = Plan(settings, runtime, StoredSteps(train_data, sampler, settings.num_workers), at_once)
     lineage = {

@@ -123,23 +123,23 @@ class GradientExchange:
             buffers: dict[str, Any] = {_BUFFERS: False}
             self.ddp = DistributedDataParallel(_LossModule(model, objective), gradient_as_bucket_view=True, **buffers)
         self.loss = self.ddp or (lambda batch: objective(model, batch))
-        self.needs_rehearsal = self.ddp is not None and runtime.world_size > 2
+        self.needs_bucket_order = self.ddp is not None and runtime.world_size > 2
 
     @contextlib.contextmanager
     def micro_batch(self, batch: Batch, is_last: bool) -> Iterator[None]:
         """Surrounds the forward and backward pass of a micro-batch, which must be on the model's device."""
-        if self.needs_rehearsal:
-            self._rehearse(batch)
+        if self.needs_bucket_order:
+            self._settle_bucket_order(batch)
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(is_last)
         with self.ddp.no_sync() if self.ddp is not None and not is_last else contextlib.nullcontext():
             yield
 
-    def _rehearse(self, batch: Batch) -> None:
+    def _settle_bucket_order(self, batch: Batch) -> None:
         """Run one backward pass and drop its gradients.
 
         The first backward pass determines the order of DistributedDataParallel's buckets, and with more than two
-        processes the rounding of the sums depends on this order. Without a rehearsal, the first step after a resume
+        processes the rounding of the sums depends on this order. Without a extra pass, the first step after a resume
         would round differently from the same step of an uninterrupted run.
         """
         device = self.runtime.device
@@ -147,4 +147,4 @@ class GradientExchange:
             self.loss(batch)[0].backward()
         for parameter in self.model.parameters():
             parameter.grad = None
-        self.needs_rehearsal = False
+        self.needs_bucket_order = False

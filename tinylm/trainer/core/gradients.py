@@ -20,10 +20,10 @@ Scaler = torch.amp.GradScaler | None
 
 
 def micro_batches_at_once(batch_size: int, model: TinyLMForCausalLM, runtime: Runtime) -> int:
-    """Into how many equal micro-batches to split a batch, to compute them at once on a CPU's cores; 1 on other devices.
+    """How many equal parts a batch is cut into, to be computed at the same time: one for each core of a CPU, else 1.
 
-    A batch is not split with dropout, because micro-batches at once would draw random numbers in any order, nor with
-    several processes, because they exchange gradients in the backward pass of a step's last micro-batch.
+    With dropout a batch is not cut, because parts computed at the same time would draw random numbers in any order.
+    Several processes do not cut either: they exchange gradients in the backward pass of a step's last micro-batch.
     """
     has_dropout = any(getattr(module, "dropout", 0.0) for module in model.modules())
     if has_dropout or runtime.world_size > 1:
@@ -61,7 +61,7 @@ def accumulate_gradients(
     def share_of_loss(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with runtime.autocast():
             loss_sum, metrics = exchange.loss(batch)
-        loss = loss_sum * (runtime.world_size / divisor)
+        loss = loss_sum * (runtime.world_size / divisor)  # the exchange averages; this makes it a sum
         return scaler.scale(loss) if scaler is not None else loss, {"loss": loss_sum.detach(), **metrics}
 
     def gradients_of(batch: Batch) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor]]:

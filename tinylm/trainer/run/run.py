@@ -94,6 +94,8 @@ class Run:
                     at_once=plan.at_once,
                 )
             self.report.print_result()
+            if self.stage.runtime.any_rank(bool(self.stop_request.signum)):  # it came after the last step
+                raise Stopped(self.stop_request.signum or signal.SIGTERM, " after the last step; the run is finished")
         return self.checkpoints.last_folder
 
     def validate(self, data: Dataset) -> dict[str, float]:
