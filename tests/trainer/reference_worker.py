@@ -32,7 +32,8 @@ def score(runtime: Runtime) -> tuple[torch.Tensor, list[int]]:
 
     train_dpo.sequence_log_probs = count
     try:
-        train_dpo.attach_reference(small_model(), data, Stage("dpo", settings, runtime, make_console(False)))
+        model = small_model(hidden_dropout=0.3).train()  # the reference must not drop anything
+        train_dpo.attach_reference(model, data, Stage("dpo", settings, runtime, make_console(False)))
     finally:
         train_dpo.sequence_log_probs = plain_scorer
     assert data.reference_log_probs is not None

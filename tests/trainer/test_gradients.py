@@ -78,3 +78,19 @@ def test_dropout_keeps_a_batch_whole(monkeypatch):
     assert micro_batches_at_once(8, apply_lora(small_model(), LoRAConfig(rank=2, dropout=0.1)), CPU) == 1
     assert micro_batches_at_once(8, apply_lora(small_model(), LoRAConfig(rank=2)), CPU) == 2
     assert micro_batches_at_once(8, small_model(), Runtime(CPU.device, torch.float32, 0, 2)) == 1
+
+
+def test_a_rehearsal_leaves_no_trace():
+    """The first of more than two processes' backward passes only orders the buckets: no gradient, no random number."""
+    model = small_model(hidden_dropout=0.3).train()
+    exchange, calls = GradientExchange(model, next_token_loss, CPU), []
+    plain = exchange.loss
+    exchange.loss = lambda batch: calls.append(batch.count) or plain(batch)
+    exchange.needs_rehearsal = True
+    rows, before = Rows(2), torch.get_rng_state()
+    batch = rows.collate(rows.rows)
+    for _ in range(2):
+        with exchange.micro_batch(batch, is_last=True):
+            assert calls == [batch.count]  # once in a run
+            assert all(parameter.grad is None for parameter in model.parameters())
+            assert torch.equal(torch.get_rng_state(), before)
