@@ -56,6 +56,7 @@ def test_a_run_that_torchrun_has_restarted_resumes_by_itself_and_waits(tmp_path,
     run = make_run(tmp_path, max_steps=5, timeout=70.0)
     run.fit()
     assert run.progress.step == starts_at and waited == [35.0 if starts_at else 0.0]
+    assert ("starting over" in said(run)) == (starts_at == 0)
 
 
 def test_only_the_main_process_saves_and_discards(tmp_path, monkeypatch):

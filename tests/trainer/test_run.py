@@ -114,6 +114,19 @@ def test_folders_names_and_the_finished_flag(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".pt", ".pth", ".bin")]
 
 
+def test_the_loop_gets_what_the_run_was_asked_for(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("tinylm.trainer.run.run.fit", lambda *args, **options: calls.append((args, options)))
+    run = make_run(tmp_path, grad_clip=0.25, dtype=torch.float16, max_steps=7)
+    run.plan.at_once = 3
+    run.fit()
+    ((args, options),) = calls
+    assert args[1] is run.learner.objective and args[6] == 7
+    options.pop("on_step")
+    assert options == {"start_step": 0, "grad_clip": 0.25, "scaler": run.checkpoints.scaler, "at_once": 3}
+    assert isinstance(options["scaler"], torch.amp.GradScaler)
+
+
 def test_a_state_holds_all_a_run_needs_in_full_precision(tmp_path):
     """Resuming from half-precision weights loses every small update since. Computing in bf16 must not show here."""
     run = make_run(tmp_path, dtype=torch.bfloat16, max_steps=3, optimizer="adamw")
