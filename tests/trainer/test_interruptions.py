@@ -104,6 +104,22 @@ def test_a_stop_in_a_skipped_step_keeps_the_state_before_it(tmp_path):
     assert load_training_state(run.checkpoints.state_folder).values["step"] == 4
 
 
+def test_a_stop_that_cannot_save_its_state_is_an_error(tmp_path, monkeypatch):
+    """It would say that step 5 is saved, and a resume would begin at step 4."""
+    write = training_state.write_tensors
+
+    def full_at_the_end(path, tensors):
+        if "step_00000005" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, tensors)
+
+    monkeypatch.setattr(training_state, "write_tensors", full_at_the_end)
+    run = make_run(tmp_path)
+    signal_at(run, 5, signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="the training state could not be saved: .* No space left"):
+        run.fit()
+
+
 def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
     """Else it would wait for the other one until the timeout, and have no state of the same step."""
     run = make_run(tmp_path)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_parts import make_run
+from run_parts import make_run, records
 from trainer_parts import Rows, small_model
 
 from tinylm.system.runtime import Runtime
@@ -64,3 +64,11 @@ def test_a_run_validates_on_its_eval_batches(tmp_path, monkeypatch):
     monkeypatch.setattr("tinylm.trainer.run.run.validate", lambda *args: seen.append(args[3:5]) or {})
     make_run(tmp_path, batch_size=3, eval_batches=7).validate(SimpleNamespace())
     assert seen == [(3, 7)]
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(3, [3, 6, 7]), (7, [7]), (0, [7]), (9, [7])])
+def test_a_run_validates_at_every_interval_and_once_at_its_end(tmp_path, monkeypatch, interval, steps):
+    run = make_run(tmp_path, max_steps=7, eval_interval=interval)
+    monkeypatch.setattr(run, "validate", lambda data: {"validation_loss": 1.5})
+    run.fit()
+    assert [record["step"] for record in records(tmp_path) if "validation_loss" in record] == steps
