@@ -116,7 +116,7 @@ def test_a_stop_that_cannot_save_its_state_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(training_state, "write_tensors", full_at_the_end)
     run = make_run(tmp_path)
     signal_at(run, 5, signal.SIGTERM)
-    with pytest.raises(RuntimeError, match="the training state could not be saved: .* No space left"):
+    with pytest.raises((RuntimeError, Stopped), match="the training state could not be saved: .* No space left"):
         run.fit()
 
 
@@ -164,7 +164,7 @@ def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
     with pytest.raises(RuntimeError, match=r"step 14: the loss is nan .* in 10 steps in a row; the last batch is in "):
         run.fit()
     rows = [json.loads(line) for line in (tmp_path / "pretrain_16_bad_batch_rank0.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and [row["micro_batch"] for row in rows] == [0, 0, 1, 1]
+    assert [(row["step"], row["micro_batch"]) for row in rows] == [(14, 0), (14, 0), (14, 1), (14, 1)]
     expected = [row for batch in run.micro_batches for row in batch.input_ids.tolist()]
     assert [row["input_ids"] for row in rows] == expected and rows[0]["text"] == f"{len(expected[0])} tokens"
     kept = load_training_state(run.checkpoints.state_folder).values
@@ -230,6 +230,11 @@ def test_a_jump_of_the_loss_is_said_once_and_changes_nothing():
     assert [watch.warning(loss) for loss in losses] == [None] * 40
     assert watch.warning(2.9) == "the loss jumped to 2.9, after 2 on average; look at the data of this step"
     assert watch.warning(2.1) is None
+    for loss, is_far in ((2.59, False), (2.61, True)):  # the mean is 2 and the deviation 0.1: 6 of them are far
+        watch = SpikeWatch(num_steps=20)
+        for step in range(20):
+            watch.warning(2.0 + 0.1 * (-1) ** step)
+        assert (watch.warning(loss) is not None) == is_far
 
 
 def test_a_model_that_computes_stays_as_it_was(tmp_path):
