@@ -6,6 +6,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from tinylm.commandline.terminal import format_count, format_seconds, make_console, print_facts, progress
 
@@ -55,6 +56,23 @@ def test_progress_shows_title_words_and_share_on_a_terminal():
     with progress(console, "reading") as show:
         show("no numbers [/bold] known")
     assert "no numbers [/bold] known" in console.file.getvalue()
+
+
+def test_the_bar_knows_how_much_there_is(monkeypatch):
+    """Without the total it would only move back and forth."""
+    bars = []
+
+    class Recorded(Progress):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    monkeypatch.setattr("tinylm.commandline.terminal.Progress", Recorded)
+    with progress(terminal(), "lesen") as show:
+        show("no numbers yet")
+        assert bars[0].tasks[0].total is None
+        show("3 of 12", 3, 12)
+        assert (bars[0].tasks[0].completed, bars[0].tasks[0].total) == (3, 12)
 
 
 def test_progress_is_silent_in_a_pipe_and_beside_the_main_process():

@@ -30,6 +30,7 @@ def stages(tmp_path, model, tokenizer):
 def test_merge_writes_base_and_adapter_as_one_model(stages, capsys):
     folder, adapted = stages
     assert merge(["--model_path", str(folder / "lora"), "--output_dir", str(folder / "merged")]) == 0
+    assert capsys.readouterr().out == f"merged model: {folder / 'merged'}\n"
     merged, _, lineage = load_model(folder / "merged")
     ids = torch.tensor([[5, 900, 17, 42]])
     torch.testing.assert_close(merged(ids), adapted(ids), rtol=1e-4, atol=1e-4)

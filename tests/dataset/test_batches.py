@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinylm.dataset.batches import Batch, BatchSampler, load_batch, step_batches
+from tinylm.dataset.batches import Batch, BatchSampler, StoredSteps, load_batch, step_batches
 from tinylm.dataset.packing import RunningTextPacking
 from tinylm.dataset.pretrain_dataset import PretrainDataset
 
@@ -101,6 +101,29 @@ def test_a_batch_of_no_rows_has_nothing_to_learn(dataset: PretrainDataset) -> No
     assert torch.equal(batch.input_ids, dataset.collate([dataset.row(0), dataset.row(1)]).input_ids)
     empty = load_batch(dataset, ())
     assert empty.count == 0 and (empty.targets == -100).all()
+
+
+def test_a_batch_without_targets_has_no_extras_either() -> None:
+    """They run over the pairs that `count` counts: DPO's objective would compare 2 pairs with none."""
+    ids = torch.tensor([[3, 5], [7, 9]])
+    empty = Batch(ids, ids + 1, ids, ids, 2, {"reference_log_probs": torch.tensor([[0.5, 1.5], [2.5, 3.5]])})
+    empty = empty.without_targets()
+    assert torch.equal(empty.input_ids, ids) and (empty.targets == -100).all()
+    assert empty.count == 0 and empty.extras["reference_log_probs"].shape == (0, 2)
+
+
+def test_stored_steps_are_those_of_their_sampler(dataset: PretrainDataset, monkeypatch) -> None:
+    asked, names = "tinylm.dataset.batches.ordered_map", []
+    monkeypatch.setattr(asked, lambda threads, load, steps, ahead: names.append(ahead) or map(load, steps))
+    plain = StoredSteps(dataset, BatchSampler(len(dataset), 2, 6, seed=3))
+    source = StoredSteps(dataset, BatchSampler(len(dataset), 2, 4, seed=3), num_workers=5).with_rows_per_step(6)
+    assert source.rows_per_step == 6 and source.steps_per_epoch == -(-len(dataset) // 6)
+    expected = [[batch.input_ids for batch in step] for step in step_batches(dataset, plain.sampler, 2, 1)]
+    found = [[batch.input_ids for batch in step] for step in source.batches(2, 1)]
+    assert len(found) == source.steps_per_epoch - 1 and names == [11]  # threads prepare steps ahead
+    for mine, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert not torch.equal(found[0][0], next(iter(plain.batches(0, 1)))[0].input_ids)
 
 
 def test_errors() -> None:

@@ -35,7 +35,7 @@ def score(runtime: Runtime, sharding: str = "none") -> tuple[torch.Tensor, list[
 
     train_dpo.sequence_log_probs = count
     try:
-        model = small_model()
+        model = small_model(hidden_dropout=0.3).train()  # the reference must not drop anything
         shard(model, sharding, runtime)
         train_dpo.attach_reference(model, data, Stage("dpo", settings, runtime, make_console(False)))
     finally:

@@ -17,8 +17,9 @@ from tinylm.checkpoint import training_state
 from tinylm.checkpoint.training_state import load_training_state
 from tinylm.commandline.exit_status import STOP_SIGNALS, Stopped, StopRequest
 from tinylm.files.locks import run_lock
+from tinylm.system.runtime import Runtime
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.run.run import SpikeWatch
+from tinylm.trainer.run.run import SpikeWatch, write_bad_batch
 
 
 def signal_at(run, step: int, *numbers: int) -> None:
@@ -111,6 +112,69 @@ def test_a_step_that_is_no_number_is_skipped_counted_and_recorded(tmp_path):
     assert state["num_skipped"] == 2
 
 
+def test_a_stop_in_a_skipped_step_keeps_the_state_before_it(tmp_path):
+    """The weights may be broken, so they must not replace the last good ones."""
+    run = make_run(tmp_path, epochs=6, data=Rows(16))
+    run.learner.objective = broken_at(5)
+    signal_at(run, 5, signal.SIGINT)
+    with pytest.raises(Stopped, match="after step 5, in which nothing was updated; the state before it is kept"):
+        run.fit()
+    assert load_training_state(run.checkpoints.state_folder).values["step"] == 4
+
+
+def test_a_stop_that_cannot_save_its_state_is_an_error(tmp_path, monkeypatch):
+    """It would say that step 5 is saved, and a resume would begin at step 4."""
+    write = training_state.write_tensors
+
+    def full_at_the_end(path, tensors):
+        if "step_00000005" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, tensors)
+
+    monkeypatch.setattr(training_state, "write_tensors", full_at_the_end)
+    run = make_run(tmp_path)
+    signal_at(run, 5, signal.SIGTERM)
+    with pytest.raises((RuntimeError, Stopped), match="the training state could not be saved: .* No space left"):
+        run.fit()
+
+
+def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
+    """Else it would wait for the other one until the timeout, and have no state of the same step."""
+    run = make_run(tmp_path)
+    log = run._log
+
+    def then_signal_the_other(report):
+        log(report)
+        if report.step == 5:
+            monkeypatch.setattr(Runtime, "any_rank", lambda self, flag: True)
+
+    run._log = then_signal_the_other
+    with pytest.raises(Stopped, match="after step 5, which is saved") as stop:
+        run.fit()
+    assert stop.value.signum == signal.SIGTERM
+
+
+def test_first_skipped_and_every_third_step_are_recorded(tmp_path):
+    run = make_run(tmp_path, epochs=6, data=Rows(16), log_interval=3)
+    run.learner.objective = broken_at(5)
+    run.spikes = SimpleNamespace(warning=lambda loss: "größer als sonst" if run.micro_batches else None)
+    run.fit()
+    assert [record["step"] for record in records(tmp_path) if "loss" in record] == [1, 3, 5, 6, 9]
+    warned = [line for line in said(run).splitlines() if line.endswith(": größer als sonst")]
+    assert warned == [f"warning: step {step}: größer als sonst" for step in range(1, 11) if step != 5]
+
+
+def test_the_bad_batch_has_every_row_with_its_targets(tmp_path):
+    rows = Rows(3)
+    batches = [rows.collate(rows.rows[:2]), rows.collate(rows.rows[2:])]
+    write_bad_batch(tmp_path / "bad.jsonl", 14, batches, lambda ids: f"größe {ids[0]}")
+    found = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["micro_batch"]) for row in found] == [(14, 0), (14, 0), (14, 1)]
+    for row, batch, place in zip(found, [batches[0], *batches], (0, 1, 0), strict=True):
+        ids, targets = batch.input_ids[place].tolist(), batch.targets[place].tolist()
+        assert (row["text"], row["input_ids"], row["targets"]) == (f"größe {ids[0]}", ids, targets)
+
+
 def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
     run = make_run(tmp_path, epochs=9, max_steps=30, data=Rows(16), save_interval=1)
     run.learner.objective = broken_at(*range(5, 31))
@@ -118,7 +182,7 @@ def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
     with pytest.raises(RuntimeError, match=r"step 14: the loss is nan .* in 10 steps in a row; the last batch is in "):
         run.fit()
     rows = [json.loads(line) for line in (tmp_path / "pretrain_16_bad_batch_rank0.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and [row["micro_batch"] for row in rows] == [0, 0, 1, 1]
+    assert [(row["step"], row["micro_batch"]) for row in rows] == [(14, 0), (14, 0), (14, 1), (14, 1)]
     expected = [row for batch in run.micro_batches for row in batch.input_ids.tolist()]
     assert [row["input_ids"] for row in rows] == expected and rows[0]["text"] == f"{len(expected[0])} tokens"
     kept = load_training_state(run.checkpoints.state_folder).values
@@ -184,6 +248,11 @@ def test_a_jump_of_the_loss_is_said_once_and_changes_nothing():
     assert [watch.warning(loss) for loss in losses] == [None] * 40
     assert watch.warning(2.9) == "the loss jumped to 2.9, after 2 on average; look at the data of this step"
     assert watch.warning(2.1) is None
+    for loss, is_far in ((2.59, False), (2.61, True)):  # the mean is 2 and the deviation 0.1: 6 of them are far
+        watch = SpikeWatch(num_steps=20)
+        for step in range(20):
+            watch.warning(2.0 + 0.1 * (-1) ** step)
+        assert (watch.warning(loss) is not None) == is_far
 
 
 def test_a_model_that_computes_stays_as_it_was(tmp_path):

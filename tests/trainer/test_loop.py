@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from trainer_parts import Rows, assert_same_bits, run_two_ranks, small_model, we
 
 from tinylm.dataset.batches import BatchSampler, step_batches
 from tinylm.system.runtime import Runtime
+from tinylm.trainer.core import loop
 from tinylm.trainer.core.loop import fit
 from tinylm.trainer.core.objectives import next_token_loss
 
@@ -179,3 +181,19 @@ def test_it_stops_where_the_batches_or_the_steps_end():
     assert [r.step for r in train(epoch_of(Rows(6), 2, 1), 2)[1]] == [1, 2]
     assert [r.step for r in train(epoch_of(Rows(6), 2, 1), 9)[1]] == [1, 2, 3]
     assert [r.step for r in train(epoch_of(Rows(6), 2, 1), 9, start_step=7)[1]] == [8, 9]
+
+
+def test_a_steps_time_includes_its_data_but_not_the_evaluation_before_it(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def slow_batches():
+        for step in epoch_of(Rows(6), 2, 1):
+            clock.now += 3.0
+            yield step
+
+    def evaluate(report):
+        clock.now += 40.0
+
+    _, reports = train(slow_batches(), 3, on_step=(evaluate,))
+    assert [report.seconds for report in reports] == [3.0, 3.0, 3.0]

@@ -21,6 +21,13 @@ def test_every_answer_is_scored_in_its_place():
     torch.testing.assert_close(log_probs, torch.tensor(exact).view(-1, 2), atol=1e-4, rtol=1e-5)
 
 
+def test_the_reference_is_scored_in_the_precision_of_the_run():
+    """Else policy and reference would differ before the first step, by rounding alone."""
+    exact, half = (score(Runtime(torch.device("cpu"), dtype))[0] for dtype in (torch.float32, torch.bfloat16))
+    assert not torch.equal(exact, half)
+    torch.testing.assert_close(exact, half, atol=0.3, rtol=0.03)
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_pairs_and_agree_with_one(tmp_path: Path):
     """Every process once scored every pair: eight GPUs took as long as one, and each did the others' work."""

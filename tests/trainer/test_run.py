@@ -66,7 +66,9 @@ def test_dropout_is_another_at_every_step_and_is_part_of_the_run(tmp_path):
     states = []
     for _ in runs[0].plan.batches(0):
         states.append(torch.get_rng_state())
-    assert len({bytes(state.numpy().tobytes()) for state in states}) == len(states) == 16
+    for _ in make_run(tmp_path / "2", seed_setting=7).plan.batches(0):  # another seed drops other units
+        states.append(torch.get_rng_state())
+    assert len({bytes(state.numpy().tobytes()) for state in states}) == len(states) == 32
 
 
 def test_ranks_see_other_rows_and_other_dropout_in_every_epoch(tmp_path):
@@ -91,6 +93,7 @@ def test_an_epoch_has_every_row_once_and_its_last_step_is_its_own(tmp_path):
         assert sum(len(batch.input_ids) for batch in seen) == 13
     orders = [torch.cat([b.input_ids for s in steps[4 * e : 4 * e + 4] for b in s]) for e in range(4)]
     assert not torch.equal(orders[0], orders[1])
+    assert make_run(tmp_path, max_steps=99).plan.num_steps == 16  # 4 epochs have no more
 
 
 def test_the_schedule_ends_at_a_tenth_of_its_peak_with_accumulation(tmp_path):
@@ -112,6 +115,19 @@ def test_folders_names_and_the_finished_flag(tmp_path):
     assert [(x["epoch"], x["step"], x["finished"]) for x in lineages] == [(0, 4, False), (1, 8, False), (2, 10, True)]
     assert all(x["stage"] == "pretrain" and x["parent"]["weights"] == "abc" for x in lineages)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".pt", ".pth", ".bin")]
+
+
+def test_the_loop_gets_what_the_run_was_asked_for(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("tinylm.trainer.run.run.fit", lambda *args, **options: calls.append((args, options)))
+    run = make_run(tmp_path, grad_clip=0.25, dtype=torch.float16, max_steps=7)
+    run.plan.at_once = 3
+    run.fit()
+    ((args, options),) = calls
+    assert args[1] is run.learner.objective and args[6] == 7
+    options.pop("on_step")
+    assert options == {"start_step": 0, "grad_clip": 0.25, "scaler": run.checkpoints.scaler, "at_once": 3}
+    assert isinstance(options["scaler"], torch.amp.GradScaler)
 
 
 def test_a_state_holds_all_a_run_needs_in_full_precision(tmp_path):
