@@ -11,8 +11,7 @@ from tests.structure import FILES, MODULES, PACKAGE, circle, imported_files, par
 FLOORS = (
     {"system", "files"},
     {"commandline", "tokenizer", "model"},
-    {"checkpoint", "dataset"},
-    {"generation"},
+    {"checkpoint", "dataset", "generation"},
     {"evaluation", "export", "trainer/core"},
     {"trainer/run"},
     {"trainer"},

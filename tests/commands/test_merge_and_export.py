@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from tinylm.checkpoint.adapter_folder import save_adapter
+from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.commands.export import main as export
 from tinylm.commands.merge import main as merge
-from tinylm.generation.loading import load_for_use
+from tinylm.generation.engine import Engine
 from tinylm.model.lora import LoRAConfig, apply_lora, has_lora, lora_parameters
 
 
@@ -60,7 +61,7 @@ def test_loading_for_use(stages):
     torch.testing.assert_close(loaded.model(ids), adapted(ids), rtol=1e-4, atol=1e-4)
     apart = load_for_use(folder / "lora", merge=False)
     assert has_lora(apart.model) and torch.equal(apart.model(ids), adapted(ids))
-    half = loaded.engine(torch.bfloat16)
+    half = Engine(loaded.model, loaded.tokenizer, torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.tokenizer.fingerprint == loaded.tokenizer.fingerprint
     (folder / "lora" / "lora_32_epoch0").rename(folder / "sft" / "lora_32_epoch0")
     with pytest.raises(ValueError, match="holds 3 models"):

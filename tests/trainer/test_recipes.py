@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -16,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.command_line import SHAPE, tinylm
 from tests.stage_files import write_stage_files
-from tinylm import cli
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.model.lora import adapters_disabled, unload_lora
 
@@ -30,18 +28,6 @@ SHARED = [
     "--device", "cpu", "--dtype", "float32", "--max_seq_len", "128", "--batch_size", "4", "--max_steps", "3",
     "--log_interval", "1", "--validation_fraction", "0.1", "--learning_rate", "1e-2", "--warmup_fraction", "0",
 ]  # fmt: skip
-SHAPE = [
-    "--preset", "tiny", "--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "4",
-    "--num_key_value_heads", "2",
-]  # fmt: skip
-
-
-def tinylm(*words: object) -> tuple[int, str]:
-    """(exit status, what it printed, both streams)."""
-    heard = io.StringIO()
-    with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
-        status = cli.main([str(word) for word in words])
-    return status, heard.getvalue()
 
 
 def write_jsonl(path: Path, records: list[dict]) -> Path:

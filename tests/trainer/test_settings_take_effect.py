@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 from pathlib import Path
@@ -12,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.command_line import SHAPE, tinylm
 from tests.stage_files import write_stage_files
-from tinylm import cli
 from tinylm.checkpoint.training_state import read_training_values
 from tinylm.trainer.core import loop
 
@@ -22,18 +20,6 @@ SHARED = [
     "--warmup_fraction", "0", "--weight_decay", "0", "--optimizer", "adamw", "--eval_batches", "0", "--seed", "5",
     "--validation_fraction", "0.2",
 ]  # fmt: skip
-SHAPE = [
-    "--preset", "tiny", "--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "4",
-    "--num_key_value_heads", "2",
-]  # fmt: skip
-
-
-def tinylm(*words: object) -> tuple[int, str]:
-    """(exit status, what it printed, both streams)."""
-    heard = io.StringIO()
-    with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
-        status = cli.main([str(word) for word in words])
-    return status, heard.getvalue()
 
 
 @pytest.fixture(scope="module")

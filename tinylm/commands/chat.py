@@ -18,12 +18,12 @@ from typing import Any, Literal, TextIO
 
 from rich.console import Console
 
+from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_path import last_models, newest_model, resolve_model_path
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.generation.engine import Engine, SamplingSettings
-from tinylm.generation.loading import load_for_use
 from tinylm.system.runtime import setup_runtime
 
 DEFAULT_FOLDER = Path("out")
@@ -113,7 +113,7 @@ def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
         wanted, actual = getattr(settings, name), getattr(loaded.model.config, name)
         if wanted not in (0, actual):
             raise ValueError(f"{name} is {wanted}, but {path} has {actual}; leave it out to read it from the model")
-    engine = loaded.engine(runtime.compute_dtype)
+    engine = Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype)
     if settings.max_seq_len > engine.context_length:
         raise ValueError(
             f"max_seq_len is {settings.max_seq_len}, but {path} has a context of {engine.context_length} tokens; "

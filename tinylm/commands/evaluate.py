@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tinylm.checkpoint.loading import load_for_use
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console, progress
 from tinylm.dataset import tinyworld
@@ -25,8 +26,7 @@ from tinylm.evaluation.tasks import (
     run_task,
 )
 from tinylm.files.atomic import write_json
-from tinylm.generation.engine import SamplingSettings
-from tinylm.generation.loading import load_for_use
+from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.lora import adapters_disabled, has_lora
 from tinylm.system.runtime import Runtime, setup_runtime
 
@@ -145,7 +145,7 @@ def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
     return Evaluator(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        engine=loaded.engine(runtime.compute_dtype),
+        engine=Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype),
         sampling=SamplingSettings(max_new_tokens=settings.max_new_tokens, temperature=0.0),
         tokens_per_batch=settings.batch_size,
         reference=reference,

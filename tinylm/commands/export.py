@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from tinylm.checkpoint.loading import load_for_use
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.export.pth import export_pth
-from tinylm.generation.loading import load_for_use
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinylm import __version__
+from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import adapter_base, save_model
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
-from tinylm.generation.loading import load_for_use
 from tinylm.model.lora import has_lora, merge_lora
 
 

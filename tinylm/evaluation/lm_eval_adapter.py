@@ -114,12 +114,14 @@ def make_lm_eval_model(
         from lm_eval.api.model import LM
     except ImportError:
         raise ValueError('the package lm-eval is not installed; install it with pip install "tinylm[eval]"') from None
-    from tinylm.generation.loading import load_for_use
+    from tinylm.checkpoint.loading import load_for_use
+    from tinylm.generation.engine import Engine
     from tinylm.system.runtime import setup_runtime
     from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, render_chat
 
     runtime = setup_runtime(device, dtype)
-    engine = load_for_use(model_path, device=runtime.device).engine(runtime.compute_dtype)
+    loaded = load_for_use(model_path, device=runtime.device)
+    engine = Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype)
 
     class TinyLMForLMEval(LMEvalRequests, LM):
         """Requests answered by ours, everything else inherited from the harness."""

@@ -11,7 +11,6 @@ import torch
 from tinylm.checkpoint.adapter_folder import load_adapter
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.checkpoint.model_path import resolve_model_path
-from tinylm.generation.engine import Engine
 from tinylm.model.lora import merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
@@ -26,10 +25,6 @@ class LoadedModel:
     model: TinyLMForCausalLM
     tokenizer: Tokenizer
     lineage: dict[str, Any]
-
-    def engine(self, dtype: torch.dtype | None = None) -> Engine:
-        """An engine that computes in `dtype` (None: the fastest that the hardware has)."""
-        return Engine(self.model, self.tokenizer, dtype)
 
 
 def load_for_use(
