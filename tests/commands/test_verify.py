@@ -112,17 +112,23 @@ def test_states(tmp_path, capsys):
 
 
 def test_the_code_version_sees_every_file(monkeypatch, tmp_path):
+    """Of the package and of nothing beside it."""
     from tinylm.system import code_version as module
 
-    (tmp_path / "a.py").write_text("x = 1\n")
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "code_version.py"))
-    seen = []
-    for name, content in (("a.py", "x = 1\n"), ("a.py", "x = 2\n"), ("b.py", "x = 2\n")):
-        (tmp_path / name).write_text(content)
+    package = tmp_path / "package"
+    (package / "system").mkdir(parents=True)
+    (package / "model").mkdir()
+    monkeypatch.setattr(module, "__file__", str(package / "system" / "code_version.py"))
+
+    def code_after_writing(name: str, content: str) -> str:
+        (package / name).write_text(content)
         module.code_version.cache_clear()
-        seen.append(module.code_version()["code"])
+        return module.code_version()["code"]
+
+    files = [("a.py", "x = 1\n"), ("a.py", "x = 2\n"), ("model/b.py", "x = 2\n"), ("../c.py", "x = 3\n")]
+    seen = [code_after_writing(name, content) for name, content in files]
     module.code_version.cache_clear()
-    assert len(set(seen)) == 3
+    assert len(set(seen[:3])) == 3 and seen[3] == seen[2]
 
 
 @pytest.mark.parametrize(
