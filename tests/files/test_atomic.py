@@ -223,6 +223,9 @@ def test_the_entry_of_a_new_folder_reaches_the_disk(tmp_path: Path, monkeypatch:
         (folder / "weights").write_bytes(b"x")
     assert calls[-2:] == ["rename to model", f"fsync {tmp_path}"]
     assert [Path(call.split()[1]).name for call in calls[:-2]] == ["weights", folder.name]
+    with atomic_folder(tmp_path / "model") as folder:  # the same when one takes the place of another
+        (folder / "weights").write_bytes(b"y")
+    assert calls[-1] == f"fsync {tmp_path}" and (tmp_path / "model" / "weights").read_bytes() == b"y"
 
 
 @pytest.fixture
