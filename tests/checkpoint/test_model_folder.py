@@ -384,7 +384,8 @@ def test_pth_export_writes_exactly_the_originals_names(tmp_path):
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4"),
         ({"qk_norm": True}, "qk_norm is set"),
         ({"position_embedding_type": "learned"}, "position_embedding_type 'learned'"),
-        ({"rope_theta": 1e4}, "rope_theta 10000.0"),
+        ({"rope_theta": 1e4}, "^rope_theta is 10000.0; the original project.s code has 1000000.0"),
+        ({"rms_norm_eps": 1e-6}, "^rms_norm_eps is 1e-06; the original project.s code has 1e-05"),
     ):
         with pytest.raises(ValueError, match=message):
             export_pth(small_model(**changes), tmp_path / "no.pth")

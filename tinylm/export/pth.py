@@ -33,12 +33,11 @@ def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
     for name in ("qk_norm", "attention_bias", "mlp_bias", "rope_scaling"):
         if getattr(config, name):
             raise ValueError(f"{name} is set; the original project's code lacks it: use the model folder instead")
-    if config.rope_theta != 1e6 or config.rms_norm_eps != 1e-5:
-        raise ValueError(
-            f"rope_theta {config.rope_theta} and rms_norm_eps {config.rms_norm_eps} are not the 1e6 and 1e-5 "
-            "fixed "
-            "in the original project's code: use the model folder instead"
-        )
+    for name, fixed in (("rope_theta", 1e6), ("rms_norm_eps", 1e-5)):
+        if (found := getattr(config, name)) != fixed:
+            raise ValueError(
+                f"{name} is {found}; the original project's code has {fixed}: use the model folder instead"
+            )
     state = {name_to_original(name): tensor.detach().cpu() for name, tensor in base_state(model).items()}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     try:
