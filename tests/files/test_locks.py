@@ -1,4 +1,4 @@
-"""A run folder has one owner; whoever goes on after a loss may have to wait until the system knows of the loss."""
+"""A run folder has one owner. After a machine is lost, its lock may last until the system notices the loss."""
 
 from __future__ import annotations
 

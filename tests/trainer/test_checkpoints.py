@@ -113,7 +113,7 @@ def test_the_lineage_names_the_best_loss_so_far(tmp_path):
 
 @pytest.mark.parametrize(("batch_size", "rows"), [(2, 12), (1, 2)])
 def test_rows_per_step_stay_with_other_processes_but_not_with_other_flags(tmp_path, batch_size, rows):
-    """A run of 3 processes with 2 x 2 rows each goes on with one; with another --batch_size it is another run."""
+    """A run of 3 processes with 2 x 2 rows each resumes in one; with another --batch_size it is a different run."""
     run = make_run(tmp_path, data=Rows(30), batch_size=batch_size)
     saved = {"batch_size": 2, "accumulation_steps": 2}
     run.checkpoints._keep_rows_per_step({"identity": {"rows_per_optimizer_step": 12}, "settings": saved})

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tinylm.commandline.terminal import progress
 from tinylm.dataset import tinyworld
+from tinylm.dataset.documents import PreferencePair
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.dataset.pretrain_dataset import PretrainDataset, load_pretrain_data
 from tinylm.dataset.sft_dataset import Outcomes, SFTDataset
@@ -19,8 +20,6 @@ from tinylm.dataset.splits import hold_out_items
 from tinylm.system.runtime import Runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.run.stage import Stage
-
-Messages = list[dict[str, str]]
 
 HELD_OUT_STORIES, HELD_OUT_CHATS, HELD_OUT_PAIRS = 300, 400, 200
 """Items of TinyWorld's test split for the validation of a run on TinyWorld."""
@@ -131,7 +130,7 @@ def _split_files(stage: Stage, load: Callable[[str, BadRows], list[Any]]) -> tup
     return train, held
 
 
-def _as_messages(pair: tinyworld.Preference) -> tuple[Messages, Messages, Messages]:
+def _as_messages(pair: tinyworld.Preference) -> PreferencePair:
     """A TinyWorld pair in the form that the loaders return."""
     chosen, rejected = ([{"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected))
     return list(pair.prompt), chosen, rejected
