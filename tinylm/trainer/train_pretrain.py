@@ -51,6 +51,8 @@ class PretrainSettings(TrainSettings):
     """normalise queries and keys, as Qwen3 does"""
     dropout: float = 0.0
     """dropout probability"""
+    read_control_tokens: bool = False
+    """read control tokens spelt in the text, such as <|im_start|>, as these tokens; by default they are letters"""
     tinyworld_documents: int = 14_000
     """documents of TinyWorld to train on when there is no data_path"""
 

@@ -18,6 +18,7 @@ from tinylm.dataset import tinyworld
 from tinylm.dataset.sources.records import BadRows, iterate_texts
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tinylm.trainer.run.train_settings import require_at_least, require_output_dir, require_share
+from tinylm.trainer.stage_data import report_rows
 
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 """The control tokens and one entry for each byte: a tokenizer without merges."""
@@ -87,8 +88,7 @@ def train(settings: TokenizerSettings) -> Path:
             settings.vocab_size,
             progress=lambda done, wanted: show(f"{done:,} of {wanted:,} merges", done, wanted),
         )
-    if bad_rows.num_bad:
-        console.print(f"skipped: {bad_rows.report()}", markup=False)
+    report_rows(console, bad_rows)
     folder = Path(settings.output_dir)
     tokenizer.save(folder)
     facts = {

@@ -70,7 +70,7 @@ def cached_token_shards(
         FileNotFoundError, ValueError: as `read_records` and BadRows raise them. Finished shards stay.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
-    sources = find_sources(path)
+    sources = find_sources(path, bad_rows.add_left_out)
     folders = [Path(cache_dir) / shard_name(source, tokenizer) for source in sources]
     counter = _Counter(progress)
     shards = _open_good(folders, tokenizer, notice)

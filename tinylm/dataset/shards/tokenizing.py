@@ -75,19 +75,18 @@ def sections_of(document: str) -> Iterator[Section]:
 
 
 def encode_chunk(tokenizer: Any, chunk: list[Section]) -> EncodedChunk:
-    """Tokenise a chunk; <|endoftext|> follows each document that ends in it."""
+    """Tokenise a chunk; <|endoftext|> follows each document that ends in it.
+
+    A `ControlTokenReader` may find <|endoftext|> in the text too, which ends a document there.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     encoded: list[np.ndarray] = []
-    ends = []
-    size = 0
     for ids, section in zip(tokenizer.encode_batch([section.text for section in chunk]), chunk, strict=True):
-        if section.ends_document:
+        if section.ends_document and ids[-1:] != [tokenizer.endoftext_id]:
             ids.append(tokenizer.endoftext_id)
         encoded.append(np.array(ids, dtype=dtype))
-        size += len(ids)
-        if section.ends_document:
-            ends.append(size)
-    return EncodedChunk(np.concatenate(encoded), np.array(ends, dtype=np.int64))
+    tokens = np.concatenate(encoded)
+    return EncodedChunk(tokens, np.flatnonzero(tokens == tokenizer.endoftext_id).astype(np.int64) + 1)
 
 
 def available_cores(num_tasks: int | None = None) -> int:
