@@ -8,7 +8,8 @@ import torch
 
 from tinylm.dataset.batches import IGNORE_INDEX, BatchSampler, step_batches
 from tinylm.dataset.dpo_dataset import DPODataset
-from tinylm.dataset.sft_dataset import SFTDataset
+from tinylm.dataset.sft_dataset import Outcomes, SFTDataset
+from tinylm.dataset.splits import hold_out_items
 from tinylm.tokenizer.chat_template import encode_chat
 
 
@@ -191,7 +192,7 @@ def test_pairs_without_a_difference_are_dropped_and_counted(tokenizer) -> None:
 
 def test_why_no_pair_can_be_learnt(tokenizer) -> None:
     same, long = pair(["Why?"], "yes", "yes"), pair(["w " * 99], "yes", "no")
-    with pytest.raises(ValueError, match="chosen and rejected are equal in all 2 pairs; expected two different answers"):
+    with pytest.raises(ValueError, match="chosen and rejected are equal in all 2 pairs; expected two different"):
         DPODataset.from_preferences([same, same], tokenizer, 60)
     with pytest.raises(ValueError, match="equal in 1 pairs, and none of the 2 others has an answer that fits into 60"):
         DPODataset.from_preferences([same, long, long], tokenizer, 60)

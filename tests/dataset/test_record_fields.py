@@ -178,7 +178,8 @@ def test_a_chat_refuses_what_would_be_learnt_in_another_way(name: str) -> None:
 
 
 def test_rows_for_kto_are_not_loaded_as_chats() -> None:
-    for row in ({"prompt": "Q", "completion": "bad", "label": False}, {"instruction": "Q", "output": "A", "kto_tag": 1}):
+    good, bad = {"instruction": "Q", "output": "A", "kto_tag": 1}, {"prompt": "Q", "completion": "B", "label": False}
+    for row in (good, bad):
         with pytest.raises(BadRow, match="it marks an answer as good or bad; keep only the rows with good answers"):
             messages_of(Record(row, "k.jsonl", 1))
 
@@ -257,8 +258,14 @@ def test_a_system_prompt_beside_whole_conversations_is_kept() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"chosen": [SYSTEM, QUESTION, ANSWER], "rejected": [SYSTEM, {**QUESTION, "content": "?"}, OTHER]}, "same prompt"),
-        ({"prompt": "Was?", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, OTHER]}, "the prompt is not in chosen"),
+        (
+            {"chosen": [SYSTEM, QUESTION, ANSWER], "rejected": [SYSTEM, {**QUESTION, "content": "?"}, OTHER]},
+            "same prompt",
+        ),
+        (
+            {"prompt": "Was?", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, OTHER]},
+            "the prompt is not in chosen",
+        ),
         ({"prompt": "Was?", "chosen": [QUESTION, ANSWER], "rejected": "Ja."}, "chosen begins with the turn of another"),
         ({"prompt": "Fällt Regen?", "chosen": [QUESTION], "rejected": "Ja."}, "chosen begins with the turn of another"),
         ({"chosen": [QUESTION, ANSWER], "rejected": "Ja."}, "no prompt"),

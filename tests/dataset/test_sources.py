@@ -251,7 +251,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ['[{"text": "Zwölf"}]', '\ufeff[{"text": "Zwölf"}]', '{"text": "Zwölf"}', '{"data": [{"text": "Zwölf"}]}']
+    "content",
+    ['[{"text": "Zwölf"}]', '\ufeff[{"text": "Zwölf"}]', '{"text": "Zwölf"}', '{"data": [{"text": "Zwölf"}]}'],
 )
 def test_json_files_of_several_forms(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_bytes(content.encode())
@@ -261,11 +262,14 @@ def test_json_files_of_several_forms(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ('{"version": 1, "data": [{"text": "x"}]}', "holds an object with the fields version, data; expected a list of"),
+        (
+            '{"version": 1, "data": [{"text": "x"}]}',
+            "holds an object with the fields version, data; expected a list of",
+        ),
         ("{}", r"holds an object with the fields \(none\)"),
         ('"text"', "holds a str; expected a list of objects; leave only the list of records in the file"),
         ('{"text": "x"}\n{"text": "y"}', "not JSON .*; for one a line, name the file .jsonl"),
-        ('[{"text": "x", "text": "y"}]', "the key 'text' appears twice"),
+        ('[{"text": "x", "text": "y"}]', "not JSON .the key 'text' appears twice in one object"),
     ],
 )
 def test_json_files_of_other_forms(tmp_path: Path, content: str, reason: str) -> None:

@@ -149,7 +149,7 @@ def _split_files(
             raise ValueError(f"{settings.validation_path}: {error}") from None
     train, held = whole.split(settings.validation_fraction, settings.seed)
     if held is None and settings.validation_fraction:
-        console.print(f"no validation: there is only one of the {whole.items}, so none is held out")
+        console.print(f"no validation: only one of the {whole.items} can be learnt, so none is held out")
     return train, held
 
 

@@ -135,7 +135,7 @@ def _find_one(path: str, left_out: LeftOut | None) -> list[Source]:
     files = _find_local(path, left_out)
     for file in files:
         if not is_unicode(file):
-            raise ValueError(f"{shown(file)}: the file's name is not UTF-8; expected one that is; rename the file")
+            raise ValueError(f"{shown(file, 200)}: the file's name is not UTF-8; expected one that is; rename the file")
     states = [os.stat(file) for file in files]
     return [Source(file, s.st_size, str(s.st_mtime_ns)) for file, s in zip(files, states, strict=True)]
 
