@@ -268,6 +268,7 @@ def test_json_files_of_several_forms(tmp_path: Path, content: str) -> None:
         ),
         ("{}", r"holds an object with the fields \(none\)"),
         ('"text"', "holds a str; expected a list of objects; leave only the list of records in the file"),
+        ("[" * 70 + "]" * 70, "not JSON .brackets nested deeper than 64"),
         ('{"text": "x"}\n{"text": "y"}', "not JSON .*; for one a line, name the file .jsonl"),
         ('[{"text": "x", "text": "y"}]', "not JSON .the key 'text' appears twice in one object"),
     ],
@@ -276,6 +277,18 @@ def test_json_files_of_other_forms(tmp_path: Path, content: str, reason: str) ->
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=f"a.json: {reason}"):
         list(iterate_texts(str(tmp_path / "a.json")))
+
+
+def test_a_list_in_a_file_of_lines_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('[\n{"text": "é"}\n]\n')
+    with pytest.raises(ValueError, match="line 1: not JSON .*; expected one object a line; .*, name the file .json"):
+        list(iterate_texts(str(tmp_path / "a.jsonl")))
+
+
+def test_chats_are_no_texts(write_jsonl) -> None:
+    for row in (CHATS["messages"], PREFERENCES["strings"]):
+        with pytest.raises(ValueError, match='expected {"text"}; chats are for tinylm sft, pairs for tinylm dpo'):
+            list(iterate_texts(write_jsonl(row)))
 
 
 def test_a_chat_in_a_json_file_is_one_record(tmp_path: Path) -> None:

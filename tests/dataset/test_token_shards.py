@@ -151,6 +151,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative": (_change(num_documents=-1), "impossible numbers"),
     "more than fit": (_change(num_tokens=1 << 61), "tokens.bin has"),
     "no list of bad rows": (_change(bad_lines=7), "not iterable"),
+    "notes of another kind": (_change(notes=[["a", "b", "c"]]), "notes are others"),
+    "a note of two parts": (_change(notes=[["a", 1]]), "notes are others"),
     "bad rows of another kind": (_change(bad_lines=[["a", "b"]], num_bad=1, num_rows=1), "bad_lines"),
     "more bad rows than rows": (_change(num_bad=5), "0 of 5 bad rows of 0"),
     "another hash": (_change(sha256=["x"]), "does not match its hash"),

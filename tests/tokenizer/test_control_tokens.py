@@ -47,6 +47,12 @@ def test_the_end_of_a_document_in_a_text_ends_it() -> None:
     assert data.num_bytes == 1
 
 
+def test_documents_of_one_token_are_not_held_out() -> None:
+    data = PretrainDataset.from_texts(["ein längerer Text"] + ["<|endoftext|>"] * 8, READER, 16)
+    train, held = data.split(0.3, seed=1)
+    assert held is None and train is data
+
+
 def test_files_are_read_either_way(tmp_path) -> None:
     (tmp_path / "a.txt").write_text(QUESTION * 3)
     found = {}

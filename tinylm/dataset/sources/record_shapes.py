@@ -53,7 +53,11 @@ def text_of(record: Record) -> str:
         BadRow: if it has no such field, or the text is empty or not a string.
     """
     if "text" not in record.data:
-        fail(record, f'{field_names(record)}; expected {{"text"}}; rename the column that holds the text')
+        is_chat = any(name in record.data for name in RECORD_FIELDS)
+        advice = (
+            "chats are for tinylm sft, pairs for tinylm dpo" if is_chat else "rename the column that holds the text"
+        )
+        fail(record, f'{field_names(record)}; expected {{"text"}}; {advice}')
     check_fields(record, record.data, ("text",), {})
     text = checked_text(record, record.data["text"], "text")
     if not text:

@@ -356,6 +356,8 @@ def _parse(text: str, file: str, line: int) -> Record | BadRow:
         return _make_record(parse_json(text, finite=False), file, line)
     except ValueError as error:
         hint = "; it looks like UTF-16, convert the file to UTF-8" if "\0" in text else ""
+        if line == 1 and text.startswith("["):
+            hint = "; expected one object a line; for a list of objects, name the file .json"
         return BadRow(file, line, f"not JSON ({error}){hint}")
 
 
