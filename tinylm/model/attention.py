@@ -108,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: flo
         # value is copied for the group. This kernel is not rebuilt for each S, as oneDNN's products are (214
         # microseconds a layer instead of 17).
         grouped = q.reshape(batch, k.shape[1], -1, q.shape[-1])  # [B, K, G, D]
-        return F.scaled_dot_product_attention(grouped, k, v, plan.mask, dropout).view_as(q)
+        return F.scaled_dot_product_attention(grouped, k, v, plan.mask, dropout).reshape(q.shape)
     small = batch * heads * num_queries * k.shape[2] <= MAX_SCORES
     if q.device.type == "cpu" and small:
         return blocked_attention(q, k, v, plan.mask, dropout)
