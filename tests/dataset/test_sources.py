@@ -269,7 +269,7 @@ def test_json_files_of_several_forms(tmp_path: Path, content: str) -> None:
         ("{}", r"holds an object with the fields \(none\)"),
         ('"text"', "holds a str; expected a list of objects; leave only the list of records in the file"),
         ("[" * 70 + "]" * 70, "not JSON .brackets nested deeper than 64"),
-        ('{"text": "x"}\n{"text": "y"}', "not JSON .*; for one a line, name the file .jsonl"),
+        ('{"text": "x"}\n{"text": "y"}', "not JSON .*; for one a line, use .jsonl"),
         ('[{"text": "x", "text": "y"}]', "not JSON .the key 'text' appears twice in one object"),
     ],
 )

@@ -94,7 +94,7 @@ def parse_json(raw: bytes | str, max_values: int | None = None, finite: bool = T
     _check_depth(value)
     if _HALF_PAIR.search(data):  # half of a surrogate pair is not Unicode: encoding it raises ValueError
         if not is_unicode(json.dumps(value, ensure_ascii=False)):
-            raise ValueError("half a surrogate pair, which is not Unicode")
+            raise ValueError("half a surrogate pair; expected valid Unicode")
     return value
 
 

@@ -282,7 +282,7 @@ def _read_json(file: str) -> Iterator[Record | BadRow]:
         value = parse_json(raw, finite=False)
     except ValueError as error:
         raise ValueError(
-            f"{file}: not JSON ({error}); expected a list of objects; for one a line, name the file .jsonl"
+            f"{file}: not JSON ({error}); expected a list of objects; for one a line, use .jsonl"
         ) from None
     for number, row in enumerate(_rows_of(value, file), start=1):
         yield _make_record(row, file, number)
