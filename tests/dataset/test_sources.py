@@ -285,12 +285,6 @@ def test_a_list_in_a_file_of_lines_is_named(tmp_path: Path) -> None:
         list(iterate_texts(str(tmp_path / "a.jsonl")))
 
 
-def test_chats_are_no_texts(write_jsonl) -> None:
-    for row in (CHATS["messages"], PREFERENCES["strings"]):
-        with pytest.raises(ValueError, match='expected {"text"}; chats are for tinylm sft, pairs for tinylm dpo'):
-            list(iterate_texts(write_jsonl(row)))
-
-
 def test_a_chat_in_a_json_file_is_one_record(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(CHATS["messages"]))
     assert load_conversations(str(tmp_path / "a.json")) == [[SYSTEM, QUESTION, ANSWER]]
@@ -373,3 +367,20 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path: P
 
 def test_every_kind_of_file_that_is_found_can_be_read() -> None:
     assert tuple(READERS) == SUFFIXES
+
+
+def test_rows_for_another_command_name_it(write_jsonl) -> None:
+    pairs, chats, texts = (
+        write_jsonl(row, name=f"{number}.jsonl")
+        for number, row in enumerate((PREFERENCES["strings"], CHATS["alpaca"], {"text": "é"}))
+    )
+    for load, path, command in (
+        (load_conversations, pairs, "dpo"),
+        (load_conversations, texts, "pretrain"),
+        (load_preferences, chats, "sft"),
+        (load_preferences, texts, "pretrain"),
+        (lambda path: list(iterate_texts(path)), chats, "sft"),
+        (lambda path: list(iterate_texts(path)), pairs, "dpo"),
+    ):
+        with pytest.raises(ValueError, match=f"; expected {{.*are for tinylm {command}; expected at most"):
+            load(path)

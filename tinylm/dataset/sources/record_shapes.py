@@ -53,11 +53,7 @@ def text_of(record: Record) -> str:
         BadRow: if it has no such field, or the text is empty or not a string.
     """
     if "text" not in record.data:
-        is_chat = any(name in record.data for name in RECORD_FIELDS)
-        advice = (
-            "chats are for tinylm sft, pairs for tinylm dpo" if is_chat else "rename the column that holds the text"
-        )
-        fail(record, f'{field_names(record)}; expected {{"text"}}; {advice}')
+        fail(record, _other_shape(record, '{"text"}', "rename the column that holds the text"))
     check_fields(record, record.data, ("text",), {})
     text = checked_text(record, record.data["text"], "text")
     if not text:
@@ -83,7 +79,7 @@ def messages_of(record: Record) -> list[Message]:
         read, messages = ["prompt", "completion"], _messages_in_field(record, "prompt", "user")
         messages += _messages_in_field(record, "completion", "assistant")
     else:
-        fail(record, f"{field_names(record)}; expected {CHAT_SHAPES}")
+        fail(record, _other_shape(record, CHAT_SHAPES))
     _check_row(record, read, REFUSED_IN_CHAT)
     messages = _with_system(record, messages)
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -106,7 +102,7 @@ def preference_of(record: Record) -> PreferencePair:
     """
     data = record.data
     if data.get("chosen") is None or data.get("rejected") is None:
-        fail(record, f"{field_names(record)}; expected {PREFERENCE_SHAPES}")
+        fail(record, _other_shape(record, PREFERENCE_SHAPES))
     chosen, rejected = (_messages_in_field(record, name, "assistant") for name in ("chosen", "rejected"))
     read, prompt = _given_prompt(record)
     if chosen[0]["role"] != "assistant" and rejected[0]["role"] != "assistant":  # whole conversations
@@ -129,6 +125,19 @@ def preference_of(record: Record) -> PreferencePair:
         if not any(message.get("train", True) for message in spoken):
             fail(record, f"{name} is marked as not to be learnt; expected an answer that is; remove the row")
     return _with_system(record, prompt), chosen, rejected
+
+
+def _other_shape(record: Record, expected: str, advice: str = "") -> str:
+    """The error for a record of another shape, with the command that it is for if its shape is known."""
+    for names, command in (
+        (("chosen", "rejected"), "preference pairs are for tinylm dpo"),
+        (("messages", "conversations", "output", "completion"), "chats are for tinylm sft"),
+        (("text",), "texts are for tinylm pretrain"),
+    ):
+        if any(record.data.get(name) is not None for name in names):
+            advice = command
+            break
+    return "; ".join(filter(None, (f"{field_names(record)}; expected {expected}", advice)))
 
 
 def _given_prompt(record: Record) -> tuple[list[str], list[Message]]:
