@@ -166,7 +166,7 @@ def draw(path: Path, machine: Machine) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "tinylm"  # the same picture is the same file
     worlds = sorted({*(8 * 2**power for power in range(7)), 1, 2, 4, 1000})
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.3), sharey=True, layout="constrained")
     titles = (f"{TOKENS_PER_GPU:,} tokens per GPU", f"{TOKENS_PER_STEP:,} tokens per step, shared out")
     for panel, title, of_step in zip(panels, titles, (False, True), strict=True):
         for preset, colour in zip(PRESETS, ("tab:blue", "tab:orange"), strict=True):
@@ -176,14 +176,15 @@ def draw(path: Path, machine: Machine) -> None:
                 for world in worlds:
                     tokens = TOKENS_PER_STEP / world if of_step else TOKENS_PER_GPU
                     values.append(100 * alone * tokens / predict(preset, world, int(tokens), machine)[kind].seconds)
-                name = f"{preset}, {'FSDP2' if kind else 'DDP'}"
-                panel.plot(worlds, values, style, color=colour, marker="o", markersize=3, label=name)
-        panel.set(title=title, xlabel="GPUs", xscale="log", ylim=(0, 105))
+                name = f"{preset}, {'FSDP2' if kind else 'DDP'}, computed"
+                panel.plot(worlds, values, style, color=colour, label=name)
+        panel.set(title=title, xlabel="GPUs (log axis)", xscale="log", ylim=(0, 105))
         panel.set_xticks([1, 8, 64, 1000], ["1", "8", "64", "1,000"])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("speed per GPU, % of one alone")
+    panels[0].set_ylabel("tokens/s per GPU, % of one GPU alone")
     panels[0].legend(frameon=False)
+    figure.suptitle("Computed, not measured: presets small and large on machines of eight H100 GPUs")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
