@@ -23,8 +23,8 @@ def main(corpus: str, folder: str, how: str = "") -> None:
     from tinylm.system.runtime import setup_runtime
     from tinylm.tokenizer.tokenizer import Tokenizer
     from tinylm.trainer.run.stage import Stage
-    from tinylm.trainer.run.train_settings import TrainSettings
     from tinylm.trainer.stage_data import load_texts
+    from tinylm.trainer.train_pretrain import PretrainSettings
 
     written: list[str] = []
     write_shard = shard_cache.write_shard
@@ -43,7 +43,7 @@ def main(corpus: str, folder: str, how: str = "") -> None:
 
     shard_cache.write_shard = write
     runtime = setup_runtime("cpu", "float32")
-    settings = TrainSettings(
+    settings = PretrainSettings(
         data_path=corpus, output_dir=f"{folder}/out", max_seq_len=32, validation_fraction=0.2, seed=42
     )
     tokenizer = Tokenizer.load(f"{folder}/tokenizer")
