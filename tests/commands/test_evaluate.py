@@ -113,6 +113,24 @@ def test_generated_answers_have_errors_of_their_own(model_folder, tmp_path, monk
         assert measure["standard_error"] == pytest.approx(np.std(values, ddof=1) / 3**0.5)
 
 
+def test_wrong_answers_score_nothing_and_a_number_needs_no_quotes(model_folder, tmp_path, monkeypatch):
+    """The wrong answers differ from the right ones in a sign, a point and an article; they scored 1.0."""
+    rows = [
+        {"question": "7 / 2?", "answer": 3.5},
+        {"question": "3 - 8?", "answer": -5},
+        {"question": "?", "answer": "A"},
+    ]
+    rows.append({"question": "Plan?", "answer": "#### Plan\nSchlaf gut."})
+    data, output = write_rows(tmp_path / "g.jsonl", rows), tmp_path / "r.json"
+    for replies, share in (["35", "5", "The", "Nein."], 0.0), (["3.5", "-5.0", "A.", "#### plan\nschlaf gut"], 1.0):
+        monkeypatch.setattr(Engine, "reply_batch", lambda self, chats, settings, said=replies: said)
+        run("--model_path", model_folder, "--data_path", data, "--output", str(output))
+        assert json.loads(output.read_text())["measures"][0]["value"] == share
+    write_rows(tmp_path / "g.jsonl", [{"question": "Was?", "answer": True}])
+    with pytest.raises(ValueError, match="line 1: answer of type bool; expected a str or int or float"):
+        run("--model_path", model_folder, "--data_path", data)
+
+
 def test_conversations_can_be_generated(model_folder, tmp_path):
     data, output = write_rows(tmp_path / "c.jsonl", ROWS["chat"]), tmp_path / "r.json"
     arguments = ["--model_path", model_folder, "--data_path", data, "--output", str(output)]

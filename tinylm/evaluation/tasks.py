@@ -101,11 +101,12 @@ def _records(path: str) -> Iterator[Record]:
         raise ValueError(f"{error}; correct the row or take it out") from None
 
 
-def _field(record: Record, name: str, kind: type) -> Any:
+def _field(record: Record, name: str, kind: type | tuple[type, ...]) -> Any:
     value = record.data.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         found = f"{name} of type {type(value).__name__}" if name in record.data else f"no field {name!r}"
-        raise ValueError(f"{record.path}, line {record.line}: {found}; expected a {kind.__name__}; correct it")
+        expected = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{record.path}, line {record.line}: {found}; expected a {expected}; correct it")
     return value
 
 
@@ -198,7 +199,7 @@ def question_and_answer(record: Record) -> tuple[list[dict[str, str]], str]:
         question = _field(record, "question", str)
         context = record.data.get("context")
         content = f"{context.strip()}\n\n{question}" if isinstance(context, str) else question
-        return [{"role": "user", "content": content}], _field(record, "answer", str)
+        return [{"role": "user", "content": content}], str(_field(record, "answer", (str, int, float)))
     messages = list(messages_of(record))
     try:
         return question_of(messages), messages[-1]["content"]
