@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 
@@ -170,6 +171,17 @@ def test_only_the_command_line_prints(name: str) -> None:
             )
         if isinstance(node, ast.ImportFrom):
             assert node.module not in {"rich.progress", "rich.status"}, f"tinylm/{name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_text_holds_markup(name: str) -> None:
+    """Texts are printed as they are, so that brackets in a path are safe; colours come from `rich.text.Text`."""
+    for node in ast.walk(parse(name)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "rich.markup", f"tinylm/{name}:{node.lineno}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            tag = re.search(r"\[/?(bold|dim|italic|red|green|yellow|blue|cyan)\b", node.value)
+            assert not tag, f"tinylm/{name}:{node.lineno}: {node.value}"
 
 
 @pytest.mark.parametrize("name", FILES)

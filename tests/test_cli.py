@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -204,6 +205,23 @@ def test_a_closed_stream_is_no_error(closed):
     command = f"{sys.executable} -m tinylm.cli pretrain --preset nosuch {closed}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Error" not in done.stderr.replace("error:", "")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_text_can_be_printed(repository: Path, encoding: str) -> None:
+    """A Latin-1 file name, or any letter on a terminal of few letters, ended in a UnicodeEncodeError."""
+    code = (
+        "from tinylm.commandline.exit_status import run_main\n"
+        "from tinylm.commandline.terminal import make_console\n"
+        "def f(argv):\n"
+        "    make_console().print('caf\\udce9 größe')\n"
+        "    raise ValueError('no caf\\udce9 \\x1b[2J')\n"
+        "raise SystemExit(run_main(f, []))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout.decode("utf-8")[:9]) == (2, "caf\\udce9"), done.stderr
+    assert done.stderr == b"tinylm: error: no caf\\udce9 [2J\n"
 
 
 def test_a_temporary_file_is_called_by_the_name_it_would_have_got(capsys):

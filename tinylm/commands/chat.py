@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_path import last_models, newest_model, resolve_model_path
-from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.exit_status import CONTROL_CHARACTERS, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.generation.engine import Engine, SamplingSettings
@@ -30,8 +30,6 @@ DEFAULT_FOLDER = Path("out")
 STAGES = ("dpo", "lora", "full_sft", "pretrain")
 """What the names of models start with; the last stage of training comes first."""
 HELP = "/reset  forget the conversation\n/system TEXT  give instructions (none: remove them)\n/exit  leave (or Ctrl-D)"
-CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Removed before text is sent to a terminal: an answer could move the cursor or change the title."""
 
 
 @dataclass(frozen=True, kw_only=True)

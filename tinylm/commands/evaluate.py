@@ -92,19 +92,23 @@ def main(argv: list[str] | None = None) -> int:
     report["dtype"] = str(runtime.compute_dtype).removeprefix("torch.")
     if settings.data_path is None:
         console.print("No --data_path given: measuring TinyWorld's skills on held-out items.")
+    tables = []
     if "skills" in settings.task_names or settings.data_path is None:
         board = measure_skills(evaluator, settings)
-        console.print(board.to_table())
+        tables.append(board.to_table())
         report["skills"] = board.to_json()
     measures: list[Measure] = []
     for task, path in plan:
         measures += measure_file(evaluator, runtime, task, path, settings.limit)
     if measures:
-        console.print(measures_table(measures, title=settings.model_path))
+        tables.append(measures_table(measures, title=settings.model_path))
         report["measures"] = measures_json(measures)
     report["seconds"] = round(time.perf_counter() - start, 1)
     if settings.output is not None:
-        write_json(settings.output, report)
+        write_json(settings.output, report)  # before anything is printed: a closed pipe must not lose it
+    for table in tables:
+        console.print(table)
+    if settings.output is not None:
         console.print(f"report written to {settings.output}")
     return 0
 

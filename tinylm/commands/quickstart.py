@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.checkpoint.model_path import resolve_model_path
@@ -175,7 +176,7 @@ def finished_model(stage: str, settings: TrainSettings) -> Path | None:
 def train_all(plan: Plan, console: Console) -> dict[str, Path]:
     """Run the stages that are not finished; returns the folder of each stage's model."""
     if (Path(plan.tokenizer.output_dir) / "tokenizer.json").exists():
-        console.print("[bold]1/5 tokenizer[/bold]: already done")
+        console.print("1/5 tokenizer: already done")
     else:
         console.rule("1/5 tokenizer", align="left")
         train_tokenizer.train(plan.tokenizer)
@@ -188,7 +189,7 @@ def train_all(plan: Plan, console: Console) -> dict[str, Path]:
     folders = {}
     for number, (stage, settings, train) in enumerate(stages, start=2):
         if folder := finished_model(stage, settings):
-            console.print(f"[bold]{number}/5 {stage}[/bold]: already done, {folder}")
+            console.print(f"{number}/5 {stage}: already done, {folder}")
         else:
             console.rule(f"{number}/5 {stage}", align="left")
             folder = train(settings)
@@ -245,7 +246,7 @@ def show_bars(rows: list[tuple[str, str, str, bool]], console: Console) -> None:
     """Print the bars, and whether this run met them."""
     table = Table("bar", "measured", "wanted", "", title="what the quickstart aims at", title_justify="left")
     for what, got, wanted, met in rows:
-        table.add_row(what, got, wanted, "[green]met[/green]" if met else "[red]missed[/red]")
+        table.add_row(what, got, wanted, Text("met", "green") if met else Text("missed", "red"))
     console.print(table)
 
 
