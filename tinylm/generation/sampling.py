@@ -22,6 +22,11 @@ from torch import Tensor
 # these nearly always contain the nucleus.
 NUCLEUS_FIRST_LOOK = 256
 
+MAX_BEAMS = 256
+"""Each beam has a KV cache of its own."""
+_EXTREME = 1e15
+"""Temperatures below 1 / this act as greedy, and above it as uniform; the logits stay finite between them."""
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -52,10 +57,15 @@ class SamplingSettings:
         accept("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
         accept("top_p", self.top_p, 0 <= self.top_p <= 1, "0 to 1 (1 = off)")
         accept("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1 (0 = off)")
-        penalty = self.repetition_penalty
-        accept("repetition_penalty", penalty, 0 < penalty < math.inf, "more than 0 (1 = off)")
-        accept("num_beams", self.num_beams, self.num_beams >= 1, "at least 1 (1 = off)")
-        accept("length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a finite number")
+        accept(
+            "repetition_penalty",
+            self.repetition_penalty,
+            0.01 <= self.repetition_penalty <= 100,
+            "0.01 to 100 (1 = off)",
+        )
+        accept("num_beams", self.num_beams, 1 <= self.num_beams <= MAX_BEAMS, f"1 (off) to {MAX_BEAMS}")
+        # 50: the longest context to this power is still a number
+        accept("length_penalty", self.length_penalty, abs(self.length_penalty) <= 50, "-50 to 50 (0 = off)")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(
                 f"num_beams={self.num_beams} with temperature={self.temperature}; beam search does not sample; "
@@ -109,9 +119,10 @@ class BatchSampling:
         def column(name: str) -> Tensor:
             return torch.tensor([getattr(settings, name) for settings in rows], device=device)
 
+        temperatures = [t and min(max(t, 1 / _EXTREME), _EXTREME) for t in (settings.temperature for settings in rows)]
         return cls(
-            temperature=column("temperature"),
-            top_k=column("top_k"),
+            temperature=torch.tensor(temperatures, device=device),
+            top_k=torch.tensor([min(settings.top_k, 2**31) for settings in rows], device=device),
             top_p=column("top_p"),
             min_p=column("min_p"),
             repetition_penalty=column("repetition_penalty"),
