@@ -45,7 +45,7 @@ class EvalSettings:
     """comma-separated choice of skills, bits_per_byte, blimp, multiple_choice, lambada, chat, preferences,
     generate; auto chooses by each file's fields"""
     adapter: str | None = None
-    """folder of a LoRA adapter to add to the model"""
+    """LoRA adapter to add to the model: its folder, or the output folder of `tinylm lora`"""
     reference_path: str | None = None
     """model that preferences are measured against; by default, with an adapter, the model without it"""
     tokenizer_path: str | None = None
@@ -141,9 +141,17 @@ def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
 def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
     """Load the model, its adapter, its tokenizer and the reference."""
     loaded = load_for_use(settings.model_path, settings.adapter, settings.tokenizer_path, runtime.device, merge=False)
+    if loaded.notice:
+        make_console(stderr=True).print(loaded.notice)
     reference: ReferenceModel | None = None
     if settings.reference_path is not None:
-        reference = as_reference(load_for_use(settings.reference_path, device=runtime.device).model)
+        other = load_for_use(settings.reference_path, device=runtime.device)
+        if other.tokenizer != loaded.tokenizer:
+            raise ValueError(
+                f"{other.path} has another tokenizer than {loaded.path}; a reference must read the same tokens; "
+                "give the model that training started from"
+            )
+        reference = as_reference(other.model)
     elif has_lora(loaded.model):
         reference = _without_adapters(loaded.model)
     return Evaluator(
