@@ -18,6 +18,7 @@ FLOORS = (
     {"trainer"},
     {"commands"},
     {"cli.py"},
+    {"__main__.py"},
 )
 """From the ground up. Imports go from a higher floor to a lower one, or stay in their room. `trainer/core` and
 `trainer/run` are rooms of their own; any other folder in a room belongs to it."""

@@ -32,7 +32,7 @@ from tinylm.commandline.exit_status import CONTROL_CHARACTERS, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.generation.engine import Engine, SamplingSettings
-from tinylm.system.runtime import setup_runtime
+from tinylm.system.runtime import DtypeName, setup_runtime
 
 DEFAULT_FOLDER = Path("out")
 STAGES = ("dpo", "lora", "full_sft", "pretrain")
@@ -42,30 +42,30 @@ HELP = "/reset  forget the conversation\n/system TEXT  give instructions (none: 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings(SamplingSettings):
-    """Which model to talk with, and how it answers."""
+    """Settings of a chat."""
 
     model_path: str = ""
-    """Model folder, adapter folder, .pth file, or a folder of several models; empty = the newest under ./out."""
+    """model folder, adapter folder, .pth file or a folder of several models; without it the newest under ./out"""
     weight: Literal["", "pretrain", "full_sft", "lora", "dpo"] = ""
-    """Of several models, the newest whose name starts like this; pretrain continues text instead of chatting."""
+    """of several models, the newest whose name starts like this; pretrain continues text instead of chatting"""
     adapter: str = ""
-    """LoRA adapter to add to the model: its folder, or the output folder of `tinylm lora`."""
+    """LoRA adapter to add to the model: its folder, or the output folder of `tinylm lora`"""
     tokenizer_path: str = ""
-    """Tokenizer folder to use instead of the model's own."""
+    """tokenizer folder; by default the model's own"""
     prompt: str | None = None
-    """Answer this and exit."""
+    """answer this and exit"""
     system: str = ""
-    """Instructions that stay at the head of the conversation."""
+    """instructions that stay at the head of the conversation"""
     max_seq_len: int = 0
-    """Longest prompt and answer together (tokens; 0 = the model's context)."""
+    """longest prompt and answer together (tokens); 0 means the model's context"""
     hidden_size: int = 0
-    """Width the model must have (0 = read from the model)."""
+    """if given, must be the model's width"""
     num_hidden_layers: int = 0
-    """Number of layers the model must have (0 = read from the model)."""
+    """if given, must be the model's number of blocks"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] = "auto"
-    """Precision; auto = bfloat16 where the hardware has it, else float32."""
+    """auto, cpu, cuda, cuda:N or mps"""
+    dtype: DtypeName = "auto"
+    """precision of matrix products; auto is bfloat16 where the hardware has it, else float32"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ from tinylm.evaluation.tasks import (
 from tinylm.files.atomic import write_json
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.lora import adapters_disabled, has_lora
-from tinylm.system.runtime import Runtime, setup_runtime
+from tinylm.system.runtime import DtypeName, Runtime, setup_runtime
 
 DESCRIPTION = "Measure a model on data files (the task is recognised by their fields) or on TinyWorld's questions."
 
@@ -61,8 +61,8 @@ class EvalSettings:
     """tokens in one forward pass, in tasks that score text"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    dtype: str = "auto"
-    """precision of matrix products: auto, float32, bfloat16 or float16; output logits are always float32"""
+    dtype: DtypeName = "auto"
+    """precision of matrix products; auto is bfloat16 where the hardware has it, else float32"""
 
     def __post_init__(self) -> None:
         check_task_names(self.task_names)

@@ -35,6 +35,7 @@ from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.lora import unload_lora
 from tinylm.model.weights import weights_fingerprint
 from tinylm.system.cpu_parallel import num_cores
+from tinylm.system.runtime import DtypeName
 from tinylm.trainer import train_dpo, train_full_sft, train_lora, train_pretrain, train_tokenizer
 from tinylm.trainer.run.train_settings import TrainSettings
 
@@ -60,8 +61,8 @@ class QuickstartSettings:
     """seed of data, initialisation and order"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    dtype: str = "auto"
-    """precision of matrix products: auto, float32, bfloat16 or float16"""
+    dtype: DtypeName = "auto"
+    """precision of matrix products; auto is bfloat16 where the hardware has it, else float32"""
     chat: bool = True
     """open a chat at the end if there is a terminal; else show three sample chats"""
 

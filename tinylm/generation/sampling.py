@@ -30,26 +30,26 @@ _EXTREME = 1e15
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the next token is chosen, and how many of them at most."""
+    """Settings of sampling: how the next token is chosen, and how many of them at most."""
 
     max_new_tokens: int = 256
-    """Most tokens to generate per answer (tokens)."""
+    """most tokens of an answer"""
     temperature: float = 0.7
-    """Divides the logits: below 1 is more careful, above 1 bolder; 0 always takes the likeliest token (greedy)."""
+    """divides the logits: below 1 is more careful, above 1 bolder; 0 always takes the likeliest token (greedy)"""
     top_k: int = 0
-    """Draw only from the k likeliest tokens (tokens; 0 = off)."""
+    """draw only from the k likeliest tokens; 0 turns it off"""
     top_p: float = 0.9
-    """Draw only from the fewest tokens whose probabilities reach this sum (0 to 1; 1 = off)."""
+    """draw only from the fewest tokens whose probabilities reach this sum, from 0 to 1; 1 turns it off"""
     min_p: float = 0.0
-    """Draw only from tokens at least this fraction as likely as the likeliest one (0 to 1; 0 = off)."""
+    """draw only from tokens at least this fraction as likely as the likeliest, from 0 to 1; 0 turns it off"""
     repetition_penalty: float = 1.0
-    """Makes tokens that already occurred less likely (1 = off; 1.1 to 1.3 is usual)."""
+    """makes tokens that already occurred less likely, from 0.01 to 100; 1 turns it off, 1.1 to 1.3 is usual"""
     num_beams: int = 1
-    """Beam search over this many hypotheses (1 = off); deterministic, so it needs temperature 0."""
+    """beam search over this many hypotheses; 1 turns it off; it does not sample, so it needs temperature 0"""
     length_penalty: float = 1.0
-    """Beam search divides a hypothesis' log-probability by its length in tokens to this power."""
+    """beam search divides a hypothesis' log-probability by its length in tokens to this power, from -50 to 50"""
     seed: int | None = None
-    """Seed of the draw; unset = another answer every time."""
+    """seed of the draw; without it, another answer every time"""
 
     def __post_init__(self) -> None:
         accept("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
