@@ -115,7 +115,8 @@ class TinyLMConfig:
         self._require_positive("intermediate_size")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                heads = _near_divisors(self.hidden_size, self.num_attention_heads, self.num_key_value_heads)
+                half = self.hidden_size // (1 if self.hidden_size % 2 else 2)  # so that the width of a head is even
+                heads = _near_divisors(half, self.num_attention_heads, self.num_key_value_heads)
                 raise ValueError(
                     f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
                     f"{self.num_attention_heads}; choose num_attention_heads {heads}, or a hidden_size of "
