@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from tests.checkpoint.saved_states import save_state
 from tinylm.checkpoint.model_path import last_models, resolve_adapter_path, resolve_model_path
 
 
@@ -76,3 +77,11 @@ def test_an_adapter_is_found_like_a_model(models):
         resolve_adapter_path(folder / "sft")
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         resolve_adapter_path(folder / "nowhere")
+
+
+def test_what_is_no_model_is_said_to_be_what_it_is(tmp_path):
+    save_state(tmp_path / "dpo_16_state", {"step": 3, "identity": {"stage": "dpo", "num_steps": 3}})
+    with pytest.raises(ValueError, match="dpo_16_state holds the training states of a run, and no model; give a model"):
+        resolve_model_path(tmp_path / "dpo_16_state")
+    with pytest.raises(ValueError, match="https://there/größe is an address; models are read from this machine"):
+        resolve_model_path("https://there/größe")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tinylm.checkpoint.training_state import read_training_values
+from tinylm.checkpoint.training_state import read_training_values, state_folders
 from tinylm.checkpoint.weight_shards import WEIGHTS
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -33,6 +33,8 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
         FileNotFoundError: the path does not exist.
         ValueError: the folder holds no such model, or the models of several runs.
     """
+    if "://" in str(path):
+        raise ValueError(f"{path} is an address; models are read from this machine; download it, then give its folder")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a model folder, an adapter folder or a .pth file")
@@ -59,6 +61,8 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
         raise ValueError(f"{path} itself holds no model, but below it are {names}; give the path of one of them")
     if stopped := [text for text in map(unfinished_run, sorted(path.glob("*_state"))) if text]:
         raise ValueError(f"{path} holds no model yet: {stopped[0]}")
+    if state_folders(path):
+        raise ValueError(f"{path} holds the training states of a run, and no model; give a model folder beside it")
     expected = f"expected {CONFIG}, {ADAPTER} or a .pth file in it"
     raise ValueError(f"{path} holds no model; {expected}; give the path of a model")
 

@@ -7,6 +7,7 @@ its help text. `parse_settings` is the only parser in the project.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -71,6 +72,9 @@ def parse_settings(cls: type[Settings], argv: list[str], prog: str, description:
     except _ParseError as error:
         _fail(prog, f"{error}; see {prog} --help")
     shared = {name: flags.pop(name, None) for name in SHARED_FLAGS}
+    for name, value in flags.items():
+        if _is_too_large(value):
+            _fail(prog, f"{name} is {shown(value)}; expected {_type_name(hints[name])}; see {prog} --help")
     values = {} if shared["config"] is None else _read_config(shared["config"], parser, hints, prog)
     values.update(flags)
     required = [field.name for field in _init_fields(cls) if _is_required(field)]
@@ -193,6 +197,11 @@ def _normalize_flags(argv: list[str], hints: dict[str, Any], prog: str) -> list[
     return result
 
 
+def _is_too_large(value: object) -> bool:
+    """No setting is NaN or infinite, and torch takes no whole number of more than 64 bits."""
+    return (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63)
+
+
 def _hint_for_stray(word: str, known: list[str]) -> str:
     """What a word that belongs to no flag may mean: a path, `-lr` or `lr=1e-3`."""
     if os.path.exists(word):
@@ -223,9 +232,7 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
         if isinstance(value, str) and _is_text(hints[key]):
             values[key] = value  # jsonargparse would parse it as YAML again, aliases included
             continue
-        # No setting is NaN or infinite, and torch takes no whole number of more than 64 bits.
-        too_large = isinstance(value, int | float) and not abs(value) < 2**63
-        if too_large or (isinstance(value, str) and len(value) > _MAX_QUOTED):
+        if _is_too_large(value) or (isinstance(value, str) and len(value) > _MAX_QUOTED):
             _fail(prog, f"{where}: {key} is {shown(value)}; expected {_type_name(hints[key])}; see {prog} --help")
         if value is None and type(None) not in typing.get_args(hints[key]):
             _fail(prog, f"{where}: {key} is null; expected {_type_name(hints[key])}; see {prog} --help")
@@ -302,7 +309,7 @@ def _shown(field: dataclasses.Field[Any]) -> str:
 def _type_name(hint: Any) -> str:
     """A type in words: `one of a, b`, `a whole number or null`."""
     if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint) if choice != "")
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) in (list, tuple):

@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 _FLAGS = {
-    "model_path": "model model_name model_name_or_path checkpoint ckpt ckpt_path pretrained base_model weights m",
     "adapter": "lora lora_path adapter_path adapter_name_or_path peft",
+    "model_path": "model model_name model_name_or_path checkpoint ckpt ckpt_path pretrained base_model weights m "
+    "adapter lora lora_path adapter_path",
     "tokenizer_path": "tokenizer tokenizer_name vocab tokenizer_file",
     "data_path": "data dataset dataset_name dataset_path data_dir train_data train_file training_data file files "
     "input input_file text corpus train d",
