@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 
@@ -17,6 +18,7 @@ FLOORS = (
     {"trainer"},
     {"commands"},
     {"cli.py"},
+    {"__main__.py"},
 )
 """From the ground up. Imports go from a higher floor to a lower one, or stay in their room. `trainer/core` and
 `trainer/run` are rooms of their own; any other folder in a room belongs to it."""
@@ -170,6 +172,17 @@ def test_only_the_command_line_prints(name: str) -> None:
             )
         if isinstance(node, ast.ImportFrom):
             assert node.module not in {"rich.progress", "rich.status"}, f"tinylm/{name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_text_holds_markup(name: str) -> None:
+    """Texts are printed as they are, so that brackets in a path are safe; colours come from `rich.text.Text`."""
+    for node in ast.walk(parse(name)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "rich.markup", f"tinylm/{name}:{node.lineno}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            tag = re.search(r"\[/?(bold|dim|italic|red|green|yellow|blue|cyan)\b", node.value)
+            assert not tag, f"tinylm/{name}:{node.lineno}: {node.value}"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.checkpoint.model_path import resolve_model_path
@@ -34,6 +35,7 @@ from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.lora import unload_lora
 from tinylm.model.weights import weights_fingerprint
 from tinylm.system.cpu_parallel import num_cores
+from tinylm.system.runtime import DtypeName
 from tinylm.trainer import train_dpo, train_full_sft, train_lora, train_pretrain, train_tokenizer
 from tinylm.trainer.run.train_settings import TrainSettings
 
@@ -59,8 +61,8 @@ class QuickstartSettings:
     """seed of data, initialisation and order"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    dtype: str = "auto"
-    """precision of matrix products: auto, float32, bfloat16 or float16"""
+    dtype: DtypeName = "auto"
+    """precision of matrix products; auto is bfloat16 where the hardware has it, else float32"""
     chat: bool = True
     """open a chat at the end if there is a terminal; else show three sample chats"""
 
@@ -175,7 +177,7 @@ def finished_model(stage: str, settings: TrainSettings) -> Path | None:
 def train_all(plan: Plan, console: Console) -> dict[str, Path]:
     """Run the stages that are not finished; returns the folder of each stage's model."""
     if (Path(plan.tokenizer.output_dir) / "tokenizer.json").exists():
-        console.print("[bold]1/5 tokenizer[/bold]: already done")
+        console.print("1/5 tokenizer: already done")
     else:
         console.rule("1/5 tokenizer", align="left")
         train_tokenizer.train(plan.tokenizer)
@@ -188,7 +190,7 @@ def train_all(plan: Plan, console: Console) -> dict[str, Path]:
     folders = {}
     for number, (stage, settings, train) in enumerate(stages, start=2):
         if folder := finished_model(stage, settings):
-            console.print(f"[bold]{number}/5 {stage}[/bold]: already done, {folder}")
+            console.print(f"{number}/5 {stage}: already done, {folder}")
         else:
             console.rule(f"{number}/5 {stage}", align="left")
             folder = train(settings)
@@ -245,7 +247,7 @@ def show_bars(rows: list[tuple[str, str, str, bool]], console: Console) -> None:
     """Print the bars, and whether this run met them."""
     table = Table("bar", "measured", "wanted", "", title="what the quickstart aims at", title_justify="left")
     for what, got, wanted, met in rows:
-        table.add_row(what, got, wanted, "[green]met[/green]" if met else "[red]missed[/red]")
+        table.add_row(what, got, wanted, Text("met", "green") if met else Text("missed", "red"))
     console.print(table)
 
 

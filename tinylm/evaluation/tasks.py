@@ -19,6 +19,7 @@ from tinylm.evaluation.preferences import ReferenceModel, preference_accuracy
 from tinylm.evaluation.results import Measure, measure_of, ratio_and_error
 from tinylm.evaluation.sequence_logprob import Progress, sequence_logprobs
 from tinylm.evaluation.skills import Replier, question_of
+from tinylm.files.untrusted import shown
 from tinylm.tokenizer.chat_template import encode_chat
 
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -101,12 +102,17 @@ def _records(path: str) -> Iterator[Record]:
         raise ValueError(f"{error}; correct the row or take it out") from None
 
 
-def _field(record: Record, name: str, kind: type) -> Any:
+def _field(record: Record, name: str, kind: type | tuple[type, ...]) -> Any:
     value = record.data.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        found = f"{name} of type {type(value).__name__}" if name in record.data else f"no field {name!r}"
-        raise ValueError(f"{record.path}, line {record.line}: {found}; expected a {kind.__name__}; correct it")
+        found = f"{name} is {shown(value)}" if name in record.data else f"no field {name!r}"
+        expected = " or ".join(_WORDS[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{record.path}, line {record.line}: {found}; expected {expected}; correct it")
     return value
+
+
+_TEXT_OR_NUMBER = (str, int, float)
+_WORDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number", list: "a list"}
 
 
 def _run_bits_per_byte(e: Evaluator, records: Iterable[Record], name: str, limit: int | None) -> list[Measure]:
@@ -198,7 +204,7 @@ def question_and_answer(record: Record) -> tuple[list[dict[str, str]], str]:
         question = _field(record, "question", str)
         context = record.data.get("context")
         content = f"{context.strip()}\n\n{question}" if isinstance(context, str) else question
-        return [{"role": "user", "content": content}], _field(record, "answer", str)
+        return [{"role": "user", "content": content}], str(_field(record, "answer", _TEXT_OR_NUMBER))
     messages = list(messages_of(record))
     try:
         return question_of(messages), messages[-1]["content"]

@@ -82,17 +82,22 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON object completely or not at all. NaN and infinite numbers become null: JSON has neither."""
+    """Write a JSON object completely or not at all. NaN and infinite numbers become null: JSON has neither.
+
+    The bytes of a file's name that are not UTF-8 are written as the text `\\udce9`.
+    """
     with atomic_write(path) as file:
-        text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_writable(data), indent=2, ensure_ascii=False, allow_nan=False)
         file.write(text.encode("utf-8") + b"\n")
 
 
-def _finite(value: Any) -> Any:
+def _writable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _writable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_writable(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", errors="backslashreplace").decode("utf-8")
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

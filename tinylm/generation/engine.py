@@ -125,7 +125,10 @@ class Engine:
         if not prompt_ids:
             raise ValueError("the prompt is empty; expected at least one token; give some text to continue")
         if self.context_length < 2:
-            raise ValueError(f"a context of {self.context_length} token has no room for an answer; expected 2 or more")
+            raise ValueError(
+                f"a context of {self.context_length} token has no room for an answer; expected 2 or more; raise "
+                "max_seq_len, or use a model with a longer context"
+            )
         return prompt_ids[-prompt_budget(self.context_length, settings.max_new_tokens) :]
 
     # --------------------------------------------------------------------------------------------------- text

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.system.runtime import DtypeName
 from tinylm.trainer.core.optimizer import cosine_with_warmup, make_optimizers
 
 
@@ -92,8 +93,8 @@ class TrainSettings:
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    dtype: str = "auto"
-    """precision of matrix products: auto, float32, bfloat16 or float16; weights stay float32"""
+    dtype: DtypeName = "auto"
+    """precision of matrix products; auto is bfloat16 where the hardware has it, else float32; weights stay float32"""
     sharding: Literal["none", "fsdp"] = "none"
     """with several processes: none (each holds the whole model) or fsdp (each holds a share of every weight)"""
     timeout: float = 600.0
