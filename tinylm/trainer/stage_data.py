@@ -15,6 +15,7 @@ from tinylm.dataset.documents import PreferencePair
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.dataset.pretrain_dataset import PretrainDataset, load_pretrain_data
 from tinylm.dataset.sft_dataset import Outcomes, SFTDataset
+from tinylm.dataset.shards.shared_cache import SharedCache
 from tinylm.dataset.sources.records import BadRows, load_conversations, load_preferences
 from tinylm.dataset.splits import hold_out_items
 from tinylm.system.runtime import Runtime
@@ -26,9 +27,9 @@ HELD_OUT_STORIES, HELD_OUT_CHATS, HELD_OUT_PAIRS = 300, 400, 200
 
 
 def load_texts(
-    stage: Stage, tokenizer: Tokenizer, tinyworld_documents: int
+    stage: Stage, tokenizer: Tokenizer, tinyworld_documents: int, cache: SharedCache | None = None
 ) -> tuple[PretrainDataset, PretrainDataset | None]:
-    """(training, validation) rows of running text."""
+    """(training, validation) rows of running text; token shards are kept in `cache`, or else in output_dir."""
     settings, console = stage.settings, stage.console
     if settings.data_path is None:
         _tinyworld_note(console, tinyworld_documents, "stories")
@@ -44,13 +45,15 @@ def load_texts(
             settings.data_path,
             tokenizer,
             settings.max_seq_len,
-            cache_dir=Path(settings.output_dir) / "token_shards",
+            own_folder=Path(settings.output_dir) / "token_shards",
             validation_path=settings.validation_path,
             validation_fraction=settings.validation_fraction,
             seed=settings.seed,
             bad_rows=bad_rows,
             progress=lambda documents, tokens: show(f"{documents:,} documents, {tokens:,} tokens"),
             notice=lambda line: console.print(line, markup=False),
+            cache=cache,
+            resume=settings.resume,
         )
     _check_same_everywhere(stage.runtime, [part.fingerprint for part in data if part is not None])
     _report_bad_rows(console, bad_rows)
