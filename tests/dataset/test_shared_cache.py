@@ -351,7 +351,7 @@ def test_a_disk_that_fills_up_in_between(tokenizer, corpus: Path, cache, tmp_pat
 
 def test_a_cache_that_is_a_file_and_a_home_that_is_unknown(tokenizer, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for root, reason in ((tmp_path / "file", "Not a directory"), (Path("~/.cache/tinylm"), "no home folder is known")):
+    for root, reason in ((tmp_path / "file", "Not a directory"), (Path("~/.cache/tinylm"), "not a path from the root; set TINYLM_CACHE_DIR")):
         lines: list[str] = []
         cache = SharedCache(root, 1e9)
         found = cached_token_shards(str(corpus), tokenizer, tmp_path / "own", cache=cache, notice=lines.append)

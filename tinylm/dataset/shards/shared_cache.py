@@ -100,7 +100,7 @@ class SharedCache:
             OSError: the folder cannot be made or written, or its disk has no locks.
         """
         if not self.root.is_absolute():
-            raise OSError(f"no home folder is known; set {DIR_VARIABLE}")
+            raise OSError(f"not a path from the root; set {DIR_VARIABLE}")
         for folder in (self.shards, self.uses):
             folder.mkdir(parents=True, exist_ok=True)
         with file_lock(self.root / ".lock", LOCK_PATIENCE):
