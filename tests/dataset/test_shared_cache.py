@@ -174,7 +174,7 @@ def test_a_run_resumes_with_the_shards_of_its_own_that_an_earlier_version_made(
     (source,) = find_sources(str(corpus / "a.txt"))
     earlier = ["As an earlier version read it."]
     name = shard_names.earlier_shard_name(source, tokenizer)
-    write_shard((encode_chunk(tokenizer, chunk) for chunk in chunks_of(earlier)), tokenizer, own / name)
+    write_shard((encode_chunk(tokenizer, chunk) for chunk in chunks_of(earlier, tokenizer)), tokenizer, own / name)
     resumed = cached_token_shards(source.path, tokenizer, own, cache=cache, resume=True)
     assert resumed.fingerprint == tokenize_texts(earlier, tokenizer).fingerprint
     assert cache.entries() == []
@@ -351,7 +351,10 @@ def test_a_disk_that_fills_up_in_between(tokenizer, corpus: Path, cache, tmp_pat
 
 def test_a_cache_that_is_a_file_and_a_home_that_is_unknown(tokenizer, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for root, reason in ((tmp_path / "file", "Not a directory"), (Path("~/.cache/tinylm"), "not a path from the root; set TINYLM_CACHE_DIR")):
+    for root, reason in (
+        (tmp_path / "file", "Not a directory"),
+        (Path("~/.cache/tinylm"), "not a path from the root; set TINYLM_CACHE_DIR"),
+    ):
         lines: list[str] = []
         cache = SharedCache(root, 1e9)
         found = cached_token_shards(str(corpus), tokenizer, tmp_path / "own", cache=cache, notice=lines.append)

@@ -216,7 +216,7 @@ class _Work:
             yield from read_texts(source.path, bad_rows)
             require_unchanged(source)
 
-        chunks = chunks_of(texts())
+        chunks = chunks_of(texts(), self.tokenizer)
         is_large = self.num_processes is not None or source.size >= PARALLEL_FROM
         encoded = map_chunks(chunks) if is_large else map(partial(encode_chunk, self.tokenizer), chunks)
         write_shard(self.counter.count(encoded), self.tokenizer, folder, bad_rows, full_path(source))

@@ -118,7 +118,7 @@ def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> TokenShards:
     """Tokenise a small corpus in memory."""
     parts, ends = [np.zeros(0, dtype=token_dtype(tokenizer.vocab_size))], [np.zeros(1, dtype=np.int64)]
     num_tokens = 0
-    for chunk in chunks_of(texts):
+    for chunk in chunks_of(texts, tokenizer):
         encoded = encode_chunk(tokenizer, chunk)
         parts.append(encoded.tokens)
         ends.append(encoded.ends + num_tokens)
