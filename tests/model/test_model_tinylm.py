@@ -1,4 +1,4 @@
-"""The model against transformers, and against itself in its other modes: cached, packed, padded."""
+"""The model against transformers, and its cached, packed and padded modes against the plain one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_parameter_formula_counts_every_option(changes):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_training_flops_are_those_that_torch_counts(tied):
-    """Of one causal row, where half of the score matrix counts; norms multiply, though not as matrices do."""
+    """One causal row, where half of the score matrix counts. Norms multiply too, but not as matrix products."""
     model = small_model(tie_word_embeddings=tied).train()
     ids = random_ids(1, 128)  # one block of queries: the whole square of scores is computed
     with FlopCounterMode(display=False) as counter:
@@ -95,7 +95,7 @@ def test_cached_decoding_equals_the_full_forward(kind, kv_heads):
 
 @pytest.mark.parametrize("kind", ["rope", "learned"])
 def test_rows_of_unequal_length_equal_each_row_alone(kind):
-    """Prompts padded on the right, then a token and two tokens more; the padding must not show anywhere."""
+    """Prompts padded on the right, then one token, then two more; the padding must not change any number."""
     model = trained_model(qk_norm=True, position_embedding_type=kind)
     lengths = [5, 150, 1]
     prompts = [random_ids(1, n) for n in lengths]
@@ -145,9 +145,11 @@ def test_the_flash_path_equals_the_blocked_path(monkeypatch, with_documents):
         torch.testing.assert_close(model(ids, document_ids=documents), blocked, rtol=1e-5, atol=1e-5)
 
 
-def test_document_starts_begin_anew_at_every_row():
-    starts, longest = document_starts(torch.tensor([[0, 0, 1, 1], [1, 1, 1, -1]]))
-    assert starts.tolist() == [0, 2, 4, 7, 8] and starts.dtype == torch.int32 and longest == 3
+def test_every_row_starts_a_document_and_empty_ones_fill_up_to_a_power_of_two():
+    starts = document_starts(torch.tensor([[0, 0, 1, 1], [1, 1, 1, -1]]))
+    assert starts.tolist() == [0, 2, 4, 7, 8] and starts.dtype == torch.int32
+    assert document_starts(torch.tensor([[3, 3, 3, 4, 5]])).tolist() == [0, 3, 4, 5, 5]
+    assert document_starts(torch.tensor([[7, 7]])).tolist() == [0, 2]
 
 
 def test_bf16_autocast_stays_close_to_float32_and_dropout_acts_only_in_training():
@@ -266,7 +268,7 @@ def test_hf_dict_round_trip_and_both_generations_of_keys():
 
 @pytest.mark.parametrize("kind, config_class", [("llama", LlamaConfig), ("qwen3", Qwen3Config)])
 def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config_class):
-    """Our own defaults are others: an rms_norm_eps of 1e-5, and heads as wide as the model allows."""
+    """Our own defaults differ: an rms_norm_eps of 1e-5, and a head width that follows from the model's."""
     data = {"model_type": kind, "vocab_size": 300, "hidden_size": 96, "num_hidden_layers": 2}
     data |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     ours, theirs = config_from_hf(data), config_class(**data)
@@ -310,6 +312,27 @@ def test_models_without_a_llama_equivalent_say_so():
             require_llama_shape(config)
     require_llama_shape(small_config())
     assert dataclasses.is_dataclass(TinyLMConfig)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which it hides from users
+@pytest.mark.parametrize("with_head", [True, False])
+def test_the_output_head_is_compiled_in_training_only(with_head):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = small_model().train()
+    model.compile_for_training(with_head=with_head, backend=backend)
+    hidden, targets = torch.randn(7, model.config.hidden_size, requires_grad=True) * 3, random_ids(1, 7)[0]
+    exact = torch.log_softmax(hidden @ model.lm_head.weight.T, dim=-1)[torch.arange(7), targets]
+    torch.testing.assert_close(model.target_log_probs(hidden, targets), exact)
+    assert len(graphs) == with_head
+    torch.testing.assert_close(model.eval().target_log_probs(hidden[:5], targets[:5]), exact[:5])
+    torch.testing.assert_close(copy.deepcopy(model).target_log_probs(hidden[:4], targets[:4]), exact[:4])
+    assert len(graphs) == with_head
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
