@@ -73,9 +73,10 @@ def atomic_folder(path: str | Path, flush: bool = True) -> Iterator[Path]:
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent))
         try:
             yield fresh
+            mode = _default_mode(0o666)
             for entry in sorted(fresh.rglob("*")):
                 if entry.is_file():
-                    entry.chmod(_default_mode(0o666))  # safetensors makes its files private
+                    entry.chmod(mode)  # safetensors makes its files private
                 if flush:
                     _sync(entry)
             fresh.chmod(_default_mode(0o777))

@@ -136,7 +136,8 @@ class SharedCache:
         names: set[str] = set()
         for lock in self.uses.glob("*.lock"):
             _, listed = _use_files(lock)
-            with contextlib.suppress(FileNotFoundError), open(lock, "r+b") as file:  # it may end just now
+            mode = "r+b" if os.access(lock, os.W_OK) else "rb"  # file servers lock only what may be written
+            with contextlib.suppress(FileNotFoundError), open(lock, mode) as file:  # it may end just now
                 if not try_to_lock(file.fileno()):
                     names.update(json.loads(listed.read_bytes()))
                     continue
