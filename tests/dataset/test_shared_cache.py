@@ -76,6 +76,26 @@ def test_a_second_run_tokenises_nothing(tokenizer, corpus: Path, cache, tmp_path
     assert {fact["source"] for fact in facts} == {str(corpus / f"{name}.txt") for name in "abc"}
 
 
+def test_a_run_that_opens_shards_uses_them(tokenizer, corpus: Path, cache, tmp_path: Path) -> None:
+    """So they are not the first to be removed."""
+    cached_token_shards(str(corpus), tokenizer, tmp_path / "own", cache=cache)
+    for entry in cache.entries():
+        os.utime(entry.folder / "meta.json", (1, 1))
+    cached_token_shards(str(corpus / "b.txt"), tokenizer, tmp_path / "own", cache=cache)
+    used = {entry.facts()["source"][-5:]: entry.used > 1 for entry in cache.entries()}
+    assert used == {"a.txt": False, "b.txt": True, "c.txt": False}
+
+
+def test_what_is_unknown_before_it_is_read_is_not_shared(
+    tokenizer, corpus: Path, cache, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "has_known_content", lambda source: not source.path.endswith("b.txt"))
+    cached_token_shards(str(corpus), tokenizer, tmp_path / "own", cache=cache)
+    names = names_of(corpus, tokenizer)
+    assert shards_in(tmp_path / "own") == {names[1]}
+    assert shards_in(cache.shards) == {names[0], names[2]}
+
+
 def test_equal_files_in_a_corpus_share_a_shard(tokenizer, corpus: Path, cache, tmp_path: Path) -> None:
     (corpus / "b.txt").write_bytes((corpus / "a.txt").read_bytes())
     found = cached_token_shards(str(corpus), tokenizer, tmp_path / "own", cache=cache)
