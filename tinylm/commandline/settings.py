@@ -20,14 +20,9 @@ import jsonargparse
 import yaml
 from docstring_parser import parse_from_object
 
-<<<<<<< HEAD
 from tinylm.commandline.strict_yaml import MAX_YAML_BYTES, is_odd_number, parse_yaml
-from tinylm.files.untrusted import is_unicode, shown
-=======
-from tinylm.commandline.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from tinylm.commandline.synonyms import did_you_mean
-from tinylm.files.untrusted import shown
->>>>>>> wt-misuse
+from tinylm.files.untrusted import is_unicode, shown
 
 Settings = TypeVar("Settings")
 
@@ -208,7 +203,6 @@ def _normalize_flags(argv: list[str], hints: dict[str, Any], prog: str) -> list[
     return result
 
 
-<<<<<<< HEAD
 def _is_path(name: str, value: Any) -> bool:
     return isinstance(value, str) and PATH_SETTING.fullmatch(name) is not None
 
@@ -219,7 +213,8 @@ def _check_unicode(values: dict[str, Any], prog: str) -> None:
         if isinstance(value, str) and not is_unicode(value):
             advice = "rename the file" if _is_path(name, value) else "write it in UTF-8"
             _fail(prog, f"--{name} is {shown(value)}, which is not UTF-8; expected valid Unicode; {advice}")
-=======
+
+
 def _is_too_large(value: object) -> bool:
     """No setting is NaN or infinite, and torch takes no whole number of more than 64 bits."""
     return (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63)
@@ -232,7 +227,6 @@ def _hint_for_stray(word: str, known: list[str]) -> str:
         flags = [name for name in ("model_path", "data_path")[:: 1 if is_model else -1] if name in known]
         return f"did you mean --{flags[0]} {word}? " if flags else ""
     return did_you_mean(word.lstrip("-").partition("=")[0].replace("-", "_"), known, "--")
->>>>>>> wt-misuse
 
 
 def _flag_name(word: str) -> str | None:

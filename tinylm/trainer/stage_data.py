@@ -15,6 +15,7 @@ from tinylm.dataset.documents import PreferencePair
 from tinylm.dataset.dpo_dataset import DPODataset
 from tinylm.dataset.pretrain_dataset import PretrainDataset, load_pretrain_data
 from tinylm.dataset.sft_dataset import Outcomes, SFTDataset
+from tinylm.dataset.shards.shared_cache import SharedCache
 from tinylm.dataset.sources.records import BadRows, load_conversations, load_preferences
 from tinylm.system.runtime import Runtime
 from tinylm.tokenizer.chat_template import Message
@@ -31,9 +32,9 @@ Items = TypeVar("Items", SFTDataset, DPODataset)
 
 
 def load_texts(
-    stage: Stage, tokenizer: Tokenizer, tinyworld_documents: int
+    stage: Stage, tokenizer: Tokenizer, tinyworld_documents: int, cache: SharedCache | None = None
 ) -> tuple[PretrainDataset, PretrainDataset | None]:
-    """(training, validation) rows of running text."""
+    """(training, validation) rows of running text; token shards are kept in `cache`, or else in output_dir."""
     settings, console = stage.settings, stage.console
     if settings.data_path is None:
         _tinyworld_note(console, tinyworld_documents, "stories")
@@ -49,13 +50,15 @@ def load_texts(
             settings.data_path,
             ControlTokenReader(tokenizer) if settings.read_control_tokens else tokenizer,
             settings.max_seq_len,
-            cache_dir=Path(settings.output_dir) / "token_shards",
+            own_folder=Path(settings.output_dir) / "token_shards",
             validation_path=settings.validation_path,
             validation_fraction=settings.validation_fraction,
             seed=settings.seed,
             bad_rows=bad_rows,
             progress=lambda documents, tokens: show(f"{documents:,} documents, {tokens:,} tokens"),
             notice=lambda line: console.print(line, markup=False),
+            cache=cache,
+            resume=settings.resume,
         )
     _check_same_everywhere(stage.runtime, [part.fingerprint for part in data if part is not None])
     note = "they are read as these tokens" if settings.read_control_tokens else UNREAD_CONTROL_TOKENS

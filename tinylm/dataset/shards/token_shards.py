@@ -121,7 +121,7 @@ def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> TokenShards:
     """Tokenise a small corpus in memory."""
     parts, ends = [np.zeros(0, dtype=token_dtype(tokenizer.vocab_size))], [np.zeros(1, dtype=np.int64)]
     num_tokens = 0
-    for chunk in chunks_of(texts):
+    for chunk in chunks_of(texts, tokenizer):
         encoded = encode_chunk(tokenizer, chunk)
         parts.append(encoded.tokens)
         ends.append(encoded.ends + num_tokens)
@@ -133,18 +133,23 @@ def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> TokenShards:
 
 
 def write_shard(
-    chunks: Iterable[EncodedChunk], tokenizer: Any, folder: str | Path, bad_rows: BadRows | None = None
+    chunks: Iterable[EncodedChunk],
+    tokenizer: Any,
+    folder: str | Path,
+    bad_rows: BadRows | None = None,
+    source: str = "",
 ) -> None:
     """Write tokenised documents to a folder. It appears when it is complete; if anything fails, it stays unchanged.
 
     Args:
         bad_rows: those of the source; read after the last chunk.
+        source: its path or address, for people.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
     digest = hashlib.sha256()
     ends: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
     num_tokens = 0
-    with atomic_folder(folder) as fresh:
+    with atomic_folder(folder, flush=False) as fresh:  # `open_shard` checks a hash of all content
         with open(fresh / "tokens.bin", "wb") as file:
             for chunk in chunks:
                 file.write(chunk.tokens.data)
@@ -156,6 +161,7 @@ def write_shard(
         offsets.tofile(fresh / "offsets.bin")
         meta = {
             "version": FORMAT_VERSION,
+            "source": source,
             "tokenizer": tokenizer.fingerprint,
             "num_tokens": num_tokens,
             "num_documents": len(offsets) - 1,

@@ -51,12 +51,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.uint32)
 
 
-def chunks_of(texts: Iterable[str]) -> Iterator[list[Section]]:
+def chunks_of(texts: Iterable[str], tokenizer: Any) -> Iterator[list[Section]]:
     """Lists of sections, with about CHUNK_CHARACTERS in each list."""
     chunk: list[Section] = []
     size = 0
     for text in texts:
-        for section in sections_of(text):
+        for section in sections_of(text, tokenizer):
             chunk.append(section)
             size += len(section.text)
             if size >= CHUNK_CHARACTERS:
@@ -66,10 +66,13 @@ def chunks_of(texts: Iterable[str]) -> Iterator[list[Section]]:
         yield chunk
 
 
-def sections_of(document: str) -> Iterator[Section]:
-    """Cut a document into sections of about SECTION_CHARACTERS; its tokens stay the same."""
+def sections_of(document: str, tokenizer: Any) -> Iterator[Section]:
+    """Cut a document into sections of about SECTION_CHARACTERS; its tokens stay the same.
+
+    A tokenizer that does not say where it always cuts gets the document as it is.
+    """
     remaining = len(document)
-    for text in cut_text(document, SECTION_CHARACTERS):
+    for text in cut_text(document, SECTION_CHARACTERS, getattr(tokenizer, "safe_cuts", None)):
         remaining -= len(text)
         yield Section(text, ends_document=remaining == 0)
 
