@@ -24,7 +24,7 @@ from tinylm.dataset.tinyworld.words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "335bb9395448f697"
+GOLDEN = "a7d98c197e82efe5"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ class Journey:
         left = (
             "nothing is left to do" if len(self.done) == len(SHARES) else f"about {format_seconds(self.seconds_left)}"
         )
-        self.console.print(f"{', '.join(SHARES)} in {output_dir}: {left} on this machine ({device})", markup=False)
+        self.console.print(f"{', '.join(SHARES)} in {output_dir}: {left} ({device})", markup=False)
         self.console.print("Ctrl-C stops it; the same command continues where it stopped\n")
 
     def run(self, step: str, function: Callable[[], Any]) -> Any:
@@ -244,7 +245,7 @@ def train_all(plan: Plan, journey: Journey) -> dict[str, Path]:
     if "tokenizer" in journey.done:
         journey.skip("tokenizer", plan.tokenizer.output_dir)
     else:
-        journey.run("tokenizer", lambda: train_tokenizer.train(plan.tokenizer))
+        journey.run("tokenizer", partial(train_tokenizer.train, plan.tokenizer))
     stages: list[tuple[str, TrainSettings, Callable[[Any], Path]]] = [
         ("pretrain", plan.pretrain, train_pretrain.train),
         ("full_sft", plan.full_sft, train_full_sft.train),
@@ -257,7 +258,7 @@ def train_all(plan: Plan, journey: Journey) -> dict[str, Path]:
             journey.skip(stage, folder)
             folders[stage] = folder
         else:
-            folders[stage] = journey.run(stage, lambda train=train, settings=settings: train(settings))
+            folders[stage] = journey.run(stage, partial(train, settings))
     return folders
 
 
@@ -287,7 +288,9 @@ def score_all(
     if scores := kept_scores(report, key):
         journey.skip("scoreboard", report)
     else:
-        scores = journey.run("scoreboard", lambda: measure(folders, settings.items_per_skill, runtime, journey.console))
+        scores = journey.run(
+            "scoreboard", partial(measure, folders, settings.items_per_skill, runtime, journey.console)
+        )
     return scores, {"key": key, "goals": goals(scores), **scores.to_json()}
 
 

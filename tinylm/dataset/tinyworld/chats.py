@@ -102,9 +102,9 @@ MIXED = Voice(ASSISTANT_NAME, plain_or_warm)
 def write_story(rng: random.Random, split: str) -> Question:
     """The request for a story: in training one in four leaves the story free, the others give words.
 
-    The words are the story's people, a thing that one of them has at the end, and perhaps a place or a feeling. All
-    people are among them, because a reader cannot guess a name, and the likeliest guess is a name that the story
-    already has.
+    The words are the story's people, in its order, a thing that one of them has at the end, and perhaps a place or a
+    feeling. All people are among them, because a reader cannot guess a name, and the likeliest guess is a name that the
+    story already has.
     """
     story = make_story(rng, split)
     one, other = story.people[:2]
@@ -112,10 +112,11 @@ def write_story(rng: random.Random, split: str) -> Question:
     if split == "train" and rng.random() < 0.25:
         return Question("write_story", rng.choice(_WRITE_ANY), (story.text,), (confused,))
     thing = rng.choice(list(story.holder) if split == "train" else story.reserved_things())
-    words = [*story.people, thing]
+    others = [thing]
     if rng.random() < 0.6:
-        words.append(rng.choice([*story.where.values(), *story.feels.values()]))
-    rng.shuffle(words)
+        others.append(rng.choice([*story.where.values(), *story.feels.values()]))
+    rng.shuffle(others)
+    words = [*story.people, *others] if rng.random() < 0.5 else [*others, *story.people]
     text = rng.choice(_WRITE).format(words=", ".join(words), and_words=join_and(words))
     unasked = make_story(rng, split)
     while all(word in unasked.text for word in words):
