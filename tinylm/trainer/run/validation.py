@@ -46,7 +46,7 @@ def validate(
     model.eval()
     sums: dict[str, float] = {}
     for _, batch in batches_of_rank(data, batch_size, runtime, max_batches):
-        with runtime.autocast():
+        with runtime.autocast(), runtime.deterministic():
             loss, metrics = objective(model, batch)
         for name, value in {"count": torch.tensor(batch.count), "loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
