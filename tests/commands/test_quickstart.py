@@ -23,8 +23,9 @@ from tinylm.commandline.exit_status import Stopped
 from tinylm.commandline.terminal import make_console
 from tinylm.commands import quickstart, quickstart_scores
 from tinylm.commands.quickstart import Journey, Plan, QuickstartSettings, claim_folder, main, make_plan
-from tinylm.commands.quickstart_scores import COLUMNS, kept_scores, score_key
+from tinylm.commands.quickstart_scores import COLUMNS, kept_scores, score_key, working_prompts
 from tinylm.dataset import tinyworld
+from tinylm.generation.sampling import SamplingSettings
 from tinylm.system.runtime import setup_runtime
 from tinylm.trainer import train_full_sft
 from tinylm.trainer.core import loop
@@ -139,6 +140,7 @@ def test_it_says_how_far_the_whole_is_and_what_to_type_next(miniature):
     commands = [line.strip() for line in second[second.index("to type next:") :].splitlines()[1:]]
     report = json.loads((miniature.folder / "scoreboard.json").read_text())
     expected = [f"tinylm chat --model_path {miniature.folder}/dpo --prompt {shlex.quote(p)}" for p in report["prompts"]]
+    expected.append(f"tinylm chat --model_path {miniature.folder}/dpo")
     assert commands == [*expected, f"tinylm chat --model_path {miniature.folder}/lora    # Captain Pip"]
 
 
@@ -238,3 +240,27 @@ def test_scores_are_kept_for_the_same_models_and_settings_only(tmp_path):
     for broken in ("", "[]", "{}", json.dumps({"key": key}), json.dumps({"key": key, **scores, "scoreboard": []})):
         report.write_text(broken)
         assert kept_scores(report, key) is None, broken
+
+
+class Answering:
+    """An engine that answers held-out questions of some skills rightly, each time or the first time only."""
+
+    def __init__(self, skills, always=True, story="Anna and Ben were in Rome. Anna had a kite. Ben felt sad."):
+        items = [tinyworld.test_item(skill, index) for skill in skills for index in range(20)]
+        self.answers = {item.messages[0]["content"]: item.accepted[0] for item in items if len(item.messages) == 2}
+        self.answers["Tell me a story."] = story
+        self.always = always
+
+    def reply_batch(self, conversations, settings):
+        assert settings.temperature == SamplingSettings().temperature
+        is_right = self.always or settings.seed == 0
+        return [self.answers.get(messages[-1]["content"], "") if is_right else "" for messages in conversations]
+
+
+def test_prompts_to_type_are_answered_rightly_in_each_try():
+    prompts = working_prompts(Answering(("sorting", "spelling", "opposites")))
+    assert prompts[0] == "Tell me a story." and len(prompts) == 3
+    sorting = [tinyworld.test_item("sorting", index).messages[-2]["content"] for index in range(20)]
+    assert prompts[1] in sorting and all("\n" not in prompt for prompt in prompts)
+    assert len(working_prompts(Answering(("spelling",), story="Anna and Anna were in Rome. It was red. It was."))) == 1
+    assert working_prompts(Answering(("sorting", "spelling"), always=False)) == ()

@@ -8,6 +8,7 @@ with settings for TinyWorld. Finished stages are skipped, interrupted stages are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -299,6 +300,9 @@ def write_report(out: Path, scores: Scores, parts: dict[str, Any], journey: Jour
     if not journey.timed:
         return
     seconds = {step: round(value, 1) for step, value in journey.timed.items()}
+    with contextlib.suppress(OSError, ValueError):  # no report yet
+        before = read_own_json(out / "scoreboard.json").get("seconds")
+        seconds = {**before, **seconds} if isinstance(before, dict) else seconds
     machine = {"machine": platform.machine(), "processor": platform.processor() or platform.machine()}
     write_json(out / "scoreboard.json", {**machine, "seconds": seconds, **parts})
     (out / "scoreboard.md").write_text(scores.board.to_markdown() + "\n", encoding="utf-8")

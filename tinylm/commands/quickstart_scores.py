@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ from tinylm.system.runtime import Runtime
 COLUMNS = {"base": "pretrain", "SFT": "full_sft", "LoRA": "lora", "DPO": "dpo"}
 """The columns of the scoreboard, and the stage of each."""
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=80)
+AS_IN_CHAT = SamplingSettings(max_new_tokens=80)
+"""The default temperature, at which people chat."""
 SHOWN_SKILLS = ("where_is", "addition", "reversing", "identity", "write_story")
 """The skills that the closing chats show."""
-PROMPT_SKILLS = ("where_is", "who_has", "sorting", "reversing", "opposites", "spelling", "capitals", "greeting")
+PROMPT_SKILLS = ("where_is", "who_has", "sorting", "reversing", "opposites", "spelling")
 """Skills from which a prompt to type may come, the most telling first."""
+CANDIDATES, NUM_TRIES, NUM_PROMPTS = 3, 3, 3
+"""Held-out questions of a skill to try, replies to each, and prompts to show at most."""
 FREE_STORY = "Tell me a story."
-NUM_PROMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Scores:
     untouched: bool
     """Whether the adapter's base has the same bits as before."""
     prompts: tuple[str, ...]
-    """Prompts that the DPO model answers rightly."""
+    """Prompts that the DPO model answers rightly, in each of three tries."""
 
     def to_json(self) -> dict[str, Any]:
         return {"untouched": self.untouched, "prompts": list(self.prompts), "scoreboard": self.board.to_json()}
@@ -78,7 +82,7 @@ def kept_scores(path: Path, key: dict[str, Any]) -> Scores | None:
         if report["key"] != key:
             return None
         return Scores(Scoreboard.from_json(report["scoreboard"]), report["untouched"], tuple(report["prompts"]))
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or of an older version
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or of another version
         return None
 
 
@@ -106,7 +110,7 @@ def measure(folders: dict[str, Path], num_items: int, runtime: Runtime, console:
             at_once=num_cores(runtime.device),
             progress=show_and_stop,
         )
-    prompts = working_prompts(board, engines["DPO"])
+    prompts = working_prompts(engines["DPO"])
     untouched = weights_fingerprint(models["SFT"].model) == weights_fingerprint(unload_lora(models["LoRA"].model))
     return Scores(board, untouched, prompts)
 
@@ -124,14 +128,24 @@ def _stoppable(console: Console) -> Iterator[StopRequest]:
         yield stop
 
 
-def working_prompts(board: Scoreboard, engine: Engine) -> tuple[str, ...]:
-    """Up to three prompts that the DPO model answers rightly: a free story, and held-out questions."""
-    reply = engine.reply([{"role": "user", "content": FREE_STORY}], GREEDY)
-    story = tinyworld.Item([], "write_story", (), ())
-    prompts = [FREE_STORY] if tinyworld.check(story, reply) else []
-    examples = board.columns["DPO"].examples
-    held_out = (examples[skill]["right_question"] for skill in PROMPT_SKILLS)
-    return (*prompts, *(question for question in held_out if question))[:NUM_PROMPTS]
+def working_prompts(engine: Engine) -> tuple[str, ...]:
+    """Up to three prompts that the model answers rightly in each of three tries, at the default temperature.
+
+    They are the free story and held-out questions, of one line and without an earlier turn.
+    """
+    user, nobody = {"role": "user", "content": FREE_STORY}, {"role": "assistant", "content": ""}
+    items = [tinyworld.Item([user, nobody], "write_story", ("",), ())]
+    for skill in PROMPT_SKILLS:
+        held_out = (tinyworld.test_item(skill, index) for index in range(20))
+        short = (item for item in held_out if len(item.messages) == 2 and "\n" not in item.messages[0]["content"])
+        items += itertools.islice(short, CANDIDATES)
+    questions = [item.messages[:-1] for item in items]
+    tries = [engine.reply_batch(questions, replace(AS_IN_CHAT, seed=seed)) for seed in range(NUM_TRIES)]
+    prompts: dict[str, str] = {}
+    for item, *replies in zip(items, *tries, strict=True):
+        if all(tinyworld.check(item, reply) for reply in replies):
+            prompts.setdefault(item.skill, item.messages[0]["content"])
+    return tuple(prompts.values())[:NUM_PROMPTS]
 
 
 def goals(scores: Scores) -> list[dict[str, Any]]:
@@ -190,4 +204,5 @@ def show_prompts(prompts: tuple[str, ...], folders: dict[str, str], console: Con
     console.print("to type next:")
     for prompt in prompts:
         console.print(f"  tinylm chat --model_path {folders['dpo']} --prompt {shlex.quote(prompt)}", markup=False)
+    console.print(f"  tinylm chat --model_path {folders['dpo']}", markup=False)
     console.print(f"  tinylm chat --model_path {folders['lora']}    # {tinyworld.PERSONA_NAME}", markup=False)

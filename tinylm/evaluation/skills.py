@@ -61,8 +61,8 @@ class SkillReport:
     num_items: int
     """Held-out items per skill."""
     examples: dict[str, dict[str, Any]]
-    """For each skill one question, the reference, the reply and whether it is right, to show what the numbers stand
-    for; `right_question` is one in a single line that the model answered rightly, or None."""
+    """For each skill one question, the reference, the reply, and whether it is right, to show what the numbers stand
+    for."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ def _score_skill(
     replies = replier.reply_batch([question_of(item.messages) for item in items], bounded)
     pairs = list(zip(items, replies, strict=True))
     right = [float(world.check(item, reply)) for item, reply in pairs]
-    alone = [index for index, item in enumerate(items) if len(item.messages) == 2]  # they need no earlier turn
-    shown = alone[0] if alone else 0
-    works = [items[index].messages[0]["content"] for index in alone if right[index]]
+    shown = next((index for index, item in enumerate(items) if len(item.messages) == 2), 0)  # it needs no earlier turn
     return _SkillScores(
         right,
         [float(world.is_warm(reply)) for reply in replies],
@@ -125,7 +123,6 @@ def _score_skill(
             "reference": items[shown].messages[-1]["content"],
             "reply": replies[shown],
             "right": bool(right[shown]),
-            "right_question": next((question for question in works if "\n" not in question), None),
         },
     )
 
