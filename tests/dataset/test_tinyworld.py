@@ -24,7 +24,7 @@ from tinylm.dataset.tinyworld.words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "a7d98c197e82efe5"
+GOLDEN = "fd65041e68d4c159"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:

@@ -42,12 +42,12 @@ _ONE_WORD = (
     "One word, please. {question}",
 )
 _WRITE = (
-    "Write a short story with these words: {words}.",
-    "Tell me a story with the words {and_words}.",
-    "Please write a story. Use these words: {words}.",
-    "Can you make up a short story with {and_words} in it?",
-    "I would like a story with the words {and_words}.",
-    "Make a story out of these words: {words}.",
+    "Write a short story about {people} with {words}.",
+    "Tell me a story about {people} with {words}.",
+    "Please write a story about {people}. Use {words}.",
+    "Can you make up a short story about {people} with {words} in it?",
+    "I would like a story about {people} with {words}.",
+    "Make up a story about {people}. Use {words} in it.",
 )
 _WRITE_ANY = (
     "Tell me a story.",
@@ -75,7 +75,7 @@ _WELL = "I am well, thank you."
 # Relative frequencies. Stories are the hard part: half of all chats are about one (see `make_chat`).
 _STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 26}
 _CLOSED_WEIGHTS = {
-    "write_story": 12, "addition": 15, "subtraction": 16, "counting": 11, "comparing": 14, "sorting": 16, "spelling": 5,
+    "write_story": 20, "addition": 15, "subtraction": 16, "counting": 11, "comparing": 14, "sorting": 16, "spelling": 5,
     "reversing": 6, "opposites": 4, "categories": 5, "greeting": 3, "identity": 4, "one_word": 15, "capitals": 5,
 }  # fmt: skip
 SKILLS = (*_STORY_WEIGHTS, *_CLOSED_WEIGHTS)
@@ -100,24 +100,23 @@ MIXED = Voice(ASSISTANT_NAME, plain_or_warm)
 
 
 def write_story(rng: random.Random, split: str) -> Question:
-    """The request for a story: in training one in four leaves the story free, the others give words.
+    """The request for a story: in training one in four leaves the story free, the others name people and words.
 
-    The words are the story's people, in its order, a thing that one of them has at the end, and perhaps a place or a
-    feeling. All people are among them, because a reader cannot guess a name, and the likeliest guess is a name that the
-    story already has.
+    The words are a thing that one of the people has at the end, and perhaps a place or a feeling. All people of the
+    story are named, because a reader cannot guess a name, and the likeliest guess is a name that the story already has.
     """
     story = make_story(rng, split)
     one, other = story.people[:2]
     confused = re.sub(rf"\b{other}\b", one, story.text)  # one person has the names of two
     if split == "train" and rng.random() < 0.25:
         return Question("write_story", rng.choice(_WRITE_ANY), (story.text,), (confused,))
-    thing = rng.choice(list(story.holder) if split == "train" else story.reserved_things())
-    others = [thing]
+    words = [rng.choice(list(story.holder) if split == "train" else story.reserved_things())]
     if rng.random() < 0.6:
-        others.append(rng.choice([*story.where.values(), *story.feels.values()]))
-    rng.shuffle(others)
-    words = [*story.people, *others] if rng.random() < 0.5 else [*others, *story.people]
-    text = rng.choice(_WRITE).format(words=", ".join(words), and_words=join_and(words))
+        words.append(rng.choice([*story.where.values(), *story.feels.values()]))
+    rng.shuffle(words)
+    given = f"the word{'s' * (len(words) > 1)} {join_and(words)}"
+    text = rng.choice(_WRITE).format(people=join_and(story.people), words=given)
+    words += story.people
     unasked = make_story(rng, split)
     while all(word in unasked.text for word in words):
         unasked = make_story(rng, split)
