@@ -22,7 +22,7 @@ from tinylm.trainer.run.run import Run
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 
 DEFAULT_SEQ_LEN = 512
-"""Default tokens of a row in fine-tuning; less if the model's context is shorter."""
+"""Default tokens of a row; less if the model's context is shorter."""
 MIN_CHAT_CONTEXT = 32
 """Smallest context (tokens) in which a question in the chat template leaves room for an answer."""
 
@@ -55,11 +55,31 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
     return model, tokenizer, parent
 
 
-def with_row_length(stage: Stage, model: TinyLMForCausalLM) -> Stage:
-    """The stage with `max_seq_len` filled in: the model's context, but at most `DEFAULT_SEQ_LEN`."""
-    if stage.settings.max_seq_len:
+def with_preset(stage: Stage) -> Stage:
+    """The stage with a preset for its device in place of `auto`; says which."""
+    if stage.settings.preset != "auto":
         return stage
-    return stage.with_settings(max_seq_len=min(model.config.max_position_embeddings, DEFAULT_SEQ_LEN))
+    preset = "tiny" if stage.runtime.device.type == "cpu" and not stage.settings.widths else "small"
+    if stage.settings.widths:
+        why = "for what the flags leave open of the shape"
+    elif preset == "tiny":
+        why = (
+            "the default on a CPU (small learns more from much text, but each of its tokens takes eight times as long)"
+        )
+    else:
+        why = "the default on a GPU"
+    stage.console.print(f"no --preset: {preset}, {why}")
+    return stage.with_settings(preset=preset)
+
+
+def with_defaults(stage: Stage, model: TinyLMForCausalLM) -> Stage:
+    """The stage with `max_seq_len` and `learning_rate` filled in, which depend on the model unless they are given."""
+    settings, changes = stage.settings, dict[str, Any]()
+    if not settings.max_seq_len:
+        changes["max_seq_len"] = min(model.config.max_position_embeddings, DEFAULT_SEQ_LEN)
+    if settings.learning_rate is None:
+        changes["learning_rate"] = settings.default_learning_rate(model.config.hidden_size)
+    return stage.with_settings(**changes)
 
 
 def sample_texts(

@@ -17,7 +17,7 @@ from tinylm.commandline.settings import parse_settings
 from tinylm.model.lora import merge_lora
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_row_length
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_defaults
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.stage_data import load_chats
@@ -74,10 +74,10 @@ def train(settings: FullSFTSettings) -> Path:
     merge_lora(model)
     shard(model, settings.sharding, stage.runtime)
     # 5. Data
-    stage = with_row_length(stage, model)
+    stage = with_defaults(stage, model)
     data = load_chats(stage, tokenizer, settings.tinyworld_chats, settings.replacements)
     # 6. Optimizer
-    optimizers = settings.make_optimizers(model)
+    optimizers = stage.settings.make_optimizers(model)
     # 7. Fit, saving the model folder after each epoch
     sample = sample_texts(model, tokenizer, *SAMPLE_QUESTIONS, chat=True)
     return make_run(stage, Learner(model, tokenizer, optimizers, next_token_loss, sample, parent), data).fit()

@@ -20,7 +20,7 @@ from tinylm.dataset import tinyworld
 from tinylm.model.lora import PROJECTIONS, LoRAConfig, apply_lora, has_lora
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_row_length
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_defaults
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.stage_data import load_chats
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatTrainSettings
@@ -68,11 +68,11 @@ def train(settings: LoRASettings) -> Path:
     apply_lora(model, settings.lora_config)
     shard(model, settings.sharding, stage.runtime)
     # 5. Data
-    stage = with_row_length(stage, model)
+    stage = with_defaults(stage, model)
     persona = tinyworld.persona_conversations
     data = load_chats(stage, tokenizer, settings.tinyworld_chats, settings.replacements, persona)
     # 6. Optimizer
-    optimizers = settings.make_optimizers(model)
+    optimizers = stage.settings.make_optimizers(model)
 
     # 7. Fit, saving the adapter folder after each epoch
     def save(folder: Path, lineage: dict[str, Any]) -> None:
