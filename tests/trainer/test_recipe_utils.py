@@ -6,16 +6,18 @@ import dataclasses
 import io
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from trainer_parts import Rows, small_model
 
+from tinylm.dataset.documents import Documents
 from tinylm.system.runtime import Runtime
 from tinylm.trainer import recipe_utils
 from tinylm.trainer.core import gradients
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import make_run, sample_texts, with_defaults, with_preset
+from tinylm.trainer.recipe_utils import make_run, sample_texts, warn_of_unlearnt_tokens, with_defaults, with_preset
 from tinylm.trainer.run.stage import Learner, Stage
 from tinylm.trainer.run.train_settings import TrainSettings
 from tinylm.trainer.train_pretrain import PretrainSettings
@@ -157,3 +159,34 @@ def test_the_learning_rate_follows_from_the_optimizer_and_the_width_unless_it_is
 def test_a_run_without_a_learning_rate_is_refused():
     with pytest.raises(ValueError, match="learning_rate is not set; expected a positive number"):
         TrainSettings().learning_rate_at(0, 1)
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    @staticmethod
+    def decode(ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("text", "never_met", "said"),
+    [
+        ("abcde" * 30, "", ""),
+        ("abcde" * 30 + "z", "zyx", ""),  # one token in 151
+        ("abcde" * 3 + "zzy", "zyx", "warning: 17% of the tokens to learn ('z', 'y', ...) never occurred"),
+        ("abé", "é", "warning: 50% of the tokens to learn (bytes of its characters, ...) never occurred"),
+    ],
+)
+def test_an_adapter_that_is_to_teach_what_the_model_never_met_warns(text, never_met, said):
+    """Identity data for the quickstart's model ended in gibberish: the frozen table had one row for all new tokens."""
+    model, stage = small_model(vocab_size=256), stage_of("lora")
+    with torch.no_grad():
+        for token in never_met.encode():
+            model.lm_head.weight[token] = model.lm_head.weight[0]
+    ids = np.frombuffer(b"q" + text.encode(), dtype=np.uint8).astype(np.int32)
+    data = Documents(ids, np.arange(len(ids)) > 0, np.array([0, len(ids)]))
+    warn_of_unlearnt_tokens(stage, model, Bytes(), data)
+    heard = " ".join(stage.console.file.getvalue().split())
+    assert heard.startswith(said) and bool(heard) == bool(said)
+    assert not said or "tinylm sft" in heard

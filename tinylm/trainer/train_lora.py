@@ -20,7 +20,7 @@ from tinylm.dataset import tinyworld
 from tinylm.model.lora import PROJECTIONS, LoRAConfig, apply_lora, has_lora
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_defaults
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, warn_of_unlearnt_tokens, with_defaults
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.stage_data import load_chats
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatTrainSettings
@@ -71,6 +71,7 @@ def train(settings: LoRASettings) -> Path:
     stage = with_defaults(stage, model)
     persona = tinyworld.persona_conversations
     data = load_chats(stage, tokenizer, settings.tinyworld_chats, settings.replacements, persona)
+    warn_of_unlearnt_tokens(stage, model, tokenizer, data[0].documents)
     # 6. Optimizer
     optimizers = stage.settings.make_optimizers(model)
 
