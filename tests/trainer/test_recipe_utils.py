@@ -20,6 +20,9 @@ from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.recipe_utils import make_run, sample_texts, warn_of_unlearnt_tokens, with_defaults, with_preset
 from tinylm.trainer.run.stage import Learner, Stage
 from tinylm.trainer.run.train_settings import TrainSettings
+from tinylm.trainer.train_dpo import DPOSettings
+from tinylm.trainer.train_full_sft import FullSFTSettings
+from tinylm.trainer.train_lora import LoRASettings
 from tinylm.trainer.train_pretrain import PretrainSettings
 
 
@@ -148,6 +151,13 @@ def test_the_preset_follows_from_the_device_unless_the_flags_say_a_shape(device,
         (PretrainSettings(optimizer="adamw"), 128, 1e-3),
         (PretrainSettings(optimizer="adamw"), 512, 5e-4),
         (PretrainSettings(learning_rate=0.02), 512, 0.02),
+        (FullSFTSettings(model_path="m"), 256, 3e-3),
+        (FullSFTSettings(model_path="m", optimizer="adamw"), 512, 5e-4),
+        (LoRASettings(model_path="m"), 256, 4e-3),
+        (LoRASettings(model_path="m"), 512, 2e-3),
+        (LoRASettings(model_path="m", optimizer="muon"), 512, 5e-3),
+        (DPOSettings(model_path="m"), 512, 1e-4),
+        (DPOSettings(model_path="m"), 1024, 5e-5),
     ],
 )
 def test_the_learning_rate_follows_from_the_optimizer_and_the_width_unless_it_is_given(settings, width, rate):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,12 +38,13 @@ from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS
 class DPOSettings(TrainSettings):
     """Settings of DPO."""
 
+    LEARNING_RATES: ClassVar[dict[str, tuple[float, int]]] = {"muon": (1e-4, 512), "adamw": (1e-4, 512)}
+    """As in `TrainSettings`; far below fine-tuning's, because the loss only asks for a difference."""
+
     model_path: str
     """the model to start from, also the reference: a folder, or a .pth of lyuzlion/Tiny-Language-Model"""
     output_dir: str = "out/dpo"
     """folder for the model folders, the training state and the metrics (JSON lines)"""
-    learning_rate: float = 5e-5
-    """peak learning rate; far below fine-tuning's, because the loss only asks for a difference"""
     weight_decay: float = 0.0
     """decay of matrices, times the learning rate, per step"""
     beta: float = 0.1

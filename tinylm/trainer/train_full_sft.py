@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
@@ -56,6 +56,9 @@ class ChatTrainSettings(TrainSettings):
 @dataclass(frozen=True, kw_only=True)
 class FullSFTSettings(ChatTrainSettings):
     """Settings of full fine-tuning."""
+
+    LEARNING_RATES: ClassVar[dict[str, tuple[float, int]]] = {"muon": (3e-3, 512), "adamw": (1e-3, 256)}
+    """As in `TrainSettings`, for fine-tuning: half of pretraining's with Muon, so that less is forgotten."""
 
     output_dir: str = "out/full_sft"
     """folder for the model folders, the training state and the metrics (JSON lines)"""

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.commandline.exit_status import run_main
@@ -30,6 +30,9 @@ from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatTrainSettings
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings(ChatTrainSettings):
     """Settings of LoRA fine-tuning."""
+
+    LEARNING_RATES: ClassVar[dict[str, tuple[float, int]]] = {"muon": (5e-3, 512), "adamw": (4e-3, 256)}
+    """As in `TrainSettings`, for adapters, which start from zero and have far fewer weights."""
 
     output_dir: str = "out/lora"
     """folder for the adapter folders, the training state and the metrics (JSON lines)"""
