@@ -70,9 +70,7 @@ def with_preset(stage: Stage) -> Stage:
     if stage.settings.widths:
         why = "for what the flags leave open of the shape"
     elif preset == "tiny":
-        why = (
-            "the default on a CPU (small learns more from much text, but each of its tokens takes six times as long)"
-        )
+        why = "the default on a CPU (small learns more from much text, but each of its tokens takes six times as long)"
     else:
         why = "the default on a GPU"
     stage.console.print(f"no --preset: {preset}, {why}")

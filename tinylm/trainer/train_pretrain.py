@@ -40,7 +40,7 @@ class PretrainSettings(TrainSettings):
     """tokens of a packed row, and the model's context; 0 means 256 for the preset tiny, else 512"""
     preset: Literal["auto", "tiny", "small", "large"] = "auto"
     """shape of the model: tiny (about 3M parameters), small (26M) or large (104M); auto is tiny on a CPU and small on a
-    GPU, and small wherever a width or a number is given"""
+    GPU, and small where --hidden_size or another number of the shape is given"""
     hidden_size: int = 0
     """width of the model; 0 takes the preset's"""
     num_hidden_layers: int = 0
