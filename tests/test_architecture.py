@@ -220,6 +220,6 @@ def test_the_loop_takes_few_parameters() -> None:
 def test_recipes_share_what_they_have_in_common(stage: str) -> None:
     """Each wrote out the same dozen lines of optimizer and run: a flag could reach three stages and not the fourth."""
     called = [dotted(node.func) for node in ast.walk(parse(f"trainer/train_{stage}.py")) if isinstance(node, ast.Call)]
-    for name in ("start_stage", "shard", "settings.make_optimizers", "make_run"):
+    for name in ("start_stage", "shard", "stage.settings.make_optimizers", "make_run"):
         assert called.count(name) == 1, name
     assert {"make_optimizers", "Run"}.isdisjoint(called)

@@ -193,10 +193,13 @@ class TinyLMConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TinyLMConfig:
-        """One of `PRESETS`, with fields replaced. Widths that follow from others follow again."""
+        """One of `PRESETS`, with fields replaced. A new `hidden_size` takes its usual `intermediate_size`."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+        fields = dict(PRESETS[name])
+        if overrides.get("hidden_size", fields["hidden_size"]) != fields["hidden_size"]:
+            fields.pop("intermediate_size", None)
+        return cls(**{**fields, **overrides})
 
     def num_parameters(self) -> int:
         """Number of distinct weights of the model (a tied matrix counts once)."""
@@ -254,7 +257,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "rope_theta": 1e4,
     },
     # 25,829,888 parameters.
     "small": {"hidden_size": 512, "num_hidden_layers": 8},
