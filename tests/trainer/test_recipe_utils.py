@@ -62,18 +62,20 @@ def test_the_plan_of_a_run(monkeypatch, settings, shape, at_once):
 
 
 def test_the_lineage_of_a_run(tmp_path):
-    parent = {"path": "out/sft/full_sft_16_epoch0", "weights": "abc"}
+    parent = {"path": "out/sft/full_sft_16_epoch0", "weights": "abc", "document_start": False}
     lineage = run_of(stage_of(seed=7, output_dir=str(tmp_path)), parent).checkpoints.lineage
     assert lineage["tokenizer_fingerprint"] == "größe" and lineage["data_fingerprint"] == "rows 13 0"
     assert lineage["parent"] == parent and lineage["seed"] == 7 and {"version", "code"} <= lineage.keys()
     assert lineage["settings"]["output_dir"] == str(tmp_path)
+    assert lineage["document_start"] is False, "the parent was pretrained before documents began with <|endoftext|>"
+    assert run_of(stage_of(output_dir=str(tmp_path)), None).checkpoints.lineage["document_start"] is True
 
 
 def test_a_run_never_overwrites_its_parent(tmp_path):
     """Also through a link. Another stage's model may lie in the same folder."""
     (tmp_path / "out" / "dpo_16_epoch0").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    parent = {"path": str(tmp_path / "link" / "dpo_16_epoch0")}
+    parent = {"path": str(tmp_path / "link" / "dpo_16_epoch0"), "document_start": True}
     with pytest.raises(ValueError, match="the run would overwrite its parent, .*/out/dpo_16_epoch0; choose another"):
         run_of(stage_of("dpo", output_dir=str(tmp_path / "out")), parent)
     assert run_of(stage_of("lora", output_dir=str(tmp_path / "out")), parent)
@@ -86,8 +88,12 @@ def test_samples_continue_a_prompt_or_answer_it(monkeypatch, sharded):
     made = []
 
     class Engine:
-        def __init__(self, model, tokenizer, dtype):
+        def __init__(self, model, tokenizer, dtype, document_start):
             made.append(dtype)
+            self.document_start = document_start
+
+        def text_prompt(self, text):
+            return [*self.document_start, len(text)]
 
         def stream_text(self, ids, settings):
             made.append((settings.max_new_tokens, settings.temperature))
@@ -98,8 +104,8 @@ def test_samples_continue_a_prompt_or_answer_it(monkeypatch, sharded):
 
     monkeypatch.setattr(recipe_utils, "Engine", Engine)
     monkeypatch.setattr(recipe_utils, "is_sharded", lambda model: sharded)
-    model, tokenizer = small_model(max_position_embeddings=64).double(), SimpleNamespace(encode=len)
-    assert sample_texts(model, tokenizer, "Schön")() == ["Schön 5!"]
+    model, tokenizer = small_model(max_position_embeddings=64).double(), SimpleNamespace(endoftext_id=3)
+    assert sample_texts(model, tokenizer, "Schön")() == ["Schön [3, 5]!"]
     assert made == [torch.float64 if sharded else None, (16, 0.0)]
     assert sample_texts(model, tokenizer, "Wer?", "Wo?", chat=True)() == ["Wer? -> re: Wer?", "Wo? -> re: Wo?"]
     sample_texts(model, tokenizer, "Schön", max_new_tokens=9)()

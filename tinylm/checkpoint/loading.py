@@ -28,6 +28,11 @@ class LoadedModel:
     notice: str = ""
     """What the user must know about it, in one line; empty for nothing."""
 
+    @property
+    def document_start(self) -> list[int]:
+        """What documents began with when the model was pretrained: <|endoftext|>, or nothing before November 2026."""
+        return [self.tokenizer.endoftext_id] if self.lineage.get("document_start") else []
+
 
 def load_for_use(
     model_path: str | Path,

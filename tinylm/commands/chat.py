@@ -146,7 +146,7 @@ def load_partner(settings: ChatSettings) -> Partner:
         wanted, actual = getattr(settings, name), getattr(loaded.model.config, name)
         if wanted not in (0, actual):
             raise ValueError(f"{name} is {wanted}, but {path} has {actual}; leave it out to read it from the model")
-    engine = Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype)
+    engine = Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype, loaded.document_start)
     if settings.max_seq_len > engine.context_length:
         raise ValueError(
             f"max_seq_len is {settings.max_seq_len}, but {path} has a context of {engine.context_length} tokens; "
@@ -211,7 +211,7 @@ class Chat:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _continue(self, text: str) -> Generator[str, None, None]:
-        ids = self.engine.tokenizer.encode(text)
+        ids = self.engine.text_prompt(text)
         cut = len(ids) - len(self.engine.bounded(ids, self.sampling))
         if cut:
             self.notify(f"left out to fit the context: the first {cut} tokens")

@@ -173,6 +173,7 @@ def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
         engine=Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype),
         sampling=SamplingSettings(max_new_tokens=settings.max_new_tokens, temperature=0.0),
         tokens_per_batch=settings.batch_size,
+        document_start=loaded.document_start,
         reference=reference,
     )
 

@@ -44,7 +44,12 @@ def main(argv: list[str]) -> int:
         Path(settings.output_dir),
         merge_lora(loaded.model),
         loaded.tokenizer,
-        {"stage": "merged", "parent": {"path": str(loaded.path), **loaded.lineage}, "version": __version__},
+        {
+            "stage": "merged",
+            "parent": {"path": str(loaded.path), **loaded.lineage},
+            "version": __version__,
+            "document_start": bool(loaded.lineage.get("document_start")),
+        },
     )
     make_console().print(f"merged model: {settings.output_dir}", markup=False)
     return 0

@@ -1,4 +1,8 @@
-"""Pretraining data: running text in rows of equal length. Every token but a document's first is scored once."""
+"""Pretraining data: running text in rows of equal length. Every token of a document is scored once.
+
+A document begins with <|endoftext|>, as in GPT-2, so that its first token is predicted from something, too, and a
+model can write a text from nothing. The shards hold what follows it; it is put in front where rows are made.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.dataset.packing import RunningTextPacking
+from tinylm.dataset.packing import RunningTextPacking, Segment
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
 from tinylm.dataset.shards.shard_cache import cached_token_shards
 from tinylm.dataset.shards.shared_cache import SharedCache
@@ -40,9 +44,11 @@ class PretrainDataset:
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.starts, self.lengths = (shards.offsets[:-1], shards.lengths) if spans is None else spans
-        self.packing = RunningTextPacking(self.lengths, max_seq_len)
+        # 1 for each span that begins a document, which <|endoftext|> precedes; 0 for the rest of one, or for no text.
+        self.begins = (np.isin(self.starts, shards.offsets[:-1]) & (self.lengths > 1)).astype(np.int64)
+        self.packing = RunningTextPacking(self.lengths + self.begins, max_seq_len)
         if len(self.packing) == 0:
-            raise ValueError("the text has fewer than two tokens; expected more; add data")
+            raise ValueError("the text has no token; expected some; add data")
         self.width = min(max_seq_len, self.packing.num_positions)
 
     @classmethod
@@ -74,15 +80,17 @@ class PretrainDataset:
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text that is scored: bits per byte = loss_sum / ln 2 / num_bytes.
 
-        Two tokens of a document do not count: the first, which is not a target, and <|endoftext|>, which is not text.
+        <|endoftext|> is a target but not text. The first token of the rest of a document is text but not a target.
         """
         sizes = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
         for token_id in range(self.tokenizer.vocab_size):
             if token_id not in self.tokenizer.special_ids:
                 sizes[token_id] = len(self.tokenizer.token_bytes(token_id))
         total = 0
-        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
-            total += int(sizes[self.shards.tokens[start + 1 : start + length]].sum())
+        for start, length, begins in zip(
+            self.starts.tolist(), self.lengths.tolist(), self.begins.tolist(), strict=True
+        ):
+            total += int(sizes[self.shards.tokens[start + 1 - begins : start + length]].sum())
         return total
 
     @property
@@ -93,19 +101,21 @@ class PretrainDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when any token, the choice of documents or a row boundary changes."""
-        digest = hashlib.sha256(f"pretrain {self.shards.fingerprint} {self.max_seq_len}".encode())
+        digest = hashlib.sha256(f"pretrain, opened {self.shards.fingerprint} {self.max_seq_len}".encode())
         for array in (self.starts, self.lengths):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()[:16]
 
     def row(self, index: int) -> Row:
         """Row `index`: the segments of documents in it, side by side. Positions restart in each segment."""
-        segments = self.packing.row(index)
-        starts = [int(self.starts[segment.document]) for segment in segments]
-        return build_row(
-            (self.shards.tokens[start + segment.start : start + segment.stop], None)
-            for start, segment in zip(starts, segments, strict=True)
-        )
+        return build_row((self._tokens(segment), None) for segment in self.packing.row(index))
+
+    def _tokens(self, segment: Segment) -> np.ndarray:
+        """The tokens of a segment; its places count the <|endoftext|> in front of a document."""
+        begins, start = int(self.begins[segment.document]), int(self.starts[segment.document])
+        first = start + segment.start - begins
+        stored = self.shards.tokens[max(start, first) : start + segment.stop - begins]
+        return stored if first >= start else np.concatenate(([self.tokenizer.endoftext_id], stored))
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Stack rows into a batch of `max_seq_len` positions. Only the last row of the corpus has filler."""

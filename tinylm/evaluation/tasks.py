@@ -17,7 +17,7 @@ from tinylm.evaluation.minimal_pairs import MinimalPair, minimal_pair_accuracy
 from tinylm.evaluation.multiple_choice import ChoiceQuestion, last_word_accuracy, multiple_choice_accuracy
 from tinylm.evaluation.preferences import ReferenceModel, preference_accuracy
 from tinylm.evaluation.results import Measure, measure_of, ratio_and_error
-from tinylm.evaluation.sequence_logprob import Progress, sequence_logprobs
+from tinylm.evaluation.sequence_logprob import Progress, TokenIds, sequence_logprobs
 from tinylm.evaluation.skills import Replier, question_of
 from tinylm.files.untrusted import shown
 from tinylm.tokenizer.chat_template import encode_chat
@@ -48,6 +48,8 @@ class Evaluator:
     sampling: Any
     """`SamplingSettings` of the tasks that generate."""
     tokens_per_batch: int
+    document_start: TokenIds
+    """What documents began with when the model was trained (see `opened`)."""
     reference: ReferenceModel | None = None
     """What preferences are measured against."""
     progress: Progress | None = None
@@ -117,7 +119,9 @@ _WORDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number"
 
 def _run_bits_per_byte(e: Evaluator, records: Iterable[Record], name: str, limit: int | None) -> list[Measure]:
     texts = [text_of(record) for record in islice(records, limit)]
-    report = text_loss(e.model, e.tokenizer, texts, tokens_per_batch=e.tokens_per_batch, progress=e.progress)
+    report = text_loss(
+        e.model, e.tokenizer, texts, e.document_start, tokens_per_batch=e.tokens_per_batch, progress=e.progress
+    )
     return report.measures(name)
 
 
@@ -127,6 +131,7 @@ def _run_minimal_pairs(e: Evaluator, records: Iterable[Record], name: str, limit
         e.model,
         e.tokenizer,
         pairs,
+        e.document_start,
         limit_per_set=limit,
         tokens_per_batch=e.tokens_per_batch,
         progress=e.progress,
@@ -144,7 +149,7 @@ def _run_multiple_choice(e: Evaluator, records: Iterable[Record], name: str, lim
         except ValueError as error:
             raise ValueError(f"{record.path}, line {record.line}: {error}") from None
     report = multiple_choice_accuracy(
-        e.model, e.tokenizer, questions, tokens_per_batch=e.tokens_per_batch, progress=e.progress
+        e.model, e.tokenizer, questions, e.document_start, tokens_per_batch=e.tokens_per_batch, progress=e.progress
     )
     return report.measures(name)
 
@@ -152,7 +157,7 @@ def _run_multiple_choice(e: Evaluator, records: Iterable[Record], name: str, lim
 def _run_last_word(e: Evaluator, records: Iterable[Record], name: str, limit: int | None) -> list[Measure]:
     passages = [(_field(r, "context", str), _field(r, "continuation", str)) for r in islice(records, limit)]
     report = last_word_accuracy(
-        e.model, e.tokenizer, passages, tokens_per_batch=e.tokens_per_batch, progress=e.progress
+        e.model, e.tokenizer, passages, e.document_start, tokens_per_batch=e.tokens_per_batch, progress=e.progress
     )
     return report.measures(name)
 

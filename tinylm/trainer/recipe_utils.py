@@ -58,7 +58,12 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
         if asked and asked != found:
             raise ValueError(f"{name} is {asked}, but {path} has {found}; leave out --{name}, or give another model")
     stage.console.print(f"starting from {path}", markup=False)
-    parent = {"path": str(path), "stage": lineage.get("stage"), "weights": weights_fingerprint(model)}
+    parent = {
+        "path": str(path),
+        "stage": lineage.get("stage"),
+        "weights": weights_fingerprint(model),
+        "document_start": bool(lineage.get("document_start")),
+    }
     return model, tokenizer, parent
 
 
@@ -121,9 +126,10 @@ def sample_texts(
         room = model.config.max_position_embeddings // 4  # the prompt needs most of a short context
         settings = SamplingSettings(max_new_tokens=min(max_new_tokens, room), temperature=0.0)
         # A sharded model cannot be copied into another precision.
-        engine = Engine(model, tokenizer, dtype=model.dtype if is_sharded(model) else None)
+        dtype = model.dtype if is_sharded(model) else None
+        engine = Engine(model, tokenizer, dtype, document_start=[tokenizer.endoftext_id])
         if not chat:
-            return [prompt + "".join(engine.stream_text(tokenizer.encode(prompt), settings)) for prompt in prompts]
+            return [prompt + "".join(engine.stream_text(engine.text_prompt(prompt), settings)) for prompt in prompts]
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
         replies = engine.reply_batch(messages, settings)
         return [f"{prompt} -> {reply}" for prompt, reply in zip(prompts, replies, strict=True)]
@@ -152,6 +158,7 @@ def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None
     plan = Plan(settings, runtime, StoredSteps(train_data, sampler, settings.num_workers), at_once)
     lineage = {
         "parent": parent,
+        "document_start": parent["document_start"] if parent else True,
         "data_fingerprint": train_data.fingerprint,
         "tokenizer_fingerprint": learner.tokenizer.fingerprint,
         "seed": settings.seed,
