@@ -20,9 +20,9 @@ import jsonargparse
 import yaml
 from docstring_parser import parse_from_object
 
-from tinylm.commandline.strict_yaml import MAX_YAML_BYTES, parse_yaml
+from tinylm.commandline.strict_yaml import MAX_YAML_BYTES, is_odd_number, parse_yaml
 from tinylm.commandline.synonyms import did_you_mean
-from tinylm.files.untrusted import shown
+from tinylm.files.untrusted import is_unicode, shown
 
 Settings = TypeVar("Settings")
 
@@ -31,6 +31,8 @@ SHARED_FLAGS = {
     "print_config": "print the settings of this run as YAML, ready for --config, and stop",
     "debug": "on failure, show where in the code it happened",
 }
+PATH_SETTING = re.compile(r"\w+_(path|dir)|adapter|output")
+"""The names of settings that are paths. In these, `~` is the user's folder, as it is in a shell."""
 _MAX_QUOTED = 100
 """Longest quoted value of a setting that is not text, such as "3" for 3. Such a value is parsed as YAML again."""
 BOOL_WORDS = {"1": "true", "0": "false", "true": "true", "false": "false", "yes": "true", "no": "false"}
@@ -77,6 +79,8 @@ def parse_settings(cls: type[Settings], argv: list[str], prog: str, description:
             _fail(prog, f"{name} is {shown(value)}; expected {_type_name(hints[name])}; see {prog} --help")
     values = {} if shared["config"] is None else _read_config(shared["config"], parser, hints, prog)
     values.update(flags)
+    _check_unicode(values, prog)
+    values = {name: os.path.expanduser(v) if _is_path(name, v) else v for name, v in values.items()}
     required = [field.name for field in _init_fields(cls) if _is_required(field)]
     if missing := [f"--{name}" for name in required if name not in values]:
         expected = (
@@ -193,8 +197,22 @@ def _normalize_flags(argv: list[str], hints: dict[str, Any], prog: str) -> list[
             value = rest.pop(0)
         if typing.get_origin(hints.get(name)) in (list, tuple) and not value.startswith("["):
             value = f"[{value}]"  # a,b on the command line is YAML's [a, b]
+        elif is_odd_number(value) and not _is_text(hints.get(name, str)):
+            _fail(prog, f"--{name} {value:.40} could be another number; expected decimal digits; see {prog} --help")
         result.append(f"--{name}={value}")
     return result
+
+
+def _is_path(name: str, value: Any) -> bool:
+    return isinstance(value, str) and PATH_SETTING.fullmatch(name) is not None
+
+
+def _check_unicode(values: dict[str, Any], prog: str) -> None:
+    """End the program for a text that is not UTF-8: it could not be written into the files of a run."""
+    for name, value in values.items():
+        if isinstance(value, str) and not is_unicode(value):
+            advice = "rename the file" if _is_path(name, value) else "write it in UTF-8"
+            _fail(prog, f"--{name} is {shown(value)}, which is not UTF-8; expected valid Unicode; {advice}")
 
 
 def _is_too_large(value: object) -> bool:
@@ -246,7 +264,7 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
 def load_yaml(path: str | Path, prog: str) -> tuple[str, dict[str, Any]]:
     """The text of a YAML file and its top level mapping; any other file ends the program with status 2."""
     try:
-        with open(path, "rb") as file:  # read a limited number: it may be a pipe that never ends
+        with open(os.path.expanduser(path), "rb") as file:  # read a limited number: it may be a pipe that never ends
             raw = file.read(MAX_YAML_BYTES + 1)
         if len(raw) > MAX_YAML_BYTES:
             _fail(

@@ -13,6 +13,7 @@ import numpy as np
 from tinylm.dataset.packing import RunningTextPacking
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
 from tinylm.dataset.shards.shard_cache import cached_token_shards
+from tinylm.dataset.shards.shared_cache import SharedCache
 from tinylm.dataset.shards.token_shards import TokenShards, tokenize_texts
 from tinylm.dataset.sources.finding import find_sources
 from tinylm.dataset.sources.records import BadRows
@@ -52,7 +53,7 @@ class PretrainDataset:
     def split(self, validation_fraction: float, seed: int) -> tuple[PretrainDataset, PretrainDataset | None]:
         """(training, validation) parts of a corpus, by document; see `hold_out_documents`."""
         train, held = hold_out_documents(self.shards.lengths, validation_fraction, seed)
-        if held[1].sum() < 2:
+        if not (held[1] > 1).any():  # a document of one token has no target
             return self, None
         return tuple(PretrainDataset(self.shards, self.tokenizer, self.max_seq_len, part) for part in (train, held))  # type: ignore[return-value]
 
@@ -115,7 +116,7 @@ def load_pretrain_data(
     data_path: str,
     tokenizer: Any,
     max_seq_len: int,
-    cache_dir: str | Path,
+    own_folder: str | Path,
     validation_path: str | None = None,
     validation_fraction: float = 0.01,
     seed: int = 0,
@@ -123,24 +124,29 @@ def load_pretrain_data(
     num_processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
+    cache: SharedCache | None = None,
+    resume: bool = False,
 ) -> tuple[PretrainDataset, PretrainDataset | None]:
     """Training and validation data from files, tokenised once and cached.
 
-    Several processes may call it at the same time; those with the same `cache_dir` share the work.
+    Several processes may call it at the same time; those with the same cache, or the same `own_folder`, share the work.
 
     Args:
         data_path: files of {"text"} records, as for `find_files`.
-        cache_dir: where the token shards are kept.
+        own_folder: where the token shards are kept if there is no cache or it cannot be used.
         validation_path: held-out files; without it, `validation_fraction` of the data is held out (0 for none).
         seed: chooses which documents are held out.
         progress: called with (documents, tokens) while tokenising.
-        notice: called with a line about each damaged shard, which is then made again.
+        notice: called with a line about each damaged shard, which is then made again, and about the cache.
+        cache: where the token shards of all runs are kept.
+        resume: also use the shards that an earlier version made in `own_folder`.
     """
+    options: dict[str, Any] = {"notice": notice, "cache": cache, "resume": resume}
     if validation_path is not None:
         find_sources(validation_path)  # a wrong path is an error before the training data is tokenised
-    shards = cached_token_shards(data_path, tokenizer, cache_dir, bad_rows, num_processes, progress, notice)
+    shards = cached_token_shards(data_path, tokenizer, own_folder, bad_rows, num_processes, progress, **options)
     whole = PretrainDataset(shards, tokenizer, max_seq_len)
     if validation_path is None:
         return whole.split(validation_fraction, seed)
-    held = cached_token_shards(validation_path, tokenizer, cache_dir, bad_rows, num_processes, progress, notice)
+    held = cached_token_shards(validation_path, tokenizer, own_folder, bad_rows, num_processes, progress, **options)
     return whole, PretrainDataset(held, tokenizer, max_seq_len)

@@ -53,11 +53,15 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, flush: bool = True) -> Iterator[Path]:
     """Yield an empty temporary folder; it becomes `path` when the block ends without an error.
 
     An existing folder at `path` is swapped out, then deleted. If the block fails, the temporary folder and the parent
     folders made for it are deleted, and the old folder is kept.
+
+    Args:
+        flush: False saves about 20 ms a folder. A power cut may then leave a folder with damaged files, so it is only
+            for files that are checked when they are read and can be made again.
 
     Raises:
         NotADirectoryError: `path` is a file.
@@ -69,13 +73,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent))
         try:
             yield fresh
+            mode = _default_mode(0o666)
             for entry in sorted(fresh.rglob("*")):
                 if entry.is_file():
-                    entry.chmod(_default_mode(0o666))  # safetensors makes its files private
-                _sync(entry)
+                    entry.chmod(mode)  # safetensors makes its files private
+                if flush:
+                    _sync(entry)
             fresh.chmod(_default_mode(0o777))
-            _sync(fresh)
-            _swap_in(fresh, target)
+            if flush:
+                _sync(fresh)
+            _swap_in(fresh, target, flush)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
@@ -137,11 +144,12 @@ def _parent_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def _swap_in(fresh: Path, target: Path) -> None:
+def _swap_in(fresh: Path, target: Path, flush: bool) -> None:
     """Rename `fresh` to `target`. If the system can exchange two folders, `target` exists at every moment."""
     if not target.exists():
         os.rename(fresh, target)
-        _sync(target.parent)
+        if flush:
+            _sync(target.parent)
         return
     if not _exchange(fresh, target):
         # After a kill between these two renames, `remove_leftovers` finds the old folder by its name and restores it.

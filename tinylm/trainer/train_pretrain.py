@@ -14,6 +14,7 @@ from typing import Literal
 
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
+from tinylm.dataset.shards.shared_cache import shared_cache
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.distributed import shard
@@ -51,12 +52,19 @@ class PretrainSettings(TrainSettings):
     """normalise queries and keys, as Qwen3 does"""
     dropout: float = 0.0
     """dropout probability"""
+    read_control_tokens: bool = False
+    """read control tokens spelt in the text, such as <|im_start|>, as these tokens; by default they are letters"""
     tinyworld_documents: int = 14_000
     """documents of TinyWorld to train on when there is no data_path"""
+    cache_dir: str | None = None
+    """folder for the token shards of all runs; by default $TINYLM_CACHE_DIR or the user's cache folder"""
+    cache_gb: float | None = None
+    """bound of that folder in GB; by default $TINYLM_CACHE_GB or 10; 0 keeps token shards in output_dir instead"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, self, "tinyworld_documents")
+        shared_cache(self.cache_dir, self.cache_gb)  # refuses a bound that is no number of gigabytes
         require_at_least(2, self, "max_seq_len")  # one token to read and one to predict
 
     def model_config(self, vocab_size: int) -> TinyLMConfig:
@@ -85,7 +93,8 @@ def train(settings: PretrainSettings) -> Path:
     model = TinyLMForCausalLM(settings.model_config(tokenizer.vocab_size)).to(stage.runtime.device)
     shard(model, settings.sharding, stage.runtime)
     # 5. Data
-    data = load_texts(stage, tokenizer, settings.tinyworld_documents)
+    cache = shared_cache(settings.cache_dir, settings.cache_gb)
+    data = load_texts(stage, tokenizer, settings.tinyworld_documents, cache)
     # 6. Optimizer
     optimizers = settings.make_optimizers(model)
     # 7. Fit, saving the model folder after each epoch
