@@ -121,8 +121,8 @@ class TinyLMConfig:
             )
         if self.position_embedding_type == "rope" and self.head_width % 2:
             raise ValueError(
-                f"head_dim (hidden_size / num_attention_heads) is {self.head_dim}, which is odd; RoPE turns pairs of numbers: "
-                "choose widths that make it even"
+                f"head_dim (hidden_size / num_attention_heads) is {self.head_dim}, which is odd; RoPE turns pairs of "
+                "numbers: choose widths that make it even"
             )
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"hidden_size {self.hidden_size} is odd; sinusoidal positions need an even one")
