@@ -96,6 +96,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that no part of it is ever seen under its name, not even after a kill."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    os.rename(path, hidden / path.name)
+    _sync(path.parent)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Delete what a killed `atomic_write` or `atomic_folder` of `path` has left; only the owner of `path` may call it.
 

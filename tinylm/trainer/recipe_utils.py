@@ -19,6 +19,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.core.gradients import micro_batches_at_once
 from tinylm.trainer.run.run import Run
+from tinylm.trainer.run.run_folder import RunFolder
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 
 DEFAULT_SEQ_LEN = 512
@@ -31,7 +32,8 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
     """The model that a fine-tuning stage starts from, its tokenizer, and its description for the lineage.
 
     Raises:
-        ValueError: rows of `max_seq_len` do not fit into the model's context, or its width is not the requested one.
+        ValueError: rows of `max_seq_len` do not fit into the model's context, its width is not the requested one, or
+            the output folder holds a run already.
     """
     settings, path = stage.settings, resolve_model_path(model_path)
     model, tokenizer, lineage = load_model(path, device=stage.runtime.device, tokenizer_path=settings.tokenizer_path)
@@ -50,6 +52,7 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
         asked, found = getattr(settings, name, 0), getattr(model.config, name)
         if asked and asked != found:
             raise ValueError(f"{name} is {asked}, but {path} has {found}; leave out --{name}, or give another model")
+    RunFolder(stage, model.config.hidden_size).require_free()
     stage.console.print(f"starting from {path}", markup=False)
     parent = {"path": str(path), "stage": lineage.get("stage"), "weights": weights_fingerprint(model)}
     return model, tokenizer, parent

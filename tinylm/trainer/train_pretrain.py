@@ -19,6 +19,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.recipe_utils import make_run, sample_texts
+from tinylm.trainer.run.run_folder import RunFolder
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.stage_data import load_texts
@@ -82,7 +83,9 @@ def train(settings: PretrainSettings) -> Path:
     # 3. Tokenizer
     tokenizer = Tokenizer.load(settings.tokenizer_path) if settings.tokenizer_path else Tokenizer.default()
     # 4. Model
-    model = TinyLMForCausalLM(settings.model_config(tokenizer.vocab_size)).to(stage.runtime.device)
+    config = settings.model_config(tokenizer.vocab_size)
+    RunFolder(stage, config.hidden_size).require_free()
+    model = TinyLMForCausalLM(config).to(stage.runtime.device)
     shard(model, settings.sharding, stage.runtime)
     # 5. Data
     data = load_texts(stage, tokenizer, settings.tinyworld_documents)

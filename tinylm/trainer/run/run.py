@@ -5,9 +5,10 @@ Recipes make the parts (stage, learner, data); this module does what all stages 
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from tinylm.system.runtime import measured_matmul_flops
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.core.loop import StepReport, fit
 from tinylm.trainer.run.checkpoints import Checkpoints, Progress
+from tinylm.trainer.run.estimate import expected_memory, require_memory
 from tinylm.trainer.run.report import MetricsLog, RunReport
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 from tinylm.trainer.run.validation import validate
@@ -66,8 +68,13 @@ class Run:
         with self.checkpoints.owned_folder(), self.stop_request:
             if self.checkpoints.should_resume():
                 self.checkpoints.restore()
-            self.report.print_plan(measured_matmul_flops(self.stage.runtime))
-            self.checkpoints.note_unfinished()
+            else:
+                self.checkpoints.require_free()
+            memory = expected_memory(learner, plan)
+            require_memory(memory, plan)
+            self.report.print_plan(measured_matmul_flops(self.stage.runtime), memory, self.validation_data)
+            if not self.checkpoints.should_resume():
+                self.checkpoints.clear()
             start = self.progress.step
             if settings.use_compile:
                 learner.model.compile_for_training()
@@ -98,12 +105,12 @@ class Run:
                 raise Stopped(self.stop_request.signum or signal.SIGTERM, " after the last step; the run is finished")
         return self.checkpoints.last_folder
 
-    def validate(self, data: Dataset) -> dict[str, float]:
+    def validate(self, data: Dataset, step: int = 0) -> dict[str, float]:
         """Mean loss (and the objective's metrics) per target over held-out data, and bits per byte of text."""
-        settings, learner = self.stage.settings, self.learner
-        return validate(
-            learner.model, learner.objective, data, settings.batch_size, settings.eval_batches, self.stage.runtime
-        )
+        settings, learner, runtime = self.stage.settings, self.learner, self.stage.runtime
+        show = functools.partial(self.report.show_validating, step)
+        sizes = settings.batch_size, settings.eval_batches
+        return validate(learner.model, learner.objective, data, *sizes, runtime, show)
 
     def _step_batches(self) -> Iterator[list[Batch]]:
         for micro_batches in self.plan.batches(self.progress.step):
@@ -161,16 +168,15 @@ class Run:
         )
 
     def _evaluate(self, step: int) -> None:
-        interval = self.stage.settings.eval_interval
-        is_due = (interval and step % interval == 0) or step == self.plan.num_steps
-        if self.validation_data is None or not is_due:
+        if self.validation_data is None or not self.plan.validates_after(step):
             return
-        values = self.validate(self.validation_data)
-        loss, best = values["validation_loss"], self.progress.best_validation_loss
-        if math.isfinite(loss) and (best is None or loss < best):
-            self.progress.best_validation_loss = loss
-        texts = self._sample()
-        self.report.show_validation(step, values, texts)
+        started = time.perf_counter()
+        values = self.validate(self.validation_data, step)
+        self.progress.note_validation(step, values["validation_loss"])
+        interval = self.stage.settings.eval_interval
+        is_epoch_only = step != self.plan.num_steps and not (interval and step % interval == 0)
+        texts = [] if is_epoch_only else self._sample()
+        self.report.show_validation(step, values, texts, time.perf_counter() - started)
         self.metrics.write(step, {**values, **{f"sample_{number}": text for number, text in enumerate(texts)}})
 
     def _sample(self) -> list[str]:
