@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
 import os
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +19,10 @@ from trainer_parts import Rows, assert_same_bits, read_bytes, small_model, weigh
 from tinylm.checkpoint import training_state
 from tinylm.checkpoint.training_state import load_training_state
 from tinylm.commandline.exit_status import STOP_SIGNALS, Stopped, StopRequest
+from tinylm.commandline.terminal import make_console
 from tinylm.files.locks import run_lock
 from tinylm.system.runtime import Runtime
+from tinylm.trainer.core import loop
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.run.run import SpikeWatch, write_bad_batch
 
@@ -76,6 +80,54 @@ def test_a_signal_in_the_last_validation_is_not_forgotten(tmp_path):
     assert stop.value.signum == signal.SIGTERM and "pretrain: done" in said(run)
     assert load_training_state(run.checkpoints.state_folder).values["step"] == 4
     assert json.loads((run.checkpoints.last_folder / "lineage.json").read_text())["finished"]
+
+
+def test_ctrl_c_is_acknowledged_while_the_step_is_still_computed(tmp_path):
+    """A step may take a minute, and nothing was said until its end: people pressed Ctrl-C again, which ends it all."""
+    run, heard = make_run(tmp_path), threading.Event()
+    accumulate, console_print = loop.accumulate_gradients, run.stage.console.print
+
+    def then_signal(*arguments, **options):
+        if run.report.words:  # in the second step
+            os.kill(os.getpid(), signal.SIGINT)
+            assert heard.wait(60)
+        return accumulate(*arguments, **options)
+
+    def listen(text="", **options):
+        console_print(text, **options)
+        if str(text).startswith("stopping: finishing the step and saving it; a second Ctrl-C ends the run at once"):
+            heard.set()
+
+    run.stage.console.print = listen
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="after step 2, which is saved"):
+        patch.setattr(loop, "accumulate_gradients", then_signal)
+        run.fit()
+
+
+@pytest.mark.parametrize("closed_at", [0, 5, 10])
+def test_a_closed_pipe_stops_the_run_as_a_signal_does(tmp_path, capfd, closed_at):
+    """rich ended the program with status 1, and the steps since the last state were lost."""
+    reader, writer = os.pipe()
+    run = make_run(tmp_path)
+    with os.fdopen(writer, "w") as file:
+        console = make_console(file=file)
+        run.stage = dataclasses.replace(run.stage, console=console)
+        run.checkpoints.stage = run.report.stage = run.stage
+        log = run._log
+
+        def then_close(report):
+            if report.step == closed_at:
+                os.close(reader)
+            log(report)
+
+        run._log = then_close
+        if closed_at == 0:
+            os.close(reader)
+        with pytest.raises(Stopped, match=f"after step {closed_at or 1}, which is saved|the run is finished") as stop:
+            run.fit()
+    assert 128 + stop.value.signum == 141 and console.when_closed is None
+    assert load_training_state(run.checkpoints.state_folder).values["step"] == (closed_at or 1)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):

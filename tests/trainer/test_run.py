@@ -167,18 +167,26 @@ def test_under_lora_only_the_adapter_is_in_the_state(tmp_path):
     ("change", "message"),
     [
         (
-            {"data": Rows(13, seed=4), "data_path": "new.txt"},
-            r"made with data TinyWorld \(fingerprint rows 13 0\), this run has new.txt \(fingerprint rows 13 4\); "
-            "resume with the settings and data it was started with, or choose another --output_dir",
+            {"data": Rows(13, seed=4), "data_path": "größe/new text.txt"},
+            "made with no --data_path, this run has --data_path 'größe/new text.txt'; leave out --data_path to resume",
+        ),
+        (
+            {"data": Rows(13, seed=4)},
+            "made with the data TinyWorld, and the files in it are others now; restore it to resume the run, or",
         ),
         (
             {"parent": {"path": "out/other", "weights": "def"}},
             r"made with parent out/sft \(fingerprint abc\), this run has out/other \(fingerprint def\); ",
         ),
-        ({"batch_size": 4}, "made with num_steps 2|rows_per_optimizer_step 4, this run has 8"),
-        ({"max_steps": 9}, "made with num_steps 2, this run has 9"),
-        ({"optimizer": "muon"}, "made with optimizer adamw, this run has muon; pass --optimizer adamw to resume it"),
-        ({"seed_setting": 7}, "made with seed 42, this run has 7; pass --seed 42 to resume it"),
+        ({"parent": {"path": "out/sft", "weights": "def"}}, "the parent out/sft, and its weights are others now; "),
+        ({"batch_size": 4}, "made with --batch_size 2, this run has --batch_size 4; pass --batch_size 2 to resume it"),
+        ({"max_steps": 9}, "made with --max_steps 2, this run has --max_steps 9; pass --max_steps 2 to resume it"),
+        (
+            {"max_steps": 0, "epochs": 3},
+            "made with --max_steps 2 --epochs 4, this run has --max_steps 0 --epochs 3; pass --max_steps 2 --epochs 4",
+        ),
+        ({"optimizer": "muon"}, "made with --optimizer adamw, this run has --optimizer muon; pass --optimizer adamw"),
+        ({"seed_setting": 7}, "made with --seed 42, this run has --seed 7; pass --seed 42 to resume it"),
         ({"shape": {"num_hidden_layers": 2}}, "this run has"),
         ({"shape": {"num_attention_heads": 4, "num_key_value_heads": 2}}, "num_attention_heads 2, this run has 4"),
         ({"lora": 2}, "made with trained parameters"),
@@ -209,7 +217,7 @@ def test_a_setting_of_the_mathematics_cannot_change_halfway(tmp_path, name, was,
         run.fit()
     folder = run.checkpoints.state_folder
     assert str(error.value) == (
-        f"{folder} was made with {name} {was}, this run has {now}; pass --{name} {was} to resume it, "
+        f"{folder} was made with --{name} {was}, this run has --{name} {now}; pass --{name} {was} to resume it, "
         "or choose another --output_dir for a new run"
     )
     assert_same_bits(before, weights_of(run.learner.model))
@@ -233,7 +241,7 @@ def test_a_diverged_run_goes_on_with_a_lower_learning_rate_and_says_so(tmp_path)
         {"step": 3, "setting": "learning_rate", "was": 1e-2, "now": 5e-3},
         {"step": 3, "setting": "grad_clip", "was": 1.0, "now": 0.5},
     ]
-    with pytest.raises(ValueError, match="made with learning_rate 0.005, this run has 0.02; pass --learning_rate"):
+    with pytest.raises(ValueError, match="made with --learning_rate 0.005, this run has --learning_rate 0.02; pass"):
         make_run(tmp_path, max_steps=8, resume=True, learning_rate=2e-2, grad_clip=0.5).fit()  # nothing left to train
 
 

@@ -50,10 +50,13 @@ def make_console(is_main: bool = True, **options: Any) -> Console:
 @contextlib.contextmanager
 def closed_pipe_calls(console: Console, function: Callable[[], None]) -> Iterator[None]:
     """Inside the block, `function` is called when the reader of the output has gone, and nothing is raised."""
-    if isinstance(console, _Console):
-        console.when_closed = function
-    yield
-    if isinstance(console, _Console):
+    if not isinstance(console, _Console):
+        yield
+        return
+    console.when_closed = function
+    try:
+        yield
+    finally:
         console.when_closed = None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.commandline.exit_status import Stopped, StopRequest
-from tinylm.commandline.terminal import format_seconds
+from tinylm.commandline.terminal import closed_pipe_calls, format_seconds
 from tinylm.dataset.batches import Batch, Dataset
 from tinylm.files.atomic import atomic_write
 from tinylm.system.runtime import measured_matmul_flops
@@ -55,7 +55,7 @@ class Run:
         self.skips_in_a_row = 0
         self.micro_batches: list[Batch] = []
         """Micro-batches of the current step."""
-        self.stop_request = StopRequest()
+        self.stop_request = StopRequest(self._acknowledge_stop)
 
     def fit(self) -> Path:
         """Train from the start, or from the saved state with `--resume`; returns the last model folder.
@@ -65,7 +65,8 @@ class Run:
             RuntimeError: the run has diverged, or its last state could not be saved.
         """
         settings, learner, plan = self.stage.settings, self.learner, self.plan
-        with self.checkpoints.owned_folder(), self.stop_request:
+        closed_pipe = closed_pipe_calls(self.stage.console, self.stop_request.ask_because_of_closed_pipe)
+        with self.checkpoints.owned_folder(), self.stop_request, closed_pipe:
             if self.checkpoints.should_resume():
                 self.checkpoints.restore()
             else:
@@ -133,6 +134,10 @@ class Run:
         record = self.report.show_step(report)
         if report.step % self.stage.settings.log_interval == 0 or report.step == 1 or report.skipped:
             self.metrics.write(report.step, record)
+
+    def _acknowledge_stop(self) -> None:
+        advice = "finishing the step and saving it; a second Ctrl-C ends the run at once"
+        self.stage.console.print(f"stopping: {advice}")
 
     def _stop(self, report: StepReport) -> None:
         """Save the state and end the run. If an evaluation or a model folder is due, a resume makes it."""
