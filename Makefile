@@ -13,7 +13,7 @@ DEV := .venv/.installed-to-develop
 OLDEST := .venv-oldest/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-long test-oldest test-faults test-fuzz lint format types bench clean
+.PHONY: help quickstart test test-long test-oldest test-faults test-fuzz test-gpu lint format types bench clean
 
 help:
 	@echo "make quickstart   set up, then train a small chat model from nothing"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-oldest  run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest"
 	@echo "make test-faults  kill, starve and damage runs, and count what is lost (about half an hour)"
 	@echo "make test-fuzz    load 105,000 damaged files; takes a quarter of an hour"
+	@echo "make test-gpu     run the tests that need a CUDA GPU, with PYTHON and the packages it has (minutes)"
 	@echo "make lint         check style and types"
 	@echo "make format       put the code into its format"
 	@echo "make types        check types only"
@@ -48,7 +49,7 @@ quickstart: $(RUN)
 	$(BIN)/tinylm quickstart
 
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not long and not gpu"
 
 test-long: $(DEV)
 	$(BIN)/python -m pytest -q -m long
@@ -62,7 +63,7 @@ $(OLDEST): pyproject.toml tests/oldest_versions.py $(DEV)
 
 # All but the test whose subject is the newer versions of requirements.txt.
 test-oldest: $(OLDEST)
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) -m "not long" -k "not pip_reads_the_requirements"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) -m "not long and not gpu" -k "not pip_reads_the_requirements"
 
 # Forms for `make test` and long ones alike. FAULTS_SEED=N repeats the soak of a run that printed it.
 test-faults: $(DEV)
@@ -70,6 +71,11 @@ test-faults: $(DEV)
 
 test-fuzz: $(DEV)
 	$(BIN)/python -m tests.fuzz.run --cases 105000 --seed 0
+
+# Rented GPU machines come with a torch of their own, built for their driver: PYTHON uses it, and nothing is installed.
+# Warnings are shown, not errors: the versions there are not those of requirements.txt.
+test-gpu:
+	$(PYTHON) -m pytest -q -W default -p no:cacheprovider --durations=5 tests/gpu
 
 lint: $(DEV)
 	$(BIN)/ruff check .

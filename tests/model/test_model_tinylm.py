@@ -145,9 +145,11 @@ def test_the_flash_path_equals_the_blocked_path(monkeypatch, with_documents):
         torch.testing.assert_close(model(ids, document_ids=documents), blocked, rtol=1e-5, atol=1e-5)
 
 
-def test_document_starts_begin_anew_at_every_row():
-    starts, longest = document_starts(torch.tensor([[0, 0, 1, 1], [1, 1, 1, -1]]))
-    assert starts.tolist() == [0, 2, 4, 7, 8] and starts.dtype == torch.int32 and longest == 3
+def test_every_row_starts_a_document_and_empty_ones_fill_up_to_a_power_of_two():
+    starts = document_starts(torch.tensor([[0, 0, 1, 1], [1, 1, 1, -1]]))
+    assert starts.tolist() == [0, 2, 4, 7, 8] and starts.dtype == torch.int32
+    assert document_starts(torch.tensor([[3, 3, 3, 4, 5]])).tolist() == [0, 3, 4, 5, 5]
+    assert document_starts(torch.tensor([[7, 7]])).tolist() == [0, 2]
 
 
 def test_bf16_autocast_stays_close_to_float32_and_dropout_acts_only_in_training():
@@ -310,6 +312,27 @@ def test_models_without_a_llama_equivalent_say_so():
             require_llama_shape(config)
     require_llama_shape(small_config())
     assert dataclasses.is_dataclass(TinyLMConfig)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # which it hides from users
+@pytest.mark.parametrize("with_head", [True, False])
+def test_the_output_head_is_compiled_in_training_only(with_head):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = small_model().train()
+    model.compile_for_training(with_head=with_head, backend=backend)
+    hidden, targets = torch.randn(7, model.config.hidden_size, requires_grad=True) * 3, random_ids(1, 7)[0]
+    exact = torch.log_softmax(hidden @ model.lm_head.weight.T, dim=-1)[torch.arange(7), targets]
+    torch.testing.assert_close(model.target_log_probs(hidden, targets), exact)
+    assert len(graphs) == with_head
+    torch.testing.assert_close(model.eval().target_log_probs(hidden[:5], targets[:5]), exact[:5])
+    torch.testing.assert_close(copy.deepcopy(model).target_log_probs(hidden[:4], targets[:4]), exact[:4])
+    assert len(graphs) == with_head
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch.compile's own

@@ -447,18 +447,20 @@ def test_metrics_and_samples_are_recorded(tmp_path):
     assert run.progress.best_validation_loss == min(record["validation_loss"] for record in validations)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile hides it from users
 def test_a_compiled_run_saves_plain_names(tmp_path, monkeypatch):
     """Adapters saved from a compiled module had other names, and were then loaded with strict=False: useless.
 
     aot_eager traces as the real backend does and needs no C++ compiler.
     """
-    compile_module, used = torch.nn.Module.compile, []
+    compile_module, compile_function, used = torch.nn.Module.compile, torch.compile, []
 
     def compile_without_compiler(module, **options):
         used.append(type(module).__name__)
         compile_module(module, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_without_compiler)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_function(function, backend="aot_eager"))
     plain, compiled = (make_run(tmp_path / str(c), lora=2, max_steps=2, use_compile=c, dropout=0.0) for c in (0, 1))
     names = list(weights_of(compiled.learner.model))
     plain.fit()

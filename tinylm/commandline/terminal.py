@@ -89,6 +89,12 @@ def lines_of_words(words: Sequence[str], width: int = WIDTH) -> list[str]:
     return lines
 
 
+def print_next(console: Console, *lines: str) -> None:
+    """Print the commands that may come next, each as `what it does: the command`."""
+    for number, line in enumerate(lines):
+        console.print(f"{'next' if number == 0 else '    '}  {line}", markup=False)
+
+
 class ShowProgress(Protocol):
     """The function that `progress` yields.
 

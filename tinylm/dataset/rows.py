@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from tinylm.system.runtime import to_device
+
 IGNORE_INDEX = -100
 """Target of a position that teaches nothing; the default `ignore_index` of torch's cross-entropy."""
 
@@ -63,14 +65,16 @@ class Batch:
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            targets=self.targets.to(device),
-            position_ids=self.position_ids.to(device),
-            document_ids=self.document_ids.to(device),
-            count=self.count,
-            extras={name: tensor.to(device) for name, tensor in self.extras.items()},
+        """The same batch for a model on `device`.
+
+        `targets` and `document_ids` stay where they are: how many targets and documents there are decides the shapes
+        of tensors, and to read that from an accelerator is to wait until it has nothing left to do.
+        """
+        return replace(
+            self,
+            input_ids=to_device(self.input_ids, device),
+            position_ids=to_device(self.position_ids, device),
+            extras={name: to_device(tensor, device) for name, tensor in self.extras.items()},
         )
 
     def without_targets(self) -> Batch:

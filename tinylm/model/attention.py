@@ -7,6 +7,7 @@ K key/value heads, G = H/K query heads per key/value head, D head dim, N documen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from tinylm.system.runtime import device_has_bf16
 
 QUERY_BLOCK = 128
 """Rows per block of `blocked_attention`. 128 was faster than 256 at T = 512, slower at T = 256, on AVX512-BF16."""
+GROUPED: dict[str, Any] = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
+"""Told to `varlen_attn`: key/value heads are shared. torch 2.11 needs no telling."""
 MAX_SCORES = 2**28
 """With more scores B*H*T*S than this (half a gigabyte in bf16), use the flash kernel, which stores no scores."""
 
@@ -27,8 +30,8 @@ class AttentionPlan:
     mask: added to the scores, [T, S] or [B, 1, T, S], 0 where a query may look and a large negative number
         where not; None if every query sees every key.
     causal: the mask is exactly the causal triangle (so a kernel that knows it needs no mask).
-    cu_seqlens, max_seqlen: the documents' starts in the flattened [B*T] rows, [N+1] int32, and the longest
-        one's length; set only where the variable-length kernel will be used.
+    cu_seqlens, max_seqlen: the documents' starts in the flattened [B*T] rows, [N+1] int32, and a bound on their
+        lengths; set only where the variable-length kernel will be used.
     """
 
     mask: Tensor | None = None
@@ -55,9 +58,6 @@ def plan_attention(
         query_positions: [B, T] places of the queries among the keys, for rows of unequal length, or None. A query
             sees the keys up to its own place.
     """
-    if document_ids is not None and _can_use_varlen(device, dtype):
-        starts, longest = document_starts(document_ids)
-        return AttentionPlan(cu_seqlens=starts, max_seqlen=longest)
     if document_ids is None and query_positions is None:
         if num_queries == 1:
             return AttentionPlan()
@@ -76,21 +76,23 @@ def plan_attention(
     return AttentionPlan(mask=mask, causal=plain)
 
 
-def document_starts(document_ids: Tensor) -> tuple[Tensor, int]:
-    """([N+1] int32 starts in the flattened rows, length of the longest) of runs of equal ids in [B, T].
+def document_starts(document_ids: Tensor) -> Tensor:
+    """[N+1] int32: where each run of equal ids in [B, T] starts in the flattened rows, and their end.
 
-    A row always starts a new document, whatever the id at the end of the row before.
+    A row always starts a new document, whatever the id at the end of the row before. Empty documents at the end fill
+    N up to a power of two, so that a compiled model sees few shapes.
     """
     is_start = torch.ones_like(document_ids, dtype=torch.bool)
     is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     starts = is_start.flatten().nonzero().flatten()
-    starts = torch.cat((starts, starts.new_tensor([document_ids.numel()])))
-    return starts.to(torch.int32), int(starts.diff().max())
+    size = 2 ** (len(starts) - 1).bit_length() + 1
+    return F.pad(starts, (0, size - len(starts)), value=document_ids.numel()).to(torch.int32)
 
 
-def _can_use_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where torch's variable-length flash kernel runs: half precision on CUDA from sm80 on."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and device_has_bf16(device)
+def can_use_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """True where torch's variable-length flash kernel runs: half precision on CUDA from sm80 on, heads of 8 to 256."""
+    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    return device.type == "cuda" and fits and device_has_bf16(device)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: float = 0.0) -> Tensor:
@@ -106,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: flo
         # value is copied for the group. This kernel is not rebuilt for each S, as oneDNN's products are (214
         # microseconds a layer instead of 17).
         grouped = q.reshape(batch, k.shape[1], -1, q.shape[-1])  # [B, K, G, D]
-        return F.scaled_dot_product_attention(grouped, k, v, plan.mask, dropout).view_as(q)
+        return F.scaled_dot_product_attention(grouped, k, v, plan.mask, dropout).reshape(q.shape)
     small = batch * heads * num_queries * k.shape[2] <= MAX_SCORES
     if q.device.type == "cpu" and small:
         return blocked_attention(q, k, v, plan.mask, dropout)
@@ -148,13 +150,13 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """Packed documents on CUDA: each attends causally within itself, with no mask and no wasted pairs."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # takes seconds to import; only CUDA needs it
 
     batch, _, time, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B*T, heads, D]
     starts, longest = plan.cu_seqlens, plan.max_seqlen
     assert starts is not None
     # A window of (-1, 0) looks back without limit and never ahead: causal attention.
-    out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0), **GROUPED)
     assert isinstance(out, Tensor)
     return out.view(batch, time, *out.shape[1:]).transpose(1, 2)

@@ -20,6 +20,11 @@ def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
 
+def head_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`target_log_probs` of the output head [V, C] on hidden states [N, C]: one function, to compile as a whole."""
+    return target_log_probs(F.linear(hidden, weight), targets)
+
+
 def exact_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
     """Logits [N, V] of hidden states [N, C] in float32 (float64 for a float64 model), whatever the model computes in.
 

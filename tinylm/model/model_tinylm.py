@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.model.attention import AttentionPlan, attention, plan_attention
+from tinylm.model.attention import AttentionPlan, attention, can_use_varlen, document_starts, plan_attention
 from tinylm.model.config import PRESETS, TinyLMConfig
 from tinylm.model.kv_cache import KVCache
+from tinylm.model.log_probs import head_log_probs, target_log_probs
 from tinylm.model.parameter_roles import Role, parameter_roles
 from tinylm.model.positions import LearnedPositions, RotaryEmbedding, SinusoidalPositions, apply_rotary
+from tinylm.system.runtime import to_device
 
 __all__ = [
     "PRESETS",
@@ -212,7 +214,9 @@ class TinyLM(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        starts: Tensor | None = None,
     ) -> BackboneOutput:
+        """As `TinyLMForCausalLM.run_backbone`; `starts` of documents, [N+1], in place of their ids."""
         batch, time = input_ids.shape
         places = self._places(time, document_ids, cache)
         positions = places if position_ids is None else self._checked(position_ids)
@@ -228,7 +232,10 @@ class TinyLM(nn.Module):
         rotation = self.rotary_emb(positions, x.dtype) if self.rotary_emb is not None else None
         num_keys = time if cache is None else max(cache.lengths) + time
         uneven = None if isinstance(places, slice) else places
-        plan = plan_attention(batch, time, num_keys, device, x.dtype, document_ids, uneven)
+        if starts is not None:
+            plan = AttentionPlan(cu_seqlens=starts, max_seqlen=time)
+        else:
+            plan = plan_attention(batch, time, num_keys, device, x.dtype, document_ids, uneven)
         context = ForwardContext(rotation, plan, cache, places)
         for layer in self.layers:
             x = layer(x, context)
@@ -278,6 +285,7 @@ class TinyLMForCausalLM(nn.Module):
         self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self._compiled_head: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self._init_weights()
 
     @torch.no_grad()
@@ -308,16 +316,25 @@ class TinyLMForCausalLM(nn.Module):
         """Number of distinct weights (a tied matrix counts once)."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def compile_for_training(self, **options: Any) -> None:
+    def compile_for_training(self, with_head: bool = True, **options: Any) -> None:
         """From now on, forward passes in training mode and without a cache run through `torch.compile`.
 
         Validation, generation and samples have other lengths at every call and never touch the compiled graph. The
         parameters keep their names, and copies of the model are not compiled.
 
         Args:
+            with_head: compile the output head with the softmax behind it, too. Not for FSDP, which gathers the head's
+                weights only where it is called as a module.
             options: of `torch.compile`.
         """
         self.model.compile(dynamic=False, **options)
+        self._compiled_head = torch.compile(head_log_probs, **options) if with_head else None
+
+    def target_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities [N] float32 of the tokens `targets` [N] that follow the hidden states [N, C]."""
+        if self.training and self._compiled_head is not None:
+            return self._compiled_head(hidden, self.lm_head.weight, targets)
+        return target_log_probs(self.lm_head(hidden), targets)
 
     def training_flops_per_token(self, context_length: float) -> float:
         """Floating-point operations of one training step per token: 6 per weight that multiplies, plus attention.
@@ -348,13 +365,27 @@ class TinyLMForCausalLM(nn.Module):
             input_ids: [B, T] integers below vocab_size.
             position_ids: [B, T], or None to count up from 0, or from each row's length in the cache.
             document_ids: [B, T] integers, or None for plain causal attention. Tokens attend only within equal
-                ids; a document's tokens must be contiguous in their row.
+                ids; a document's tokens must be contiguous in their row. Best left on the CPU: what must be known about
+                them before the device can start is then known without waiting for the device.
             cache: past keys and values; the new ones are added to it. Excludes document_ids.
 
         Raises:
             ValueError: more tokens or higher positions than the model (or the cache) has room for.
         """
-        return self._backbone(cache)(input_ids, position_ids, document_ids, cache)
+        return self._run(input_ids, position_ids, document_ids, cache)
+
+    def _run(
+        self, input_ids: Tensor, position_ids: Tensor | None, document_ids: Tensor | None, cache: KVCache | None
+    ) -> BackboneOutput:
+        starts = None
+        if document_ids is not None:
+            is_autocast = torch.is_autocast_enabled(self.device.type)
+            dtype = torch.get_autocast_dtype(self.device.type) if is_autocast else self.dtype
+            if cache is None and can_use_varlen(self.device, dtype, self.config.head_width):
+                starts, document_ids = to_device(document_starts(document_ids), self.device), None
+            else:
+                document_ids = to_device(document_ids, self.device)
+        return self._backbone(cache)(input_ids, position_ids, document_ids, cache, starts)
 
     def _backbone(self, cache: KVCache | None) -> Callable[..., BackboneOutput]:
         """The backbone as a training pass may call it, compiled if it was; as any other pass must call it, never so."""
@@ -379,4 +410,4 @@ class TinyLMForCausalLM(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Logits [B, T, V] in the compute dtype; arguments and errors as in `run_backbone`."""
-        return self.lm_head(self._backbone(cache)(input_ids, position_ids, document_ids, cache).hidden_states)
+        return self.lm_head(self._run(input_ids, position_ids, document_ids, cache).hidden_states)

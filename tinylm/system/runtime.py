@@ -11,7 +11,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +56,24 @@ class Runtime:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def deterministic(self) -> Iterator[None]:
+        """Inside the block CUDA adds in a fixed order, so that a resumed run equals an uninterrupted one bit for bit.
+
+        Otherwise the backward passes of attention and of lookups add what is ready first. A CPU needs no telling.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        # A debugging aid that writes every tensor twice.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all processes, in place, and return it."""
@@ -114,6 +132,7 @@ def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 60
     compute_dtype = _choose_dtype(dtype, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `Runtime.deterministic` needs it from the start
     elif chosen.type == "cpu":
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
@@ -140,6 +159,13 @@ def shutdown_runtime() -> None:
     """Leave the process group, if this process is in one. Safe to call twice, and after an interruption."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`tensor` on `device`. From the CPU to a CUDA GPU it is copied while both work on: a plain copy would wait."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def seed_everything(seed: int) -> None:

@@ -6,10 +6,12 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.checkpoint.model_path import resolve_model_path
+from tinylm.commandline.terminal import make_console, print_next
 from tinylm.dataset.batches import BatchSampler, Dataset, StoredSteps
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
@@ -86,6 +88,12 @@ def sample_texts(
         return [f"{prompt} -> {reply}" for prompt, reply in zip(prompts, replies, strict=True)]
 
     return sample
+
+
+def suggest(folder: Path, *commands: str) -> None:
+    """Print the commands that may come next, for the model in `folder`; in the main process."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    print_next(make_console(is_main), *(f"{command} --model_path {quote(str(folder))}" for command in commands))
 
 
 def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None]) -> Run:

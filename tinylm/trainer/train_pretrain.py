@@ -18,7 +18,7 @@ from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import make_run, sample_texts
+from tinylm.trainer.recipe_utils import make_run, sample_texts, suggest
 from tinylm.trainer.run.run_folder import RunFolder
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
@@ -97,8 +97,11 @@ def train(settings: PretrainSettings) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: flags -> settings -> train."""
-    train(parse_settings(PretrainSettings, argv, "tinylm pretrain", "Train a model on plain text from scratch."))
+    """The command line: flags -> settings -> train -> what comes next."""
+    folder = train(
+        parse_settings(PretrainSettings, argv, "tinylm pretrain", "Train a model on plain text from scratch.")
+    )
+    suggest(folder, "continue a text: tinylm chat", "teach it to answer: tinylm sft")
     return 0
 
 

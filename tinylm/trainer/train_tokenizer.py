@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
-from tinylm.commandline.terminal import format_seconds, make_console, print_facts, progress
+from tinylm.commandline.terminal import format_seconds, make_console, print_facts, print_next, progress
 from tinylm.dataset import tinyworld
 from tinylm.dataset.sources.records import BadRows, iterate_texts
+from tinylm.files.atomic import require_new
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tinylm.trainer.run.train_settings import require_at_least, require_output_dir, require_share
 
@@ -39,6 +41,8 @@ class TokenizerSettings:
     """share of rows that may be broken (listed and skipped) before the data is refused"""
     tinyworld_documents: int = 8_000
     """stories, and as many chats, of TinyWorld to learn from when there is no data_path"""
+    overwrite: bool = False
+    """replace the tokenizer in output_dir"""
 
     def __post_init__(self) -> None:
         require_output_dir(self)
@@ -73,6 +77,7 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 def train(settings: TokenizerSettings) -> Path:
     """Train a tokenizer; returns its folder."""
+    require_new(Path(settings.output_dir) / "tokenizer.json", settings.overwrite, "output_dir")
     console = make_console()
     bad_rows = BadRows(settings.max_bad_rows)
     if settings.data_path is None:
@@ -105,8 +110,11 @@ def train(settings: TokenizerSettings) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: flags -> settings -> train."""
-    train(parse_settings(TokenizerSettings, argv, "tinylm tokenizer", "Train a byte-level BPE tokenizer on text."))
+    """The command line: flags -> settings -> train -> what comes next."""
+    folder = train(
+        parse_settings(TokenizerSettings, argv, "tinylm tokenizer", "Train a byte-level BPE tokenizer on text.")
+    )
+    print_next(make_console(), f"train a model with it: tinylm pretrain --tokenizer_path {quote(str(folder))}")
     return 0
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tinylm.dataset.batches import Batch
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.system.cpu_parallel import map_on_cores, num_cores
-from tinylm.system.runtime import Runtime
+from tinylm.system.runtime import Runtime, to_device
 from tinylm.trainer.core.distributed import GradientExchange
 
 Scaler = torch.amp.GradScaler | None
@@ -54,7 +54,7 @@ def accumulate_gradients(
     sizes = torch.tensor(
         [sum(b.count for b in micro_batches), sum(b.input_ids.numel() for b in micro_batches)], dtype=sum_dtype
     )
-    count, num_tokens = runtime.all_reduce_sum(sizes.to(runtime.device)).unbind()
+    count, num_tokens = runtime.all_reduce_sum(to_device(sizes, runtime.device)).unbind()
     divisor = count.clamp(min=1)  # avoids 0 / 0: a step without targets learns nothing
     sums: dict[str, Tensor] = {}
 

@@ -84,9 +84,9 @@ def fit(
         rate = learning_rate(step)
         for group in _groups(optimizers):
             group["lr"] = rate
-        totals = accumulate_gradients(exchange, micro_batches, trained, scaler, at_once)
-        grad_norm, skipped = _update_weights(optimizers, trained, totals["loss"], grad_clip, scaler)
-        values = {name: value.item() for name, value in totals.items()}
+        with runtime.deterministic():
+            totals = accumulate_gradients(exchange, micro_batches, trained, scaler, at_once)
+        values, grad_norm, skipped = _update_weights(optimizers, trained, totals, grad_clip, scaler)
         report = StepReport(
             step=step + 1,
             num_steps=num_steps,
@@ -110,18 +110,22 @@ def _groups(optimizers: Optimizers) -> Iterator[dict]:
 
 
 def _update_weights(
-    optimizers: Optimizers, trained: list[Tensor], loss: Tensor, grad_clip: float, scaler: Scaler
-) -> tuple[float, bool]:
-    """Clip, step, clear the gradients; returns their global norm before clipping, and whether the step was skipped.
+    optimizers: Optimizers, trained: list[Tensor], totals: dict[str, Tensor], grad_clip: float, scaler: Scaler
+) -> tuple[dict[str, float], float, bool]:
+    """Clip, step, clear the gradients.
 
-    Loss and norm are global, so all ranks decide the same.
+    Returns `totals` as numbers, the gradients' global norm before clipping, and whether the step was skipped. Totals
+    and norm are global, so all ranks decide the same. They are read together, the one time in a step that a GPU is
+    waited for; while it updates the weights, the next step is prepared.
     """
     for optimizer in optimizers if scaler is not None else ():
         scaler.unscale_(optimizer)  # type: ignore[union-attr]
     gradients = [p.grad for p in trained if p.grad is not None]
     norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+    *numbers, grad_norm = torch.stack([*totals.values(), norm.to(totals["loss"].dtype)]).tolist()
+    values = dict(zip(totals, numbers, strict=True))
     # fp16's scaler skips steps by itself until its scale fits, which is not an error.
-    skipped = not (math.isfinite(loss.item()) and (scaler is not None or math.isfinite(norm.item())))
+    skipped = not (math.isfinite(values["loss"]) and (scaler is not None or math.isfinite(grad_norm)))
     if grad_clip > 0 and not skipped:
         torch.nn.utils.clip_grads_with_norm_(trained, grad_clip, norm)
     for optimizer in optimizers:
@@ -130,4 +134,4 @@ def _update_weights(
         optimizer.zero_grad(set_to_none=True)
     if scaler is not None:
         scaler.update()
-    return norm.item(), skipped
+    return values, grad_norm, skipped

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tinylm.dataset.batches import IGNORE_INDEX, Batch
-from tinylm.model.log_probs import target_log_probs
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.system.runtime import to_device
 
 Objective = Callable[[TinyLMForCausalLM, Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -27,7 +27,7 @@ class TargetScores(NamedTuple):
     """The result of `score_targets`.
 
     log_probs: [N] float32.
-    positions: [N] flat positions (into B*T) of the targets.
+    positions: [N] flat positions (into B*T) of the targets, on the CPU.
     auxiliary_losses: scalars by name (see `BackboneOutput`).
     """
 
@@ -43,10 +43,14 @@ def score_targets(model: TinyLMForCausalLM, batch: Batch) -> TargetScores:
     head is a large share of a tiny model's work.
     """
     hidden, auxiliary_losses = model.run_backbone(batch.input_ids, batch.position_ids, batch.document_ids)  # [B, T, C]
+    hidden = hidden.reshape(-1, hidden.shape[-1])
     targets = batch.targets.reshape(-1)
     positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[positions])  # [N, V]
-    return TargetScores(target_log_probs(logits, targets[positions]), positions, auxiliary_losses)
+    if len(positions) < len(targets):
+        hidden = hidden[to_device(positions, hidden.device)]
+        targets = targets[positions]
+    log_probs = model.target_log_probs(hidden, to_device(targets, hidden.device))
+    return TargetScores(log_probs, positions, auxiliary_losses)
 
 
 def with_auxiliary_losses(
@@ -83,7 +87,7 @@ def sequence_log_probs(model: TinyLMForCausalLM, batch: Batch, num_sequences: in
 
 def sum_by_document(scores: TargetScores, batch: Batch, num_sequences: int) -> Tensor:
     """[num_sequences] the log-probabilities of `batch`'s targets, summed over each packed document."""
-    documents = batch.document_ids.reshape(-1)[scores.positions]
+    documents = to_device(batch.document_ids.reshape(-1)[scores.positions], scores.log_probs.device)
     return scores.log_probs.new_zeros(num_sequences).index_add(0, documents, scores.log_probs)
 
 

@@ -127,30 +127,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every matrix that has a gradient. `closure` is not used."""
+        # `foreach` functions treat all matrices in one call: a GPU would wait for hundreds of small ones to be started.
         for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
             same_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    direction = self._direction(p, group["momentum"])
-                    same_shape.setdefault(tuple(sorted(p.shape[-2:])), []).append((p, direction))
+            for p, direction in zip(trained, self._directions(trained, group["momentum"]), strict=True):
+                same_shape.setdefault(tuple(sorted(p.shape[-2:])), []).append((p, direction))
+            if trained:
+                torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
             for (rows, columns), members in same_shape.items():
                 stacks = [direction.reshape(-1, rows, columns) for _, direction in members]
                 updates = orthogonalize(torch.cat(stacks)).split([len(stack) for stack in stacks])
-                for (p, direction), update in zip(members, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    update = _wide(p, update.view_as(direction))
-                    p.add_(shard_like(p, update), alpha=-group["lr"] * 0.2 * math.sqrt(columns))
+                changes = [
+                    shard_like(p, _wide(p, update.view_as(direction)))
+                    for (p, direction), update in zip(members, updates, strict=True)
+                ]
+                torch._foreach_add_([p for p, _ in members], changes, alpha=-group["lr"] * 0.2 * math.sqrt(columns))
 
-    def _direction(self, p: Tensor, mu: float) -> Tensor:
+    def _directions(self, trained: list[Tensor], mu: float) -> list[Tensor]:
         """Nesterov's look one step ahead, transposed if necessary: [..., rows, columns] with rows <= columns."""
-        assert p.grad is not None
-        state = self.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        momentum = state["momentum_buffer"].lerp_(p.grad, 1 - mu)
-        return _wide(
-            p, full_tensor(p.grad.lerp(momentum, mu))
-        )  # the full matrix: a shard cannot be orthogonalised alone
+        for p in trained:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum_buffer"] for p in trained]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if not trained:
+            return []
+        torch._foreach_lerp_(momenta, gradients, 1 - mu)
+        ahead = torch._foreach_lerp(gradients, momenta, mu)
+        # The full matrices: a shard cannot be orthogonalised alone.
+        return [_wide(p, full_tensor(direction)) for p, direction in zip(trained, ahead, strict=True)]
 
 
 def _wide(p: Tensor, matrix: Tensor) -> Tensor:

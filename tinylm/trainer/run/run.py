@@ -78,7 +78,7 @@ class Run:
                 self.checkpoints.clear()
             start = self.progress.step
             if settings.use_compile:
-                learner.model.compile_for_training()
+                learner.model.compile_for_training(with_head=not is_sharded(learner.model))
             with (
                 self.metrics.opened(start, self.progress.evaluation_pending),
                 self.report.live(),

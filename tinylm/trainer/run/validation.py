@@ -60,7 +60,7 @@ def validate(
     num_batches = num_batches_of(data, batch_size, max_batches)
     for start, batch in batches_of_rank(data, batch_size, runtime, max_batches):
         progress(min(start // batch_size, num_batches), num_batches)
-        with runtime.autocast():
+        with runtime.autocast(), runtime.deterministic():
             loss, metrics = objective(model, batch)
         for name, value in {"count": torch.tensor(batch.count), "loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
