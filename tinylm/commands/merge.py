@@ -71,7 +71,7 @@ def merged_lineage(adapter: Path) -> dict[str, Any]:
 
 
 def lineage_of(model: Path) -> dict[str, Any]:
-    """What a model folder says about its making; empty if it has no lineage, as a `.pth` or another program's folder."""
+    """What a model folder says about its making; empty for a `.pth`, and for a folder of another program."""
     path = model / "lineage.json"
     return read_json(path) if path.is_file() else {}
 

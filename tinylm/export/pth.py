@@ -16,7 +16,7 @@ from tinylm.model.weights import base_state
 
 
 def unlike_the_original(config: TinyLMConfig) -> list[str]:
-    """What the original project's code cannot express, as "setting value (there value)"; empty if it can load the model.
+    """What the original project's code cannot express, as "setting value (there value)"; empty if it loads the model.
 
     It has rotary positions, two key/value heads, tied embeddings, no biases and no query/key norms, and derives the
     widths of a head and of the feed-forward layers.
@@ -35,11 +35,8 @@ def unlike_the_original(config: TinyLMConfig) -> list[str]:
         "rope_scaling": None,
     }
     found = {name: getattr(config, name) for name in expected}
-    return [
-        f"{name} {_shown(found[name])} (there {_shown(there)})"
-        for name, there in expected.items()
-        if found[name] != there
-    ]
+    unlike = [name for name in expected if found[name] != expected[name]]
+    return [f"{name} {_shown(found[name])} (there {_shown(expected[name])})" for name in unlike]
 
 
 def _shown(value: object) -> str:

@@ -110,9 +110,7 @@ def main(argv: list[str]) -> int:
     """The command line: flags -> settings -> train -> what comes next."""
     settings = parse_settings(DPOSettings, argv, "tinylm dpo", "Teach a model which of two answers is preferred.")
     folder, before = train(settings), quote(settings.model_path)
-    suggest(
-        folder, "talk to it: tinylm chat", f"compare it with the model before: tinylm eval --reference_path {before}"
-    )
+    suggest(folder, "talk to it: tinylm chat", f"compare it with its parent: tinylm eval --reference_path {before}")
     return 0
 
 
