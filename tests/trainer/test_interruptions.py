@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from run_parts import make_run, records, said
+from run_parts import interrupt_at, make_run, records, said
 from trainer_parts import Rows, assert_same_bits, read_bytes, small_model, weights_of
 
 from tinylm.checkpoint import training_state
@@ -24,7 +24,7 @@ from tinylm.files.locks import run_lock
 from tinylm.system.runtime import Runtime
 from tinylm.trainer.core import loop
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.run.run import SpikeWatch, write_bad_batch
+from tinylm.trainer.run.run import RiseWatch, SpikeWatch, write_bad_batch
 
 
 def signal_at(run, step: int, *numbers: int) -> None:
@@ -314,3 +314,44 @@ def test_a_model_that_computes_stays_as_it_was(tmp_path):
     run.fit()
     assert all(not optimizer._optimizer_step_pre_hooks for optimizer in run.learner.optimizers)
     assert small_model().training is False
+
+
+def test_a_run_that_ends_above_its_start_says_so(tmp_path):
+    """Fine-tuning on an identity ended at a loss of 5.85, in gibberish and without a word."""
+    quiet = make_run(tmp_path / "a", max_steps=20)
+    quiet.fit()
+    loud = make_run(tmp_path / "b", max_steps=20, learning_rate=3e-3)
+    log, loss = loud._log, [1.0] * 2 + [1.5] * 16 + [1.2, 1.5]
+
+    def another_loss(report):
+        report.loss = loss[report.step - 1]
+        log(report)
+
+    loud._log = another_loss
+    interrupt_at(loud, 8)
+    resumed = make_run(tmp_path / "b", max_steps=20, learning_rate=3e-3, resume=True)
+    log, resumed._log = resumed._log, another_loss
+    resumed.fit()
+    assert "warning: the loss rose" not in said(quiet)
+    assert (
+        "warning: the loss rose from 1.00 in the first steps to 1.35 in the last; run it again with a lower "
+        "--learning_rate, such as 0.0003 (now 0.003), and --overwrite" in said(resumed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "losses", "is_warned"),
+    [
+        (20, [1.0] * 18 + [1.31, 1.31], True),
+        (20, [1.0] * 18 + [1.29, 1.29], False),
+        (20, [1.0] * 18 + [1.0, 1.5], False),  # the mean of two
+        (20, [0.01] * 18 + [0.1, 0.1], False),  # ten times as much, and still nothing
+        (2000, [5.0] + [1.0] * 9 + [2.0] * 10, True),  # ten steps are the most that are compared
+        (2000, [1.0] * 5, False),  # fewer than that
+    ],
+)
+def test_how_far_above_the_start_is_too_far(num_steps, losses, is_warned):
+    watch = RiseWatch(num_steps, [])
+    for loss in losses:
+        watch.add(loss)
+    assert (watch.warning() is not None) == is_warned

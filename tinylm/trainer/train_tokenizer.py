@@ -78,8 +78,7 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 def train(settings: TokenizerSettings) -> Path:
     """Train a tokenizer; returns its folder."""
     require_new(Path(settings.output_dir) / "tokenizer.json", settings.overwrite, "output_dir")
-    console = make_console()
-    bad_rows = BadRows(settings.max_bad_rows)
+    console, bad_rows = make_console(), BadRows(settings.max_bad_rows)
     if settings.data_path is None:
         console.print("no --data_path: learning from TinyWorld, the built-in corpus")
         texts: Iterable[str] = tinyworld_texts(settings.tinyworld_documents)
@@ -111,10 +110,9 @@ def train(settings: TokenizerSettings) -> Path:
 
 def main(argv: list[str]) -> int:
     """The command line: flags -> settings -> train -> what comes next."""
-    folder = train(
-        parse_settings(TokenizerSettings, argv, "tinylm tokenizer", "Train a byte-level BPE tokenizer on text.")
-    )
-    print_next(make_console(), f"train a model with it: tinylm pretrain --tokenizer_path {quote(str(folder))}")
+    description = "Train a byte-level BPE tokenizer on text."
+    folder = quote(str(train(parse_settings(TokenizerSettings, argv, "tinylm tokenizer", description))))
+    print_next(make_console(), f"train a model with it: tinylm pretrain --tokenizer_path {folder}")
     return 0
 
 

@@ -42,6 +42,8 @@ class Progress:
     best_validation_loss: float | None = None
     last_validation: tuple[int, float] | None = None
     """Step and loss of the last validation in this process."""
+    first_losses: list[float] = field(default_factory=list)
+    """Losses of the run's first steps."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Settings that were changed on a resume: step, setting, was, now."""
 
@@ -228,6 +230,7 @@ class Checkpoints(RunFolder):
             "num_skipped": progress.num_skipped,
             "changed_on_resume": progress.changes,
             "best_validation_loss": progress.best_validation_loss,
+            "first_losses": progress.first_losses,
             "first_weights": self.movement.fingerprint,
             # Only trained weights: the frozen base of an adapter is in its own folder.
             "weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
@@ -268,6 +271,7 @@ class Checkpoints(RunFolder):
         self.progress.evaluation_pending = state["is_pending"]
         self.progress.num_skipped = state["num_skipped"]
         self.progress.best_validation_loss = state["best_validation_loss"]
+        self.progress.first_losses = state.get("first_losses", [])
         self.progress.changes = [*state.get("changed_on_resume", []), *changes]
 
     def _newest_state(self) -> TrainingState | None:

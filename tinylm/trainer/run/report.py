@@ -70,7 +70,10 @@ class RunReport:
             "output": str(self.checkpoints.last_folder),
         }
         if self.checkpoints.progress.step:
-            facts["resuming"] = f"from step {self.checkpoints.progress.step:,}"
+            is_finished = self.checkpoints.progress.step == plan.num_steps
+            is_done = is_finished and not self.checkpoints.progress.evaluation_pending
+            rest = ", the last: the run is finished, and nothing is left to train" if is_done else ""
+            facts["resuming"] = f"from step {self.checkpoints.progress.step:,}{rest}"
         print_facts(self.stage.console, f"{self.stage.name}: what will happen", facts)
 
     def _steps(self) -> str:
@@ -172,6 +175,7 @@ class RunReport:
         if best is not None and best[0] != last:
             path = checkpoints.model_folder(best[0])
             console.print(f"lowest validation loss, {best[1]:.4f}: {path}", markup=False)
+            console.print("other commands take the last epoch, unless you name another; fewer --epochs may do better")
 
 
 class MetricsLog:

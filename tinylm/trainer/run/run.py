@@ -52,6 +52,7 @@ class Run:
         self.metrics = MetricsLog(self.checkpoints.folder, self.checkpoints.name, settings.tensorboard, is_main)
         self.report = RunReport(self.checkpoints)
         self.spikes = SpikeWatch()
+        self.rise = RiseWatch(plan.num_steps, self.progress.first_losses)
         self.skips_in_a_row = 0
         self.micro_batches: list[Batch] = []
         """Micro-batches of the current step."""
@@ -73,6 +74,7 @@ class Run:
                 self.checkpoints.require_free()
             memory = expected_memory(learner, plan)
             require_memory(memory, plan)
+            self.rise = RiseWatch(plan.num_steps, self.progress.first_losses)
             self.report.print_plan(measured_matmul_flops(self.stage.runtime), memory, self.validation_data)
             if not self.checkpoints.should_resume():
                 self.checkpoints.clear()
@@ -102,6 +104,8 @@ class Run:
                     at_once=plan.at_once,
                 )
             self.report.print_result()
+            if warning := self.rise.warning():
+                self.stage.console.print(f"warning: {warning}; {self._advice_against_a_rise()}", markup=False)
             if self.stage.runtime.any_rank(bool(self.stop_request.signum)):  # it came after the last step
                 raise Stopped(self.stop_request.signum or signal.SIGTERM, " after the last step; the run is finished")
         return self.checkpoints.last_folder
@@ -153,6 +157,7 @@ class Run:
         console, checkpoints = self.stage.console, self.checkpoints
         if not report.skipped:
             self.skips_in_a_row = 0
+            self.rise.add(report.loss)
             if warning := self.spikes.warning(report.loss):
                 console.print(f"warning: step {report.step:,}: {warning}")
             return
@@ -171,6 +176,10 @@ class Run:
             f"are in {checkpoints.state_folder}, if one was saved: continue from there with --resume and a lower "
             "--learning_rate or a smaller --grad_clip"
         )
+
+    def _advice_against_a_rise(self) -> str:
+        rate = self.stage.settings.learning_rate
+        return f"run it again with a lower --learning_rate, such as {rate / 10:g} (now {rate:g}), and --overwrite"
 
     def _evaluate(self, step: int) -> None:
         if self.validation_data is None or not self.plan.validates_after(step):
@@ -223,6 +232,35 @@ class SpikeWatch:
                 text = f"the loss jumped to {loss:.4g}, after {mean:.4g} on average; look at the data of this step"
         losses.append(loss)
         return text
+
+
+class RiseWatch:
+    """Notices a run that ends well above the loss it began with: the model has forgotten more than it has learned.
+
+    Args:
+        num_steps: of the whole run.
+        first_losses: losses of its first steps, those from before a resume included; it is filled up.
+    """
+
+    def __init__(self, num_steps: int, first_losses: list[float]) -> None:
+        self.num_compared = max(1, min(10, num_steps // 10))
+        self.first = first_losses
+        self.last: deque[float] = deque(maxlen=self.num_compared)
+
+    def add(self, loss: float) -> None:
+        """Count a step."""
+        if len(self.first) < self.num_compared:
+            self.first.append(loss)
+        self.last.append(loss)
+
+    def warning(self) -> str | None:
+        """A warning if the last steps' mean is more than a fifth, and 0.1 nats, above that of the first steps."""
+        if len(self.first) < self.num_compared or len(self.last) < self.num_compared:
+            return None
+        before, after = (sum(losses) / len(losses) for losses in (self.first, self.last))
+        if after <= 1.2 * before + 0.1:
+            return None
+        return f"the loss rose from {before:.2f} in the first steps to {after:.2f} in the last"
 
 
 def write_bad_batch(path: Path, step: int, batches: Iterable[Batch], decode: Callable[[list[int]], str] | None) -> None:
