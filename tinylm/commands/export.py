@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     """The command line: load, fold adapters in, write."""
     settings = parse_settings(ExportSettings, argv, "tinylm export", "Write a model for other programs.")
     output, console = Path(settings.output), make_console()
-    require_new(output, settings.overwrite, "output")
+    require_new(output, settings.overwrite or output.is_dir(), "output")  # a folder is refused as one
     loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path)
     require_llama_shape(loaded.model.config)
     if unlike := unlike_the_original(loaded.model.config):

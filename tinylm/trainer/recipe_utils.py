@@ -54,10 +54,18 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
         asked, found = getattr(settings, name, 0), getattr(model.config, name)
         if asked and asked != found:
             raise ValueError(f"{name} is {asked}, but {path} has {found}; leave out --{name}, or give another model")
+    require_other_than_parent(stage, path)
     RunFolder(stage, model.config.hidden_size).require_free()
     stage.console.print(f"starting from {path}", markup=False)
     parent = {"path": str(path), "stage": lineage.get("stage"), "weights": weights_fingerprint(model)}
     return model, tokenizer, parent
+
+
+def require_other_than_parent(stage: Stage, model: Path) -> None:
+    """Raise ValueError if the run would overwrite `model`, the one that it starts from."""
+    source = Path(os.path.realpath(model))
+    if str(source.parent) == os.path.realpath(stage.settings.output_dir) and source.name.startswith(f"{stage.name}_"):
+        raise ValueError(f"the run would overwrite its parent, {source}; choose another --output_dir")
 
 
 def with_row_length(stage: Stage, model: TinyLMForCausalLM) -> Stage:
@@ -97,16 +105,8 @@ def suggest(folder: Path, *commands: str) -> None:
 
 
 def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None]) -> Run:
-    """The run of a stage: its plan and lineage, from the learner and the (training, validation) data.
-
-    Raises:
-        ValueError: the run would overwrite its parent.
-    """
-    settings, runtime, parent = stage.settings, stage.runtime, learner.parent
-    source = Path(os.path.realpath(parent["path"])) if parent else None
-    is_beside = source is not None and str(source.parent) == os.path.realpath(settings.output_dir)
-    if source is not None and is_beside and source.name.startswith(f"{stage.name}_"):
-        raise ValueError(f"the run would overwrite its parent, {source}; choose another --output_dir")
+    """The run of a stage: its plan and lineage, from the learner and the (training, validation) data."""
+    settings, runtime = stage.settings, stage.runtime
     train_data, validation_data = data
     at_once = 1 if settings.use_compile else micro_batches_at_once(settings.batch_size, learner.model, runtime)
     rows_per_micro_batch = settings.batch_size // at_once
@@ -116,7 +116,7 @@ def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None
     )
     plan = Plan(settings, runtime, StoredSteps(train_data, sampler, settings.num_workers), at_once)
     lineage = {
-        "parent": parent,
+        "parent": learner.parent,
         "data_fingerprint": train_data.fingerprint,
         "tokenizer_fingerprint": learner.tokenizer.fingerprint,
         "seed": settings.seed,
