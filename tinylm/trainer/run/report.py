@@ -141,6 +141,7 @@ class RunReport:
             self.stage.console.print(line, markup=False)
         for text in texts:
             self.stage.console.print(f"    {' '.join(text.split())}", style="dim", markup=False)
+        self._show(step, "training")
 
     def print_result(self) -> None:
         """Print the result: time, speed, best loss, how far the weights moved, and the model's folder."""

@@ -64,6 +64,7 @@ def validate(
             loss, metrics = objective(model, batch)
         for name, value in {"count": torch.tensor(batch.count), "loss": loss, **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
+    progress(num_batches, num_batches)
     model.train()
     dtype = torch.float32 if runtime.device.type == "mps" else torch.float64  # MPS has no float64
     totals = runtime.all_reduce_sum(torch.tensor(list(sums.values()), dtype=dtype, device=runtime.device)).tolist()
