@@ -1,10 +1,10 @@
-"""The time of a training step on up to a thousand GPUs: computed, not measured; a table and a picture.
+"""The time of a training step on up to a thousand GPUs, computed, not measured: a table and a figure.
 
-    python -m benchmarks.scaling_model [--output docs/scaling.svg]        (the picture needs matplotlib)
+    python -m benchmarks.scaling_model [--output docs/scaling.svg]        (the figure needs matplotlib)
 
-What it assumes is in `Machine`; `benchmarks/communication.py` holds the same equations to a measurement.
+`Machine` holds the assumptions; `benchmarks/communication.py` compares the same equations with a measurement.
 
-    step = forward + backward + update + what of the exchange the backward pass does not hide
+    step = forward + backward + update + the part of the exchange that the backward pass does not hide
 
 An exchange of n bytes over W processes moves 2 (W - 1) / W n bytes per process (Patarasuk and Yuan 2009,
 doi:10.1016/j.jpdc.2008.09.002), in a ring of 2 (W - 1) messages one after the other, or in a tree of 2 log2 of them
@@ -57,7 +57,7 @@ class Step:
 
     compute: float
     exposed: float
-    """of the exchange, what is not hidden behind the backward pass"""
+    """the part of the exchange that the backward pass does not hide"""
     sent: float
 
     @property
@@ -66,7 +66,7 @@ class Step:
 
 
 def all_reduce_seconds(num_bytes: float, world: int, machine: Machine) -> float:
-    """Of one all-reduce: by ring or by tree, the faster one."""
+    """The time of one all-reduce, by ring or by tree, whichever is faster."""
     if world == 1:
         return 0.0
     machines = -(-world // machine.gpus)
@@ -80,7 +80,7 @@ def all_reduce_seconds(num_bytes: float, world: int, machine: Machine) -> float:
 
 
 def gather_seconds(num_bytes: float, world: int, machine: Machine) -> float:
-    """Of one all-gather or reduce-scatter, by ring: half an all-reduce's bytes and messages."""
+    """The time of one all-gather or reduce-scatter by ring: half the bytes and messages of an all-reduce."""
     if world == 1:
         return 0.0
     machines = -(-world // machine.gpus)
@@ -90,15 +90,15 @@ def gather_seconds(num_bytes: float, world: int, machine: Machine) -> float:
 
 
 def exposed_seconds(backward: float, exchange: float, last: float) -> float:
-    """What is left of `exchange` after the backward pass, which starts when its first part is computed.
+    """The part of `exchange` that the backward pass does not hide.
 
-    The last part can only start when everything is computed, so at least `last` stays.
+    The last part of the exchange starts when the backward pass has ended, so at least `last` stays.
     """
     return max(last, exchange - backward)
 
 
 def ddp_step(compute: float, num_bytes: float, world: int, machine: Machine) -> Step:
-    """Gradients in buckets, each sent when it is full; `compute` seconds forwards and backwards, 1 : 2."""
+    """Gradients are sent in buckets, each when it is full; forward and backward take `compute` seconds, 1 : 2."""
     buckets = max(1, round(num_bytes / BUCKET_BYTES))
     one = all_reduce_seconds(num_bytes / buckets, world, machine)
     # The first bucket is full after its share of the backward pass, and hides behind the rest of it.
@@ -107,7 +107,7 @@ def ddp_step(compute: float, num_bytes: float, world: int, machine: Machine) -> 
 
 
 def fsdp_step(compute: float, num_bytes: float, world: int, layers: int, machine: Machine) -> Step:
-    """Each layer's weights gathered before it computes, forwards and again backwards, and its gradient scattered."""
+    """Each layer gathers its weights before its forward and its backward pass, and scatters its gradient."""
     units = layers + 2
     one = gather_seconds(num_bytes / units, world, machine)
     forward = exposed_seconds(compute / 3, units * one, one)  # the next layer's weights come while this one computes
@@ -116,7 +116,7 @@ def fsdp_step(compute: float, num_bytes: float, world: int, layers: int, machine
 
 
 def predict(preset: str, world: int, tokens: int, machine: Machine) -> tuple[Step, Step]:
-    """(DDP, FSDP2) for a preset on `world` GPUs with `tokens` each."""
+    """(DDP, FSDP2): the step of a preset on `world` GPUs with `tokens` each."""
     config = TinyLMConfig.preset(preset, vocab_size=6400)
     with torch.device("meta"):
         model = TinyLMForCausalLM(config)
@@ -132,7 +132,7 @@ def predict(preset: str, world: int, tokens: int, machine: Machine) -> tuple[Ste
 
 
 def seconds_per_token_alone(preset: str, of_step: bool, machine: Machine) -> float:
-    """Of one GPU that does a step by itself: its own tokens, or all those of the step."""
+    """One GPU alone, with the tokens of one GPU or with those of the whole step."""
     tokens = TOKENS_PER_STEP if of_step else TOKENS_PER_GPU
     return predict(preset, 1, tokens, machine)[0].seconds / tokens
 
@@ -158,15 +158,15 @@ def table(machine: Machine) -> str:
 
 
 def draw(path: Path, machine: Machine) -> None:
-    """Efficiency over the number of GPUs, for both presets, DDP and FSDP2; left per GPU, right per step constant."""
+    """Efficiency over the number of GPUs; on the left with constant tokens per GPU, on the right per step."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams["svg.hashsalt"] = "tinylm"  # the same picture is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "tinylm"  # the same numbers give the same file
     worlds = sorted({*(8 * 2**power for power in range(7)), 1, 2, 4, 1000})
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.3), sharey=True, layout="constrained")
     titles = (f"{TOKENS_PER_GPU:,} tokens per GPU", f"{TOKENS_PER_STEP:,} tokens per step, shared out")
     for panel, title, of_step in zip(panels, titles, (False, True), strict=True):
         for preset, colour in zip(PRESETS, ("tab:blue", "tab:orange"), strict=True):
@@ -176,21 +176,22 @@ def draw(path: Path, machine: Machine) -> None:
                 for world in worlds:
                     tokens = TOKENS_PER_STEP / world if of_step else TOKENS_PER_GPU
                     values.append(100 * alone * tokens / predict(preset, world, int(tokens), machine)[kind].seconds)
-                name = f"{preset}, {'FSDP2' if kind else 'DDP'}"
-                panel.plot(worlds, values, style, color=colour, marker="o", markersize=3, label=name)
-        panel.set(title=title, xlabel="GPUs", xscale="log", ylim=(0, 105))
+                name = f"{preset}, {'FSDP2' if kind else 'DDP'}, computed"
+                panel.plot(worlds, values, style, color=colour, label=name)
+        panel.set(title=title, xlabel="GPUs (log axis)", xscale="log", ylim=(0, 105))
         panel.set_xticks([1, 8, 64, 1000], ["1", "8", "64", "1,000"])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("speed per GPU, % of one alone")
+    panels[0].set_ylabel("tokens/s per GPU, % of one GPU alone")
     panels[0].legend(frameon=False)
+    figure.suptitle("Computed, not measured: presets small and large on machines of eight H100 GPUs")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, and draw the picture where one is asked for."""
+    """Print the table; with --output, draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="the picture, .svg or .png")
+    parser.add_argument("--output", type=Path, help="the figure, .svg or .png")
     arguments = parser.parse_args(argv)
     print(table(Machine()))
     if arguments.output is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decode, scaling_model, side_by_side, train_step
+from benchmarks import curves, decode, scaling_model, side_by_side, train_step
 from benchmarks.side_by_side import OURS, THEIRS, equal_models, results_of, time_in_turns, with_best_ceilings
 from tinylm.model.model_tinylm import TinyLMConfig
 
@@ -131,3 +131,18 @@ def test_two_processes_send_the_bytes_that_the_equation_says():
     shares = [float(found) for found in re.findall(r"([\d.]+) times the model's", done.stdout)]
     assert shares[0] == pytest.approx(1, abs=0.03)
     assert 1.5 < shares[1] < 2.7
+
+
+def test_loss_curves_read_a_stage_and_smooth_it(tmp_path):
+    """Training and held-out losses stand apart; a spike moves the running median nowhere, and asks for a log axis."""
+    losses = [8.0, 3.0, 2.0, 9.0, 2.0, 1.0]
+    lines = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)] + [{"step": 51, "validation_loss": 1.5}]
+    (tmp_path / "full_sft_512_metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stage, training, held_out = curves.read_curves(tmp_path)
+    assert (stage, held_out) == ("full_sft", [(51, 1.5)])
+    assert training == [(0, 8.0), (10, 3.0), (20, 2.0), (30, 9.0), (40, 2.0), (50, 1.0)]
+    assert curves.running_median(training, 3) == [(0, 8.0), (10, 3.0), (20, 3.0), (30, 2.0), (40, 2.0), (50, 1.0)]
+    assert not curves.needs_log_axis(training) and curves.needs_log_axis([*training, (60, 13.0)])
+    (tmp_path / "lora_512_metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"holds 2 files \*_metrics.jsonl; give the --output_dir of one stage"):
+        curves.read_curves(tmp_path)

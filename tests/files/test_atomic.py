@@ -1,4 +1,4 @@
-"""Writes that happen whole or not at all, and the manifest that knows a damaged file."""
+"""Files and folders are written whole or not at all, and the manifest recognises a damaged file."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_files_and_folders_are_not_mixed_up(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_never_missing_while_it_is_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two renames left a moment without the folder: a kill in it lost a model that was whole before."""
+    """Between two renames there was no folder: a kill at that moment lost the old model."""
     target, rename, missing = tmp_path / "model", os.rename, []
     with atomic_folder(target) as folder:
         (folder / "old").write_text("old")
@@ -171,7 +171,7 @@ def test_a_folder_is_never_missing_while_it_is_swapped(tmp_path: Path, monkeypat
     assert [file.name for file in target.iterdir()] == ["new"]
 
 
-def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".model.abc.tmp").mkdir()
     (tmp_path / ".model.abc.tmp" / "half").write_text("x")
     (tmp_path / ".model.def.old").mkdir()
@@ -206,7 +206,7 @@ def test_our_own_json_may_be_large_and_hold_infinity(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the files are told by /proc")
 def test_the_entry_of_a_new_folder_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A power cut after the rename would take a first model away again."""
+    """Without a flush, a power cut after the rename could lose the first model of a folder."""
     rename, fsync, calls = os.rename, os.fsync, []
 
     def watched_rename(source: Path, destination: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_manifest_knows_every_byte(listed: Path) -> None:
         "[" * 10**5,
     ],
 )
-def test_a_damaged_manifest_is_said_to_be_one(listed: Path, text: str) -> None:
+def test_a_damaged_manifest_is_named(listed: Path, text: str) -> None:
     (listed / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match="is not a manifest, or does not list all files"):
         check_manifest(listed)
@@ -287,8 +287,8 @@ def test_a_manifest_looks_only_at_its_own_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an exchange of folders a kill between two renames left no folder, and the next run deleted the old one,
-    which lay aside."""
+    """Where folders cannot be exchanged, a kill between two renames left the old folder aside, and the next run
+    deleted it."""
     monkeypatch.setattr(atomic_files, "_exchange", lambda one, other: False)
     target, rename = tmp_path / "model", os.rename
     with atomic_folder(target) as folder:
@@ -303,7 +303,7 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path, monkeypatch: pyt
         rename(source, destination)
 
     monkeypatch.setattr(os, "rename", killed_behind_the_first)
-    monkeypatch.setattr(atomic_files.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+    monkeypatch.setattr(atomic_files.shutil, "rmtree", lambda *_, **__: None)  # a killed process does not clean up
     with pytest.raises(Killed), atomic_folder(target) as folder:
         (folder / "new").write_text("new")
     monkeypatch.undo()

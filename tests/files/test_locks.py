@@ -33,8 +33,7 @@ with run_lock(Path(sys.argv[1])):
 
 @contextlib.contextmanager
 def hold(path: Path, repository: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has the lock until its standard input is closed; with the word `fork` it has a child that waits
-    for that too."""
+    """A process that holds the lock until its standard input is closed; with `fork` a child of it waits too."""
     command, pipe = [sys.executable, "-c", HOLD, str(path), *words], subprocess.PIPE
     with subprocess.Popen(command, cwd=repository, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -55,7 +54,7 @@ def holder(path: Path, repository: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_run_is_refused_at_once(path: Path, holder: subprocess.Popen[str], monkeypatch) -> None:
     owner = rf"is in use by another run \(process {holder.pid} on {socket.gethostname()}\); wait for it"
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
-    for _ in range(2):  # whoever is refused leaves the owner's name in the file
+    for _ in range(2):  # a refused process leaves the owner's name in the file
         with pytest.raises(ValueError, match=owner), run_lock(path):
             pass
     with path.open("rb") as file:
@@ -65,7 +64,7 @@ def test_a_second_run_is_refused_at_once(path: Path, holder: subprocess.Popen[st
 def test_a_restarted_run_waits_for_the_lock_of_the_lost_one(
     path: Path, holder: subprocess.Popen[str], monkeypatch
 ) -> None:
-    """A file server gives the lock of a lost machine back after a minute or so, and three restarts were used up."""
+    """A file server releases the lock of a lost machine after about a minute; by then three restarts had failed."""
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -77,11 +76,11 @@ def test_a_restarted_run_waits_for_the_lock_of_the_lost_one(
     with run_lock(path, patience=300):
         assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     assert len(slept) == 3
-    with path.open("rb") as file:  # the file is still there, and means nothing
+    with path.open("rb") as file:  # the file is still there, but does not count as a lock
         assert try_to_lock(file.fileno())
 
 
-def test_patience_ends(path: Path, holder: subprocess.Popen[str]) -> None:
+def test_waiting_for_a_lock_ends(path: Path, holder: subprocess.Popen[str]) -> None:
     start = time.monotonic()
     with pytest.raises(ValueError, match="is in use by another run"), run_lock(path, patience=0.4):
         pass
@@ -89,8 +88,8 @@ def test_patience_ends(path: Path, holder: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_killed_owner_keeps_no_lock_even_if_its_children_live_on(path: Path, repository: Path) -> None:
-    """A forked child has all files of its parent open, and with them flock's locks. It lives until the pipe closes."""
+def test_a_killed_owner_loses_its_lock_although_its_child_lives(path: Path, repository: Path) -> None:
+    """A forked child keeps its parent's files open, and so flock's locks. It lives until the pipe closes."""
     with hold(path, repository, "fork") as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -109,7 +108,7 @@ def test_a_name_longer_than_the_next_leaves_nothing_behind(path: Path) -> None:
 def test_a_disk_without_locks_is_an_error_and_no_lock_of_another_kind(
     path: Path, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library could fall back on a lock that is only a file: such a lock outlives a killed process."""
+    """The library could fall back to a lock that is only a file; such a lock remains after a killed process."""
 
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(code, os.strerror(code))

@@ -26,7 +26,7 @@ def small_model(**changes) -> TinyLMForCausalLM:
 
 
 def trained_model(**changes) -> TinyLMForCausalLM:
-    """The same with norms and biases unlike their start, as training leaves them: each of its own kind."""
+    """The same, but all norms and biases differ from their initial values, as after training."""
     model = small_model(**changes)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:

@@ -1,4 +1,4 @@
-"""The copy made for generation gives the model's own numbers."""
+"""The copy made for generation gives the same numbers as the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def steps(model, ids):
 
 
 def force_packing(monkeypatch, is_packed: bool) -> None:
-    """On a machine without bfloat16 both ways would quietly be the plain one."""
+    """Without this, a machine without bfloat16 would test the plain layers twice."""
     if is_packed and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this build of torch has no packed bfloat16 products here")
     monkeypatch.setattr(module, "_has_packed_kernel", lambda weight: is_packed)

@@ -1,4 +1,4 @@
-"""Adapters against PEFT, in both directions, and what must never be silent."""
+"""Adapters against PEFT, in both directions, and misuse that must be an error."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_disable_unload_and_merge():
 
 
 def test_half_precision_weights_are_merged_in_float32():
-    """Rounded once: a product or a sum in bfloat16 would round again and again."""
+    """The result is rounded once; products or sums in bfloat16 would round several times."""
     layer = LoRALinear(torch.nn.Linear(64, 48).bfloat16(), rank=16, alpha=24)
     torch.nn.init.normal_(layer.lora_B.weight, 0, 0.05)
     weight, a, b = (t.detach().double() for t in (layer.base.weight, layer.lora_A.weight, layer.lora_B.weight))
@@ -147,7 +147,7 @@ def test_loading_is_strict(tmp_path):
     before = model(ids)
     save_adapter(model, folder, "base")
     path = folder / "adapter_model.safetensors"
-    good = {name: value.clone() for name, value in load_file(path).items()}  # the file under them is written over
+    good = {name: value.clone() for name, value in load_file(path).items()}  # the file behind them is overwritten
     first = next(iter(good))
     for broken, message in (
         ({k: v for k, v in good.items() if k != first}, f"lacks 1 tensors, the first {first}"),

@@ -1,4 +1,4 @@
-"""The model against transformers, and against itself in its other modes: cached, packed, padded."""
+"""The model against transformers, and its cached, packed and padded modes against the plain one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_parameter_formula_counts_every_option(changes):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_training_flops_are_those_that_torch_counts(tied):
-    """Of one causal row, where half of the score matrix counts; norms multiply, though not as matrices do."""
+    """One causal row, where half of the score matrix counts. Norms multiply too, but not as matrix products."""
     model = small_model(tie_word_embeddings=tied).train()
     ids = random_ids(1, 128)  # one block of queries: the whole square of scores is computed
     with FlopCounterMode(display=False) as counter:
@@ -95,7 +95,7 @@ def test_cached_decoding_equals_the_full_forward(kind, kv_heads):
 
 @pytest.mark.parametrize("kind", ["rope", "learned"])
 def test_rows_of_unequal_length_equal_each_row_alone(kind):
-    """Prompts padded on the right, then a token and two tokens more; the padding must not show anywhere."""
+    """Prompts padded on the right, then one token, then two more; the padding must not change any number."""
     model = trained_model(qk_norm=True, position_embedding_type=kind)
     lengths = [5, 150, 1]
     prompts = [random_ids(1, n) for n in lengths]
@@ -268,7 +268,7 @@ def test_hf_dict_round_trip_and_both_generations_of_keys():
 
 @pytest.mark.parametrize("kind, config_class", [("llama", LlamaConfig), ("qwen3", Qwen3Config)])
 def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config_class):
-    """Our own defaults are others: an rms_norm_eps of 1e-5, and heads as wide as the model allows."""
+    """Our own defaults differ: an rms_norm_eps of 1e-5, and a head width that follows from the model's."""
     data = {"model_type": kind, "vocab_size": 300, "hidden_size": 96, "num_hidden_layers": 2}
     data |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     ours, theirs = config_from_hf(data), config_class(**data)

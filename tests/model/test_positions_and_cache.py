@@ -87,7 +87,7 @@ def test_cache_storage_never_moves():
 
 
 def filled_cache(lengths: list[int], seed: int):
-    """A cache whose every number tells it from the others."""
+    """A cache in which all numbers differ."""
     cache = KVCache(small_config(), len(lengths), max(lengths) + 2)
     torch.manual_seed(seed)
     for tensor in (*cache.keys, *cache.values):
@@ -97,13 +97,13 @@ def filled_cache(lengths: list[int], seed: int):
 
 
 def held(cache: KVCache, row: int) -> torch.Tensor:
-    """All that a row holds, [2L, K, length, D]."""
+    """Everything a row contains, [2L, K, length, D]."""
     return torch.stack([tensor[row, :, : cache.lengths[row]] for tensor in (*cache.keys, *cache.values)])
 
 
 @pytest.mark.parametrize("rows", [[2, 1], [1, 2, 0], [0, 0, 2, 2, 1, 2], [2], [0, 1, 2]])
 def test_selected_rows_are_copies_of_what_they_were(rows):
-    """Fewer rows, other order, more rows than there is room for."""
+    """Fewer rows, another order, more rows than were reserved."""
     cache = filled_cache([4, 9, 6], seed=1)
     before = [held(cache, row).clone() for row in range(3)]
     cache.select_rows(rows)
@@ -112,9 +112,9 @@ def test_selected_rows_are_copies_of_what_they_were(rows):
         assert torch.equal(held(cache, row), before[source])
 
 
-def test_appended_rows_stand_behind_those_held():
+def test_appended_rows_follow_the_rows_of_the_cache():
     cache, other = filled_cache([4, 9], seed=1), filled_cache([15, 3], seed=2)
-    cache.select_rows([1])  # storage that is free is used again
+    cache.select_rows([1])  # free storage is used again
     before = [held(cache, 0).clone(), held(other, 0).clone(), held(other, 1).clone()]
     cache.append(other)
     assert cache.lengths == [9, 15, 3] and cache.max_length == 17

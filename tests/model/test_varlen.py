@@ -1,6 +1,6 @@
 """Packed documents on CUDA: torch's variable-length kernel is called as the installed torch wants it.
 
-The kernel needs a GPU. Here a reference stands in its place, behind the real function's signature.
+The kernel needs a GPU, so a reference with the same signature replaces it here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIGNATURE = inspect.signature(varlen.varlen_attn)
 
 
 def reference_varlen(*arguments, **options):
-    """`varlen_attn` by its documentation: each document alone, in float64; it takes what the real one takes."""
+    """`varlen_attn` as documented: each document alone, in float64; it takes the arguments of the real one."""
     given = SIGNATURE.bind(*arguments, **options)
     given.apply_defaults()
     query, key, value, starts, key_starts, longest, longest_key = list(given.arguments.values())[:7]
@@ -37,7 +37,7 @@ def reference_varlen(*arguments, **options):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_the_installed_kernel_takes_our_call_and_gives_what_the_mask_gives(monkeypatch, kv_heads):
-    """torch 2.10 has no `window_size`, 2.11 no `enable_gqa`; both were allowed once, and neither call was right."""
+    """torch 2.10 lacks `window_size` and 2.11 lacks `enable_gqa`: the call failed on both, though both were allowed."""
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [2, 2, 2, 2, 2, 3, 3]])  # row 2 begins with the id that row 1 ends with
     starts = document_starts(ids)

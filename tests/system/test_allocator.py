@@ -1,4 +1,4 @@
-"""Memory that was freed is used again without asking the system for it."""
+"""Freed memory is used again without asking the system for more."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(keep: bool) -> int:
-    """Page faults of asking ten times for 80 MB that were freed before."""
+    """Page faults when 80 MB are allocated ten times, after they were freed."""
     run = subprocess.run([sys.executable, "-c", COUNT_FAULTS.format(keep=keep)], capture_output=True, text=True)
     if "no glibc" in run.stderr:
         pytest.skip("this system's C library is not glibc")

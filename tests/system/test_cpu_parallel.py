@@ -1,4 +1,4 @@
-"""Work shared over a CPU's cores: the order of the results, the threads of each worker, and what is left behind."""
+"""Work on several cores of a CPU: the order of the results, the threads of each worker, and the state afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A map over threads: the order of its results, how far it reads ahead, and what it leaves behind."""
+"""A map over threads: the order of its results, how far it reads ahead, and the state afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def executor() -> Iterator[ThreadPoolExecutor]:
 
 
 def test_results_come_in_the_order_of_the_items(executor: ThreadPoolExecutor) -> None:
-    """Also when the later items are done first."""
+    """Even when later items finish first."""
     second_is_done = threading.Event()
 
     def work(item: int) -> str:
@@ -35,7 +35,7 @@ def test_results_come_in_the_order_of_the_items(executor: ThreadPoolExecutor) ->
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])
 def test_no_more_items_are_read_than_may_be_ahead(executor: ThreadPoolExecutor, ahead: int) -> None:
-    """Of an endless iterator too."""
+    """Holds for an endless iterator too."""
     read = []
 
     def items() -> Iterator[int]:
@@ -65,8 +65,8 @@ def test_an_error_comes_in_its_items_place(executor: ThreadPoolExecutor) -> None
 
 
 @pytest.mark.parametrize("how", ["closed", "an item fails", "reading fails"])
-def test_nothing_is_in_work_afterwards(executor: ThreadPoolExecutor, how: str) -> None:
-    """What has begun is waited for; what has not begun never runs. All 800 items would take a minute."""
+def test_no_item_runs_afterwards(executor: ThreadPoolExecutor, how: str) -> None:
+    """Items that have started are waited for; the others never start. All 800 items would take a minute."""
     begun, done = [], []
     in_work = threading.Event()
     three_have_begun = threading.Barrier(3, action=in_work.set, timeout=300)

@@ -1,4 +1,4 @@
-"""The processes of a round agree on a name that no left-over word of an earlier round can stand for."""
+"""The processes of a round agree on a name that an entry of an earlier round cannot match."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def meet(store: Store, ranks: list[int], world_size: int, timeout: float = 300) 
 
 
 def test_every_round_has_a_name_of_its_own():
-    """torchrun keeps one store for all rounds: a process found the address of one that had been killed, and every
-    restart of two machines failed with "Connection refused".
+    """torchrun keeps one store for all rounds. A process found the address of a killed one there, and every restart
+    on two machines failed with "Connection refused".
     """
     store = HashStore()
     rounds = [meet(store, list(range(size)), size) for size in (3, 2, 1, 4)]
@@ -27,7 +27,7 @@ def test_every_round_has_a_name_of_its_own():
 
 
 def test_a_late_process_is_not_taken_for_the_one_before_it():
-    """Process 0 is there first and answers the call that an earlier process 1 has left; it must not stop at that."""
+    """Process 0 comes first and answers an old call of an earlier process 1; then it must still answer the new one."""
     store = HashStore()
     meet(store, [0, 1], 2)
     with ThreadPoolExecutor(2) as pool:
@@ -39,7 +39,7 @@ def test_a_late_process_is_not_taken_for_the_one_before_it():
 
 
 @pytest.mark.parametrize(("rank", "missing"), [(0, "process 1 did"), (1, "process 0 did")])
-def test_whoever_waits_in_vain_says_for_whom(rank, missing):
+def test_a_timeout_names_the_missing_process(rank, missing):
     store = HashStore()
     meet(store, [0, 1], 2)
     with pytest.raises(TimeoutError, match=missing):

@@ -108,7 +108,7 @@ def test_the_seed_reaches_all_three_generators() -> None:
 
 
 def test_matmul_speed_is_counted_with_two_n_cubed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that ticks 0.25 s a call, a product of 1024 takes one: 2 * 1024^3 / 0.25 FLOP/s."""
+    """The clock advances 0.25 s per call, so a product of 1024 takes 0.25 s: 2 * 1024^3 / 0.25 FLOP/s."""
     ticks = iter(range(1000))
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(ticks) * 0.25)
     assert runtime.measured_matmul_flops(CPU) == 2 * 1024**3 / 0.25
@@ -126,8 +126,8 @@ def sum_over_gloo(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_sum_over_gloo(tmp_path: Path) -> None:
-    """With the environment variables alone, and no torchrun; tests/trainer/test_recipes.py starts that."""
-    port = 20_000 + os.getpid() % 10_000  # below those that the system gives out
+    """With the environment variables only; tests/trainer/test_recipes.py uses torchrun."""
+    port = 20_000 + os.getpid() % 10_000  # below the ports that the system hands out
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
     ranks = [start(sum_over_gloo, tmp_path, log=logs[rank], RANK=str(rank), **shared) for rank in (0, 1)]

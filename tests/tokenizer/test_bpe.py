@@ -34,7 +34,7 @@ CODE = "def forward(self, x):\n    for layer in self.layers:\n        x = layer(
 
 
 def scrambled(text: str, length: int, seed: int) -> str:
-    """A long text out of a short one's slices: many words, and many ties between their counts."""
+    """A long text made of slices of a short one: many words, and many ties between their counts."""
     rng = random.Random(seed)
     slices = []
     while sum(map(len, slices)) < length:
@@ -168,8 +168,8 @@ def test_a_text_cut_in_sections_has_the_same_pieces_and_tokens(tokenizer: Tokeni
 
 
 def test_training_is_fast() -> None:
-    """The bar is 20 MB to 6400 entries in 60 s on two cores; this is a fortieth of it, with room for a slow
-    machine."""
+    """The goal is 20 MB to 6400 entries in 60 s on two cores; this is a fortieth of it, with a margin for slow
+    machines."""
     rng = random.Random(8)
     letters = "etaoinshrdlcumwfgypbvk"
     words = ["".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(20_000)]
@@ -207,8 +207,8 @@ def test_bad_training_input_is_refused() -> None:
 
 
 def letters_the_engines_disagree_on() -> set[str]:
-    """Characters that `regex` and the library's engine, with Unicode tables of different age, class
-    differently. The planes from 4 on hold no letters.
+    """Characters that `regex` and the library's engine classify differently, since their Unicode tables differ in
+    age. The planes from 4 on contain no letters.
     """
     characters = [chr(code) for code in range(0x40000) if not 0xD800 <= code < 0xE000]
     disagreed: set[str] = set()

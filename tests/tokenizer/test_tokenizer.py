@@ -58,7 +58,7 @@ def test_default_readme_names_the_committed_tokenizer(tokenizer: Tokenizer) -> N
 
 
 def test_default_encodes_english_code_and_chinese_compactly(tokenizer: Tokenizer) -> None:
-    """Coarse floors under the README's numbers; a tokenizer that merges nothing has 1 byte per token."""
+    """Lower bounds, well below the README's numbers; a tokenizer without merges has 1 byte per token."""
     for text, floor in [
         ("Once upon a time there was an old man who lived with his wife by the sea.", 3.5),
         ("for index in range(len(self.values)):\n        return self.values[index]\n", 3.0),
@@ -112,7 +112,7 @@ def test_streaming_never_breaks_a_character(tokenizer: Tokenizer, ids: list[int]
 @settings(max_examples=200, deadline=None)
 @given(ANY_TEXT)
 def test_streamed_text_is_exact_at_every_step(tokenizer: Tokenizer, text: str) -> None:
-    """Text from whole characters never shows U+FFFD on the way, and never lags by more than one character."""
+    """Text made of whole characters never shows U+FFFD, and lags by at most one character."""
     decoder, shown, seen = StreamDecoder(tokenizer), "", b""
     for token_id in tokenizer.encode(text):
         shown += decoder.feed(token_id)
@@ -191,7 +191,7 @@ def test_encoding_does_not_need_torch() -> None:
 def test_transformers_loads_the_folder(
     tmp_path: Path, tokenizer: Tokenizer, torture: list[str], model_type: str | None
 ) -> None:
-    """Also beside a config.json, whose model_type tempts transformers to use that model's own tokenizer."""
+    """Also next to a config.json: its model_type could make transformers use that model's own tokenizer."""
     tokenizer.save(tmp_path)
     if model_type is not None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -224,8 +224,8 @@ def test_fingerprint_ignores_the_spelling_and_sees_the_content() -> None:
     respelled["model"]["merges"] = [merge.split(" ") for merge in respelled["model"]["merges"]]
     respelled["truncation"] = {"max_length": 5, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     assert fingerprint_of(respelled) == fingerprint
-    assert len(Tokenizer(respelled).encode("a" * 20)) == 20  # and the truncation is not obeyed
-    dropout = {**definition, "model": {**definition["model"], "dropout": 1.0}}  # would leave every byte alone
+    assert len(Tokenizer(respelled).encode("a" * 20)) == 20  # and the truncation is ignored
+    dropout = {**definition, "model": {**definition["model"], "dropout": 1.0}}  # would merge nothing
     assert len(Tokenizer(dropout).encode("abc")) < 3
     respelled["model"]["merges"].pop()
     assert fingerprint_of(respelled) != fingerprint

@@ -71,7 +71,7 @@ def test_the_estimate_is_near_what_a_step_takes(tmp_path):
             Memory(1e9, 1e9, 100, 24e9),
             {"batch_size": 1_000_000},
             "the run needs about 101.0 GB of memory; the machine has 24.0 GB; pass --batch_size 16 "
-            "--accumulation_steps 7 for the same rows per step",
+            "--accumulation_steps 13 for the same rows per step",
         ),
         (
             Memory(25e9, 1e9, 2, 24e9),

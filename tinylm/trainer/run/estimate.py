@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinylm.dataset.batches import Dataset
 from tinylm.system.memory import memory_limit, used_memory
-from tinylm.trainer.core.distributed import reshard
+from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.run.stage import Learner, Plan
 from tinylm.trainer.run.validation import num_batches_of
 
@@ -77,6 +77,10 @@ def expected_memory(learner: Learner, plan: Plan) -> Memory:
 def _saved_bytes(learner: Learner, plan: Plan) -> float:
     """Bytes that autograd keeps for the backward pass of one row (or pair)."""
     model, runtime = learner.model, plan.runtime
+    if is_sharded(model):  # its weights are together only while it computes, so by rule of thumb
+        config = model.config
+        per_token = 80 * config.hidden_size * config.num_hidden_layers + 12 * config.vocab_size
+        return float(plan.settings.max_seq_len * per_token)
     steps = plan.source.with_rows_per_step(runtime.world_size).batches(0, 0)
     batch = next(steps)[0].to(runtime.device)
     getattr(steps, "close", lambda: None)()  # its threads
@@ -91,7 +95,6 @@ def _saved_bytes(learner: Learner, plan: Plan) -> float:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast():
         learner.objective(model, batch)
     model.train(was_training)
-    reshard(model)
     for weight in model.parameters():
         kept.pop(weight.untyped_storage().data_ptr(), None)
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
