@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 
@@ -17,6 +18,7 @@ FLOORS = (
     {"trainer"},
     {"commands"},
     {"cli.py"},
+    {"__main__.py"},
 )
 """From the ground up. Imports go from a higher floor to a lower one, or stay in their room. `trainer/core` and
 `trainer/run` are rooms of their own; any other folder in a room belongs to it."""
@@ -173,6 +175,17 @@ def test_only_the_command_line_prints(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_no_text_holds_markup(name: str) -> None:
+    """Texts are printed as they are, so that brackets in a path are safe; colours come from `rich.text.Text`."""
+    for node in ast.walk(parse(name)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "rich.markup", f"tinylm/{name}:{node.lineno}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            tag = re.search(r"\[/?(bold|dim|italic|red|green|yellow|blue|cyan)\b", node.value)
+            assert not tag, f"tinylm/{name}:{node.lineno}: {node.value}"
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_no_default_points_at_somebodys_folder(name: str) -> None:
     for node in ast.walk(parse(name)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -207,6 +220,6 @@ def test_the_loop_takes_few_parameters() -> None:
 def test_recipes_share_what_they_have_in_common(stage: str) -> None:
     """Each wrote out the same dozen lines of optimizer and run: a flag could reach three stages and not the fourth."""
     called = [dotted(node.func) for node in ast.walk(parse(f"trainer/train_{stage}.py")) if isinstance(node, ast.Call)]
-    for name in ("start_stage", "shard", "settings.make_optimizers", "make_run"):
+    for name in ("start_stage", "shard", "stage.settings.make_optimizers", "make_run"):
         assert called.count(name) == 1, name
     assert {"make_optimizers", "Run"}.isdisjoint(called)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import curves, decode, scaling_model, side_by_side, train_step
+from benchmarks import curves, decode, scaling_model, session_picture, side_by_side, train_step
 from benchmarks.side_by_side import OURS, THEIRS, equal_models, results_of, time_in_turns, with_best_ceilings
 from tinylm.model.model_tinylm import TinyLMConfig
 
@@ -146,3 +147,28 @@ def test_loss_curves_read_a_stage_and_smooth_it(tmp_path):
     (tmp_path / "lora_512_metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"holds 2 files \*_metrics.jsonl; give the --output_dir of one stage"):
         curves.read_curves(tmp_path)
+
+
+def test_the_picture_of_a_session_shows_the_log_and_the_replies(tmp_path, monkeypatch):
+    log = [
+        "1/6 tokenizer · 0% of the whole is done, about 5m50s left " + "─" * 40,
+        "tokenizer: done",
+        "pretrain 20/1,821 · loss 2.3",
+        "pretrain 1,821/1,821 · loss 0.78",
+        "5m12s in all; scoreboard in out/quickstart/scoreboard.json",
+        "  tinylm chat --model_path out/dpo --prompt 'Wer <bist> du?'",
+    ]
+
+    def run(words, **_):
+        assert words[1:] == ["-m", "tinylm", "chat", "--model_path", "out/dpo", "--prompt", "Wer <bist> du?"]
+        return subprocess.CompletedProcess(words, 0, stdout="Grüße & <b>mehr</b>\n")
+
+    monkeypatch.setattr(session_picture.subprocess, "run", run)
+    (tmp_path / "log").write_text("\n".join(log), encoding="utf-8")
+    assert session_picture.main([str(tmp_path / "log"), str(tmp_path / "session.svg")]) == 0
+    svg = (tmp_path / "session.svg").read_text(encoding="utf-8")
+    shown = html.unescape(re.sub(r"<[^>]*>", "", svg)).replace("\xa0", " ")
+    for text in ("make quickstart", "1/6 tokenizer", "pretrain 1,821/1,821", "5m12s in all", "Grüße & <b>mehr</b>"):
+        assert text in shown, text
+    assert "20/1,821" not in shown and "tokenizer: done" not in shown
+    assert "url(" not in re.sub(r"url\(#", "", svg) and "@font-face" not in svg

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +16,10 @@ import pytest
 
 from tinylm import __version__, cli
 from tinylm.cli import main
+from tinylm.commandline import synonyms
 from tinylm.commandline.exit_status import Stopped, run_main
+from tinylm.commandline.settings import _field_helps, _field_types
+from tinylm.system.runtime import DtypeName
 
 
 def tinylm(repository: Path, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +46,57 @@ def test_quick_answers_import_nothing_heavy(repository: Path, flag: str, answer:
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["pretrian"]) == 2
     assert "did you mean tinylm pretrain?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("train", "pretrain"), ("train-tokenizer", "tokenizer"), ("Generate", "chat"), ("convert", "export")],
+)
+def test_other_programs_names_are_understood(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([typed]) == 2
+    assert f"did you mean tinylm {meant}?" in capsys.readouterr().err
+
+
+SETTINGS = [
+    ("tinylm.commands.quickstart", "QuickstartSettings"), ("tinylm.trainer.train_tokenizer", "TokenizerSettings"),
+    ("tinylm.trainer.train_pretrain", "PretrainSettings"), ("tinylm.trainer.train_full_sft", "FullSFTSettings"),
+    ("tinylm.trainer.train_lora", "LoRASettings"), ("tinylm.trainer.train_dpo", "DPOSettings"),
+    ("tinylm.commands.chat", "ChatSettings"), ("tinylm.commands.evaluate", "EvalSettings"),
+    ("tinylm.commands.merge", "MergeSettings"), ("tinylm.commands.export", "ExportSettings"),
+    ("tinylm.commands.verify", "VerifySettings"),
+]  # fmt: skip
+NAMES = ("LoRA", "Adam", "JSON", "YAML", "TinyWorld", "KV", "PEFT")
+
+
+def test_every_advised_name_exists() -> None:
+    """The advice after an unknown name must not name a flag that no command has."""
+    settings = [getattr(importlib.import_module(module), name) for module, name in SETTINGS]
+    known = {field.name for one in settings for field in dataclasses.fields(one)}
+    assert set(synonyms._FLAGS) <= known
+    assert set(synonyms._COMMANDS) <= set(cli.COMMANDS)
+    for names in (synonyms._FLAGS, synonyms._COMMANDS):
+        for name, words in names.items():
+            assert name not in words.split()
+
+
+@pytest.mark.parametrize(("module", "name"), SETTINGS)
+def test_help_has_one_style(module: str, name: str) -> None:
+    """Half of the commands wrote sentences, the others phrases; choices stood in the text or nowhere."""
+    cls = getattr(importlib.import_module(module), name)
+    helps, hints = _field_helps(cls), _field_types(cls)
+    for field in dataclasses.fields(cls):
+        text = helps.get(field.name, "")
+        assert text, f"{name}.{field.name} has no help"
+        assert not text.endswith(".") or text.endswith("..."), f"{name}.{field.name}: {text}"
+        assert not text[0].isupper() or text.startswith(NAMES), f"{name}.{field.name}: {text}"
+        assert hints[field.name] == DtypeName or field.name != "dtype"
+    assert (cls.__doc__ or "").startswith("Settings of "), cls.__doc__
+
+
+def test_the_package_runs_as_a_module(repository: Path) -> None:
+    command = [sys.executable, "-m", "tinylm", "chatt"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "") and "did you mean tinylm chat?" in done.stderr
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
@@ -204,6 +261,23 @@ def test_a_closed_stream_is_no_error(closed):
     command = f"{sys.executable} -m tinylm.cli pretrain --preset nosuch {closed}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Error" not in done.stderr.replace("error:", "")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_text_can_be_printed(repository: Path, encoding: str) -> None:
+    """A Latin-1 file name, or any letter on a terminal of few letters, ended in a UnicodeEncodeError."""
+    code = (
+        "from tinylm.commandline.exit_status import run_main\n"
+        "from tinylm.commandline.terminal import make_console\n"
+        "def f(argv):\n"
+        "    make_console().print('caf\\udce9 größe')\n"
+        "    raise ValueError('no caf\\udce9 \\x1b[2J')\n"
+        "raise SystemExit(run_main(f, []))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout.decode("utf-8")[:9]) == (2, "caf\\udce9"), done.stderr
+    assert done.stderr == b"tinylm: error: no caf\\udce9 [2J\n"
 
 
 def test_a_temporary_file_is_called_by_the_name_it_would_have_got(capsys):

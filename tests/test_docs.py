@@ -242,7 +242,7 @@ def test_quickstart_is_described_as_it_is() -> None:
         f"{plan.pretrain.tinyworld_documents:,} short documents",
         f"from {plan.full_sft.tinyworld_chats:,} chats",
         f"{plan.pretrain.max_seq_len} tokens in the quickstart",
-        f"{QuickstartSettings().num_items} questions per skill",
+        f"{QuickstartSettings().items_per_skill} questions per skill",
     ):
         assert shown in text, f"README should say: {shown}"
 

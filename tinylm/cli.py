@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from tinylm import __version__
 from tinylm.commandline.exit_status import RERUN_ADVICE, RESUME_ADVICE, run_main
+from tinylm.commandline.synonyms import did_you_mean
 
 
 class Command(NamedTuple):
@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": Command("tinylm.commands.merge:main", "fold an adapter into its model"),
     "export": Command("tinylm.commands.export:main", "write a model for other programs"),
     "verify": Command("tinylm.commands.verify:main", "check a model's files and where it comes from"),
+    "cache": Command("tinylm.commands.cache:main", "list or remove the token shards kept for all runs"),
     "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes", RESUME_ADVICE),
 }
 
@@ -46,9 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tinylm {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean tinylm {near[0]}? " if near else ""
-        return _fail(f"unknown command {argv[0]!r}; {hint}see tinylm --help")
+        return _fail(f"unknown command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS, 'tinylm ')}see tinylm --help")
     command = COMMANDS[argv[0]]
     return run_main(lambda rest: _load(command.target)(rest), argv[1:], command.advice)
 

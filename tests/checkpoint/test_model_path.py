@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from tinylm.checkpoint.model_path import last_models, resolve_model_path
+from tests.checkpoint.saved_states import save_state
+from tinylm.checkpoint.model_path import last_models, resolve_adapter_path, resolve_model_path
 
 
 @pytest.fixture
@@ -57,3 +58,30 @@ def test_folders_below_are_looked_into_as_deep_as_asked(models):
     assert names[2] == ["sft_16_epoch0", "lora_16_epoch0", "lora_16_epoch1"]
     assert [model.name for model in last_models(folder, "lora", depth=1)] == ["lora_16_epoch0"]
     assert last_models(folder / "nowhere", depth=2) == []
+
+
+def test_models_below_are_named(models):
+    """`--model_path out/quickstart` said that there was no model."""
+    folder = models("a/pretrain_16_epoch0", "a/pretrain_16_epoch1", "b/größe/full_sft_16_epoch0")
+    says = f"{folder} itself holds no model, but below it are a/pretrain_16_epoch1, b/größe/full_sft_16_epoch0; give"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        resolve_model_path(folder)
+
+
+def test_an_adapter_is_found_like_a_model(models):
+    folder = models("lora_16_epoch0", "lora_16_epoch1", "sft/full_sft_16_epoch0")
+    for epoch in (0, 1):
+        (folder / f"lora_16_epoch{epoch}/config.json").rename(folder / f"lora_16_epoch{epoch}/adapter_config.json")
+    assert resolve_adapter_path(folder).name == resolve_adapter_path(folder / "lora_16_epoch1").name == "lora_16_epoch1"
+    with pytest.raises(ValueError, match="full_sft_16_epoch0 is a full model; expected an adapter folder"):
+        resolve_adapter_path(folder / "sft")
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        resolve_adapter_path(folder / "nowhere")
+
+
+def test_what_is_no_model_is_said_to_be_what_it_is(tmp_path):
+    save_state(tmp_path / "dpo_16_state", {"step": 3, "identity": {"stage": "dpo", "num_steps": 3}})
+    with pytest.raises(ValueError, match="dpo_16_state holds the training states of a run, and no model; give a model"):
+        resolve_model_path(tmp_path / "dpo_16_state")
+    with pytest.raises(ValueError, match="https://there/größe is an address; models are read from this machine"):
+        resolve_model_path("https://there/größe")

@@ -92,6 +92,15 @@ def test_values_keep_their_type() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--lr", "1"], "unknown flag --lr; did you mean --learning_rate?"),
+        (["--num-train-epochs=1"], "unknown flag --num_train_epochs; did you mean --epochs?"),
+        (["-lr", "1"], "stray '-lr'; expected pairs of --setting value; did you mean --learning_rate?"),
+        (["lr=1e-3"], "stray 'lr=1e-3'; expected pairs of --setting value; did you mean --learning_rate?"),
+        (["--epochs", "9" * 30, "--data_path", "x"], "epochs is 999"),
+        (["--learning_rate", "nan", "--data_path", "x"], "learning_rate is 'nan'; expected a number"),
+        (["--learning_rate", "1e999", "--data_path", "x"], "learning_rate is inf; expected a number"),
+        (["--fp16"], "did you mean --dtype?"),
+        ([__file__], f"did you mean --data_path {__file__}?"),
         (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
         (["--epochs", "x", "--data_path", "x"], "epochs is 'x'; expected a whole number"),
         (["--seed", "x", "--data_path", "x"], "seed is 'x'; expected a whole number or null"),
@@ -100,7 +109,7 @@ def test_values_keep_their_type() -> None:
         (["--data_path"], "--data_path without a value"),
         (["--data_path", "--epochs", "3"], "--data_path without a value"),
         (["--data_path", "x", "y"], "stray 'y'"),
-        ([], "missing --data_path"),
+        ([], "missing --data_path; expected Where the text is.; see"),
         (["--config", "nowhere.yaml"], "no file nowhere.yaml"),
     ],
 )
@@ -127,6 +136,10 @@ def test_help_comes_from_the_docstrings(capsys: pytest.CaptureFixture[str]) -> N
     assert "Where the text is. (required)" in text
     assert "What every recipe knows:" in text
     assert "--print_config" in text
+    assert "--dtype {auto,float32} Compute precision. (default: auto)" in text
+    assert "--use_compile [{1,0}] Compile the model. (default: 0)" in text
+    assert "Seed of the run. (default: none)" in text
+    assert "type:" not in text and "Literal" not in text
 
 
 def test_a_file_gives_values_and_a_flag_wins(tmp_path: Path) -> None:

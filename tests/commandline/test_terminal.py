@@ -9,6 +9,7 @@ import time
 import pytest
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from tinylm.commandline import terminal as module
 from tinylm.commandline.terminal import (
@@ -57,6 +58,30 @@ def test_facts_stand_in_two_columns_and_keep_brackets():
     assert console.file.getvalue().splitlines() == [
         "done", f"  model       out/[bold]größe/{'x' * 60}", "  validation  1.5"
     ]  # fmt: skip
+
+
+def test_a_text_is_printed_as_it_is(capsys):
+    """ "[/b]" in a path ended in a MarkupError after the measuring, and the report was lost."""
+    text = "a[/b] [red]größe[/red] :smile: [link=x]\\"
+    console = make_console()
+    console.print(text)
+    console.print(text, style="bold")
+    table = Table(text, title=text)
+    table.add_row(text)
+    console.print(table)
+    print_facts(console, text, {text: text})
+    assert capsys.readouterr().out.count(text) == 8
+    shown = terminal()
+    with progress(shown, text) as show:
+        show(text)
+    assert shown.file.getvalue().count(text) >= 2
+
+
+def test_a_text_cannot_steer_the_terminal(capsys):
+    console = make_console()
+    console.print("name \x1b[2Jé\x9b3J\r\n")
+    print_facts(console, "t", {"path": "\x1b]0;title\x07x"})
+    assert capsys.readouterr().out == "name [2Jé3J\n\nt\n  path  ]0;titlex\n"
 
 
 def test_progress_shows_title_words_and_share_on_a_terminal():

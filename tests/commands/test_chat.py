@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.checkpoint.saved_states import save_state
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.commands import chat as inference
@@ -105,6 +108,44 @@ def test_the_quickstarts_models_lie_one_folder_deeper(out: Path, tmp_path: Path,
     assert find_model("", "") == Path("out/mine/pretrain/pretrain_32_epoch1")
 
 
+def test_a_folder_of_stages_means_the_last_stage(out: Path, tmp_path: Path) -> None:
+    for stage in ("pretrain", "full_sft"):
+        shutil.copytree(out / f"{stage}_32_epoch1", tmp_path / "größe" / stage / f"{stage}_32_epoch1")
+    os.utime(tmp_path / "größe/pretrain/pretrain_32_epoch1", (9e9, 9e9))
+    assert find_model(str(tmp_path / "größe"), "").name == "full_sft_32_epoch1"
+    assert find_model(str(tmp_path / "größe"), "pretrain").name == "pretrain_32_epoch1"
+
+
+def stopped_run(folder: Path, stage: str = "full_sft", step: int = 7, num_steps: int = 230) -> None:
+    state = {"step": step, "identity": {"stage": stage, "num_steps": num_steps}}
+    save_state(folder / f"{stage}_32_state", state)
+
+
+@pytest.mark.parametrize(("stage", "command"), [("full_sft", "sft"), ("pretrain", "pretrain")])
+def test_the_folder_of_a_stopped_run_says_how_to_continue(
+    tmp_path: Path, monkeypatch, stage: str, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stopped_run(Path("out/mein"), stage)
+    says = rf"run stopped at step 7 of 230; continue with .*tinylm {command} --output_dir out/mein --resume"
+    with pytest.raises(ValueError, match=f"out/mein holds no model yet: its {stage} {says}"):
+        find_model("out/mein", "")
+    with pytest.raises(ValueError, match=f"no model under ./out; its {stage} {says}"):
+        find_model("", "")
+    stopped_run(Path("out/mein"), stage, step=230)
+    with pytest.raises(ValueError, match="out/mein holds no model; expected config.json"):
+        find_model("out/mein", "")
+
+
+def test_a_model_of_an_unfinished_run_is_taken_with_a_notice(out: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(out / "full_sft_32_epoch1", tmp_path / "full_sft_32_epoch1")
+    stopped_run(tmp_path)
+    assert main(["--model_path", str(tmp_path), "--prompt", "the", "--max_new_tokens", "1", "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert f"model: {tmp_path / 'full_sft_32_epoch1'}\n" in said
+    assert "full_sft_32_epoch1: its full_sft run stopped at step 7 of 230; continue with" in said
+
+
 def test_shape_flags_must_match(out: Path, capsys) -> None:
     with pytest.raises(ValueError, match="hidden_size is 512, but .* has 32"):
         main(["--model_path", str(out), "--hidden_size", "512", "--prompt", "x"])
@@ -171,6 +212,48 @@ def test_adapter_is_merged_in(out: Path, tokenizer: Tokenizer, tmp_path: Path, c
     engine = Engine(model, tokenizer, torch.float32)
     assert said == engine.reply([{"role": "user", "content": "the quick"}], GREEDY) + "\n"
     assert said != run(capsys, *argv)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "runs" / "lora_32_epoch0")
+    change_json(tmp_path / "runs/lora_32_epoch0/adapter_config.json", base_model_name_or_path=str(base))
+    assert said == run(capsys, *argv, "--adapter", tmp_path / "runs"), "a stage's output folder is taken too"
+    with pytest.raises(ValueError, match="full_sft_32_epoch2 is a full model; expected an adapter folder"):
+        main(["--model_path", str(base), "--adapter", str(base), "--prompt", "x"])
+    with pytest.raises(
+        ValueError, match=r"was trained on .*; .*pretrain_32_epoch1 has weights .* --model_path .* alone"
+    ):
+        main(["--model_path", str(out / "pretrain_32_epoch1"), "--adapter", str(tmp_path / "runs"), "--prompt", "x"])
+    (tmp_path / "adapter/lineage.json").unlink()
+    change_json(tmp_path / "adapter/adapter_config.json", r=3)
+    with pytest.raises(
+        ValueError, match=r"does not fit .*epoch2; it was trained on .*epoch2: give that model .*\[4, 32\]"
+    ):
+        main(["--model_path", str(base), "--adapter", str(tmp_path / "adapter"), "--prompt", "x"])
+
+
+def change_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_an_empty_prompt_is_refused(out: Path, blank: str, monkeypatch) -> None:
+    """It counted as none: chat then waited for standard input."""
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="^prompt .*; expected text to answer"):
+        main(["--model_path", str(out), "--prompt", blank])
+
+
+@pytest.mark.parametrize("lines", ["", "\n \n"])
+def test_empty_standard_input_is_refused(out: Path, lines: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    with pytest.raises(ValueError, match="standard input is empty; expected one question per line; or give --prompt"):
+        main(["--model_path", str(out)])
+
+
+def test_a_context_too_short_for_a_question_is_named_at_the_start(out: Path, capsys) -> None:
+    """The message blamed max_new_tokens."""
+    with pytest.raises(ValueError, match=r"expected a context of at least \d+ tokens; raise max_seq_len") as error:
+        main(["--model_path", str(out), "--max_seq_len", "2", "--prompt", "x"])
+    least = re.search(r"at least (\d+)", str(error.value))[1]
+    run(capsys, "--model_path", out, "--max_seq_len", least, "--prompt", "x")
 
 
 def test_stdin_is_answered_line_by_line(out: Path, capsys, monkeypatch) -> None:
@@ -187,6 +270,9 @@ def test_runs_as_a_script_through_a_link_from_any_folder(out: Path, repository: 
     link.symlink_to(repository / "inference.py")
     command = [sys.executable, str(link), "--model_path", str(out), "--prompt", "the quick", "--max_new_tokens", "3"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, f"model: {out / 'dpo_32_epoch0'}\n"), "it says which of several"
+    command[3] = str(out / "dpo_32_epoch0")
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     command[3] = str(tmp_path / "nowhere")

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.checkpoint.model_folder import load_model, save_model
@@ -113,6 +114,24 @@ def test_generated_answers_have_errors_of_their_own(model_folder, tmp_path, monk
         assert measure["standard_error"] == pytest.approx(np.std(values, ddof=1) / 3**0.5)
 
 
+def test_wrong_answers_score_nothing_and_a_number_needs_no_quotes(model_folder, tmp_path, monkeypatch):
+    """The wrong answers differ from the right ones in a sign, a point and an article; they scored 1.0."""
+    rows = [
+        {"question": "7 / 2?", "answer": 3.5},
+        {"question": "3 - 8?", "answer": -5},
+        {"question": "?", "answer": "A"},
+    ]
+    rows.append({"question": "Plan?", "answer": "#### Plan\nSchlaf gut."})
+    data, output = write_rows(tmp_path / "g.jsonl", rows), tmp_path / "r.json"
+    for replies, share in (["35", "5", "The", "Nein."], 0.0), (["3.5", "-5.0", "A.", "#### plan\nschlaf gut"], 1.0):
+        monkeypatch.setattr(Engine, "reply_batch", lambda self, chats, settings, said=replies: said)
+        run("--model_path", model_folder, "--data_path", data, "--output", str(output))
+        assert json.loads(output.read_text())["measures"][0]["value"] == share
+    write_rows(tmp_path / "g.jsonl", [{"question": "Was?", "answer": True}])
+    with pytest.raises(ValueError, match="line 1: answer is True; expected text or a whole number or a number"):
+        run("--model_path", model_folder, "--data_path", data)
+
+
 def test_conversations_can_be_generated(model_folder, tmp_path):
     data, output = write_rows(tmp_path / "c.jsonl", ROWS["chat"]), tmp_path / "r.json"
     arguments = ["--model_path", model_folder, "--data_path", data, "--output", str(output)]
@@ -186,13 +205,39 @@ def test_settings_are_checked(settings, message):
     [
         ({"words": "x"}, "fields words; expected one of"),
         ({"query": "Q", "choices": ["a", "b"], "gold": 7}, "line 1: gold 7"),
-        ({"good": "G", "bad": 3}, "line 1: bad of type int; expected a str"),
+        ({"good": "G", "bad": 3}, "line 1: bad is 3; expected text"),
     ],
 )
 def test_bad_data_names_file_and_line(row, message, model_folder, tmp_path):
     data = write_rows(tmp_path / "bad.jsonl", [row])
     with pytest.raises(ValueError, match=message):
         run("--model_path", model_folder, "--data_path", data)
+
+
+def test_a_report_is_written_before_it_is_shown(model_folder, tmp_path, monkeypatch):
+    """Printing failed, on "[/b]" in a path or a closed pipe, and an hour of measuring was lost."""
+    folder = tmp_path / "a[/b] [red]"
+    folder.mkdir(parents=True)
+    data = write_rows(folder / "x.jsonl", ROWS["bits_per_byte"])
+    assert run("--model_path", model_folder, "--data_path", data, "--output", str(folder / "r.json")) == 0
+    (folder / "r.json").unlink()
+
+    def closed(console, *texts, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Console, "print", closed)
+    with pytest.raises(BrokenPipeError):
+        run("--model_path", model_folder, "--data_path", data, "--output", str(folder / "r.json"))
+    assert (folder / "r.json").is_file()
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path, "", tmp_path / "file" / "r.json"):
+        with pytest.raises(ValueError, match="^output is .*(a folder; expected a file name|cannot be written to)"):
+            EvalSettings(model_path="m", output=str(output))
+    for output in (tmp_path / "new" / "r.json", tmp_path / "file", "größe.json"):
+        EvalSettings(model_path="m", output=str(output))
 
 
 def test_a_missing_file_is_told_before_the_model_is_loaded(tmp_path):

@@ -27,11 +27,12 @@ def stages(tmp_path, model, tokenizer):
     for epoch in (9, 10):
         torch.manual_seed(epoch)
         base = type(model)(model.config).eval()
-        save_model(tmp_path / "sft" / f"full_sft_32_epoch{epoch}", base, tokenizer, {"stage": "full_sft"})
+        lineage = {"stage": "full_sft", "document_start": True}
+        save_model(tmp_path / "sft" / f"full_sft_32_epoch{epoch}", base, tokenizer, lineage)
     apply_lora(base, LoRAConfig(rank=2, alpha=6))
     for parameter in lora_parameters(base):
         torch.nn.init.normal_(parameter, 0, 0.2)
-    save_adapter(base, tmp_path / "lora" / "lora_32_epoch0", tmp_path / "sft" / "full_sft_32_epoch10")
+    save_adapter(base, tmp_path / "lora" / "lora_32_epoch0", tmp_path / "sft" / "full_sft_32_epoch10", lineage)
     return tmp_path, base
 
 
@@ -44,7 +45,11 @@ def test_merge_writes_base_and_adapter_as_one_model(stages, capsys):
     merged, _, lineage = load_model(folder / "merged")
     ids = torch.tensor([[5, 900, 17, 42]])
     torch.testing.assert_close(merged(ids), adapted(ids), rtol=1e-4, atol=1e-4)
-    assert not has_lora(merged) and lineage["parent"]["path"] == str(folder / "lora" / "lora_32_epoch0")
+    assert (
+        not has_lora(merged)
+        and lineage["document_start"] is True
+        and lineage["parent"]["path"] == str(folder / "lora" / "lora_32_epoch0")
+    )
     with pytest.raises(ValueError, match="full_sft_32_epoch10 is a full model; expected an adapter folder"):
         merge(["--model_path", str(folder / "sft"), "--output_dir", str(folder / "merged")])
 
@@ -130,6 +135,8 @@ def test_loading_for_use(stages):
     assert loaded.path == folder / "sft" / "full_sft_32_epoch10" and not has_lora(loaded.model)
     torch.testing.assert_close(loaded.model(ids), adapted(ids), rtol=1e-4, atol=1e-4)
     apart = load_for_use(folder / "lora", merge=False)
+    assert loaded.document_start == apart.document_start == [loaded.tokenizer.endoftext_id]
+    assert replace(loaded, lineage={"stage": "full_sft"}).document_start == [], "made before documents began with it"
     assert has_lora(apart.model) and torch.equal(apart.model(ids), adapted(ids))
     half = Engine(loaded.model, loaded.tokenizer, torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.tokenizer.fingerprint == loaded.tokenizer.fingerprint

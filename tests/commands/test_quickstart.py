@@ -7,17 +7,26 @@ import io
 import itertools
 import json
 import os
+import re
+import shlex
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tinylm import cli
 from tinylm.checkpoint.model_folder import load_model
-from tinylm.commands import quickstart
-from tinylm.commands.quickstart import Plan, QuickstartSettings, claim_folder, main, make_plan
+from tinylm.commandline.exit_status import Stopped
+from tinylm.commandline.terminal import make_console
+from tinylm.commands import quickstart, quickstart_scores
+from tinylm.commands.quickstart import Journey, Plan, QuickstartSettings, claim_folder, main, make_plan
+from tinylm.commands.quickstart_scores import COLUMNS, kept_scores, score_key, working_prompts
+from tinylm.dataset import tinyworld
+from tinylm.generation.sampling import SamplingSettings
+from tinylm.system.runtime import setup_runtime
 from tinylm.trainer import train_full_sft
 from tinylm.trainer.core import loop
 
@@ -104,8 +113,8 @@ def test_skills_and_style_move_as_they_should(miniature):
     assert columns["SFT"]["summary"]["mean of skills"] >= 0.05, "0.06, and one stock reply gives 1/19"
     assert columns["LoRA"]["summary"]["in persona"] >= 0.6, "0.87 here"
     assert columns["DPO"]["summary"]["warm replies"] >= columns["SFT"]["summary"]["warm replies"] + 0.2, "0.75, 0.13"
-    bars = {bar["what"]: bar for bar in report["bars"]}
-    assert bars["LoRA: base weights bit-identical without it"]["met"]
+    goals = {goal["what"]: goal for goal in report["goals"]}
+    assert goals["LoRA: base weights bit-identical without it"]["met"]
 
 
 def test_every_folder_loads_and_names_its_parent(miniature):
@@ -118,10 +127,36 @@ def test_every_folder_loads_and_names_its_parent(miniature):
             assert len(tokenizer.encode(role)) == 1
 
 
-def test_another_call_trains_nothing(miniature):
-    """It comes last: it writes a scoreboard of one item a skill."""
+def test_it_says_how_far_the_whole_is_and_what_to_type_next(miniature):
+    first, second = miniature.said[:2]
+    lines = first.splitlines()
+    assert re.fullmatch(r"tokenizer, pretrain, full_sft, lora, dpo, scoreboard in .*: about \S+ \(cpu, \w+\)", lines[0])
+    assert "the same command continues" in lines[1] and "asks 8 held-out items per skill, not 100" in lines[3]
+    assert "2/6 pretrain · 1% of the whole is done, about" in first
+    assert "6/6 scoreboard · 89% of the whole is done, about" in second
+    assert "goals of this run" in second and "of the 8 questions of this skill are right" in second
+    question = tinyworld.test_item("addition", 0).messages[-2]["content"]
+    assert f"  you: {question}\n  model: " in second, "the closing chats are held-out questions"
+    commands = [line.strip() for line in second[second.index("to type next:") :].splitlines()[1:]]
+    report = json.loads((miniature.folder / "scoreboard.json").read_text())
+    expected = [f"tinylm chat --model_path {miniature.folder}/dpo --prompt {shlex.quote(p)}" for p in report["prompts"]]
+    expected.append(f"tinylm chat --model_path {miniature.folder}/dpo")
+    assert commands == [*expected, f"tinylm chat --model_path {miniature.folder}/lora    # Captain Pip"]
+
+
+def test_another_call_neither_trains_nor_scores(miniature, monkeypatch):
+    """The scoreboard took a minute each time. This test comes last: it writes a scoreboard of one item a skill."""
     before = miniature.weights()
     assert len(before) >= 8  # a model and a training state for each stage
+    written = (miniature.folder / "scoreboard.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart, "measure", lambda *arguments: pytest.fail("scored again"))
+        miniature.call("--scale", SCALE, "--num_items", "8")
+    assert miniature.statuses[-1] == 0 and miniature.weights() == before
+    assert miniature.said[-1].count("already done") == 6 and ": all of it is done (" in miniature.said[-1]
+    assert (miniature.folder / "scoreboard.json").read_bytes() == written
+    ending = miniature.said[1][miniature.said[1].index("the first held-out question") :]
+    assert miniature.said[-1].endswith(ending)
     miniature.call("--scale", SCALE, "--num_items", "1")
     assert miniature.statuses[-1] == 0 and miniature.weights() == before
     assert miniature.said[-1].count("already done") == 5
@@ -152,3 +187,80 @@ def test_a_folder_of_another_quickstart_is_refused_in_its_own_words(tmp_path):
 def test_bad_settings_are_told(words, complaint):
     with pytest.raises(ValueError, match=complaint):
         main(words)
+
+
+def test_the_scoreboard_shrinks_with_the_scale():
+    sizes = {scale: QuickstartSettings(scale=scale).items_per_skill for scale in (4, 1, 0.5, 0.1, 0.01)}
+    assert sizes == {4: 100, 1: 100, 0.5: 50, 0.1: 10, 0.01: 10}
+    assert QuickstartSettings(scale=0.5, num_items=100).items_per_skill == 100
+
+
+def test_the_time_left_follows_the_speed_of_the_steps_that_were_timed():
+    steps = dict.fromkeys(quickstart.SHARES, False)
+    journey = Journey(make_console(), 100.0, steps)
+    assert journey.seconds_left == pytest.approx(100.0)
+    journey.done, journey.timed = ["tokenizer"], {"tokenizer": 50.0}
+    assert journey.seconds_left == pytest.approx(99.0), "the tokenizer is too short to measure by"
+    journey.done, journey.timed = ["tokenizer", "pretrain"], {"tokenizer": 0.0, "pretrain": 390.0}
+    assert journey.seconds_left == pytest.approx(610.0)
+    finished = Journey(make_console(), 100.0, dict.fromkeys(quickstart.SHARES, True))
+    assert finished.seconds_left == pytest.approx(0.0)
+
+
+def test_ctrl_c_on_the_scoreboard_is_acknowledged_and_ends_it(monkeypatch, capsys):
+    def interrupted(engines, world, settings, progress, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "stopping after the questions in work" in capsys.readouterr().out
+        progress("SFT, who_has", 3, 79)
+
+    monkeypatch.setattr(
+        quickstart_scores, "load_for_use", lambda *words, **options: SimpleNamespace(model=0, tokenizer=0)
+    )
+    monkeypatch.setattr(quickstart_scores, "Engine", lambda *words: None)
+    monkeypatch.setattr(quickstart_scores, "scoreboard", interrupted)
+    folders = dict.fromkeys(COLUMNS.values(), Path("none"))
+    with pytest.raises(Stopped, match="at 3 of 79 of the scoreboard"):
+        quickstart_scores.measure(folders, 1, setup_runtime("cpu"), make_console())
+
+
+def test_scores_are_kept_for_the_same_models_and_settings_only(tmp_path):
+    folders = {stage: tmp_path / stage for stage in COLUMNS.values()}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+    runtime, report = setup_runtime("cpu"), tmp_path / "scoreboard.json"
+    key = score_key(folders, 8, runtime)
+    assert kept_scores(report, key) is None
+    scores = {"scoreboard": {}, "untouched": True, "prompts": ["Tell me a story."]}
+    report.write_text(json.dumps({"key": key, **scores}))
+    assert kept_scores(report, key).prompts == ("Tell me a story.",)
+    (folders["lora"] / "adapter.safetensors").write_bytes(b"more")
+    assert kept_scores(report, score_key(folders, 8, runtime)) is None
+    assert score_key(folders, 8, runtime) != score_key(folders, 9, runtime)
+    for broken in ("", "[]", "{}", json.dumps({"key": key}), json.dumps({"key": key, **scores, "scoreboard": []})):
+        report.write_text(broken)
+        assert kept_scores(report, key) is None, broken
+
+
+class Answering:
+    """An engine that answers held-out questions of some skills rightly, each time or the first time only."""
+
+    def __init__(self, skills, always=True, story="Anna and Ben were in Rome. Anna had a kite. Ben felt sad."):
+        items = [tinyworld.test_item(skill, index) for skill in skills for index in range(20)]
+        self.answers = {item.messages[0]["content"]: item.accepted[0] for item in items if len(item.messages) == 2}
+        self.answers["Tell me a story."] = story
+        self.always = always
+
+    def reply_batch(self, conversations, settings):
+        assert settings.temperature == SamplingSettings().temperature
+        is_right = self.always or settings.seed == 0
+        return [self.answers.get(messages[-1]["content"], "") if is_right else "" for messages in conversations]
+
+
+def test_prompts_to_type_are_answered_rightly_in_each_try():
+    prompts = working_prompts(Answering(("sorting", "spelling", "opposites")))
+    assert prompts[0] == "Tell me a story." and len(prompts) == 3
+    sorting = [tinyworld.test_item("sorting", index).messages[-2]["content"] for index in range(20)]
+    assert prompts[1] in sorting and all("\n" not in prompt for prompt in prompts)
+    assert len(working_prompts(Answering(("spelling",), story="Anna and Anna were in Rome. It was red. It was."))) == 1
+    assert working_prompts(Answering(("sorting", "spelling"), always=False)) == ()

@@ -8,7 +8,8 @@ import torch
 
 from tinylm.dataset.batches import IGNORE_INDEX, BatchSampler, step_batches
 from tinylm.dataset.dpo_dataset import DPODataset
-from tinylm.dataset.sft_dataset import SFTDataset
+from tinylm.dataset.sft_dataset import Outcomes, SFTDataset
+from tinylm.dataset.splits import hold_out_items
 from tinylm.tokenizer.chat_template import encode_chat
 
 
@@ -185,7 +186,46 @@ def test_pairs_without_a_difference_are_dropped_and_counted(tokenizer) -> None:
         pair(["Why?"], "yes", "no"),
     ]
     dataset = DPODataset.from_preferences(pairs, tokenizer, 60)
-    assert len(dataset) == 1 and dataset.outcomes.num_dropped == 3
+    assert len(dataset) == 1
+    assert dataset.outcomes == Outcomes(num_seen=4, num_cut=0, num_dropped=2, num_equal=1)
+
+
+def test_why_no_pair_can_be_learnt(tokenizer) -> None:
+    same, long = pair(["Why?"], "yes", "yes"), pair(["w " * 99], "yes", "no")
+    with pytest.raises(ValueError, match="chosen and rejected are equal in all 2 pairs; expected two different"):
+        DPODataset.from_preferences([same, same], tokenizer, 60)
+    with pytest.raises(ValueError, match="equal in 1 pairs, and none of the 2 others has an answer that fits into 60"):
+        DPODataset.from_preferences([same, long, long], tokenizer, 60)
+
+
+def test_only_what_can_be_learnt_is_held_out(tokenizer) -> None:
+    """With these seeds the only held-out item was the one without an answer that fits, and the run was refused."""
+    chats = [chat("Sag 0", f"Es ist {number}.") for number in range(9)] + [chat("w " * 200, "Ja.")]
+    pairs = [pair(["Hi"], "Hallo!", "Geh."), pair(["Bye"], "Tschüs!", "Geh."), pair(["Ok"], "Ja", "Ja")]
+    for seed in range(12):
+        train, held = SFTDataset.from_conversations(chats, tokenizer, 64).split(0.01, seed)
+        assert held is not None and (len(train.documents), len(held.documents)) == (8, 1)
+        train, held = DPODataset.from_preferences(pairs, tokenizer, 64).split(0.01, seed)
+        assert held is not None and (len(train), len(held)) == (1, 1)
+
+
+def test_a_split_contains_every_chat_once_and_in_order(tokenizer) -> None:
+    chats = [chat("Sag es", "Ä" * number) for number in range(1, 20)]
+    whole = SFTDataset.from_conversations(chats, tokenizer, 64)
+    train, held = whole.split(0.2, seed=3)
+    kept, out = hold_out_items(chats, 0.2, seed=3)
+    assert held is not None and len(out) == 4
+    for part, items in ((train, kept), (held, out)):
+        alone = SFTDataset.from_conversations(items, tokenizer, 64)
+        assert part.fingerprint == alone.fingerprint and part.width == alone.width
+    assert whole.split(0.0, seed=3) == (whole, None)
+
+
+def test_one_item_is_not_held_out(tokenizer) -> None:
+    whole = SFTDataset.from_conversations([chat("a", "b")], tokenizer, 64)
+    assert whole.split(0.5, seed=0) == (whole, None)
+    pairs = DPODataset.from_preferences([pair(["a"], "b", "c")], tokenizer, 64)
+    assert pairs.split(0.5, seed=0) == (pairs, None)
 
 
 def test_reference_log_probs_are_checked(tokenizer) -> None:

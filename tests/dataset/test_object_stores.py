@@ -21,10 +21,10 @@ from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
 from tinylm.dataset.pretrain_dataset import load_pretrain_data
-from tinylm.dataset.shards import shard_cache
-from tinylm.dataset.shards.shard_cache import cached_token_shards, shard_name
+from tinylm.dataset.shards.shard_cache import cached_token_shards
+from tinylm.dataset.shards.shard_names import has_known_content, shard_names
 from tinylm.dataset.sources import object_stores
-from tinylm.dataset.sources.finding import find_files, find_sources
+from tinylm.dataset.sources.finding import Source, find_files, find_sources
 from tinylm.dataset.sources.records import BadRows, iterate_texts, load_conversations, read_records
 
 ROWS = [{"text": f"The little boat number {number} sailed over the quiet sea.\n"} for number in range(40)]
@@ -149,16 +149,25 @@ def test_only_a_new_or_changed_object_is_tokenised(store, tokenizer, tmp_path: P
     def tokenised() -> list[str]:
         before = set(tmp_path.glob("*/meta.json"))
         with monkeypatch.context() as patch:
-            patch.setattr(shard_cache, "open_binary", None)  # would fail if it were called
+            patch.setattr("tinylm.dataset.shards.shard_names.open_binary", None)  # would fail if it were called
             cached_token_shards("s3://corpus/books", tokenizer, tmp_path)
         new = {meta.parent.name for meta in set(tmp_path.glob("*/meta.json")) - before}
-        return [s.path for s in find_sources("s3://corpus/books") if shard_name(s, tokenizer) in new]
+        sources = find_sources("s3://corpus/books")
+        names = shard_names(sources, tokenizer)
+        return [source.path for source, name in zip(sources, names, strict=True) if name in new]
 
     assert len(tokenised()) == 4
     assert tokenised() == []
     store("books/deep/c.txt", corpus_files()["deep/c.txt"].replace(b"quiet", b"qu1et"))
     store("books/z.txt", b"new")
     assert tokenised() == ["s3://corpus/books/deep/c.txt", "s3://corpus/books/z.txt"]
+
+
+def test_an_object_without_a_version_is_not_known_before_it_is_read() -> None:
+    """So its shard is never one of the cache of all runs, where it would stay the same for ever."""
+    assert has_known_content(Source("s3://corpus/a.txt", 5, "ETag x"))
+    assert not has_known_content(Source("https://example.org/a.txt", 5))
+    assert not has_known_content(Source("hub:owner/name:train"))
 
 
 def test_the_version_is_the_same_from_a_listing_and_alone(store) -> None:

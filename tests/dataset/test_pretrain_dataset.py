@@ -14,7 +14,9 @@ TEXTS = ["The boat.", "", "A longer text about the sea.\n\nAnd boats\n", "ü", "
 
 
 def reference(texts: list[str], tokenizer) -> list[list[int]]:
-    return [[*tokenizer.encode(text), tokenizer.endoftext_id] for text in texts]
+    """Documents as they are learnt: <|endoftext|> before and after them; nothing of an empty one."""
+    end = tokenizer.endoftext_id
+    return [[end, *tokenizer.encode(text), end] for text in texts if text]
 
 
 def test_rows_rebuild_the_documents_exactly(tokenizer) -> None:
@@ -35,6 +37,15 @@ def test_rows_rebuild_the_documents_exactly(tokenizer) -> None:
     assert dataset.num_targets == len(targets)
 
 
+def test_only_the_first_piece_of_a_document_begins_with_endoftext(tokenizer) -> None:
+    dataset = PretrainDataset.from_texts(TEXTS, tokenizer, 5)
+    rows = [dataset.row(index) for index in range(len(dataset))]
+    begun = sum(int((row.input_ids == tokenizer.endoftext_id).sum()) for row in rows)
+    pieces = sum(int(row.document_ids[-1]) + 1 for row in rows)
+    assert begun == 4 < pieces
+    assert all(row.position_ids[row.input_ids == tokenizer.endoftext_id].sum() == 0 for row in rows)
+
+
 def test_only_the_last_row_is_padded_and_eos_is_a_target(tokenizer) -> None:
     """The end of a document was once masked wherever pad and end were the same id."""
     dataset = PretrainDataset.from_texts(TEXTS, tokenizer, 11)
@@ -46,8 +57,13 @@ def test_only_the_last_row_is_padded_and_eos_is_a_target(tokenizer) -> None:
 
 def test_num_bytes_is_that_of_the_scored_text(tokenizer) -> None:
     dataset = PretrainDataset.from_texts(TEXTS, tokenizer, 11)
-    first = sum(len(tokenizer.token_bytes(ids[0])) for ids in reference(TEXTS, tokenizer) if len(ids) > 1)
-    assert dataset.num_bytes == sum(len(text.encode()) for text in TEXTS) - first
+    assert dataset.num_bytes == sum(len(text.encode()) for text in TEXTS)
+    whole = PretrainDataset.from_texts(["ünü one two three " * 20], tokenizer, 11)
+    train, held = whole.split(0.2, seed=0)
+    assert held is not None and train.begins.tolist() == [1] and held.begins.tolist() == [0]
+    cut = tokenizer.token_bytes(int(held.row(0).input_ids[0]))  # seen by both, scored by training alone
+    text = "ünü one two three " * 20
+    assert train.num_bytes + held.num_bytes + len(cut) == len(text.encode())
 
 
 def test_whole_documents_are_held_out(tokenizer) -> None:
@@ -79,7 +95,7 @@ def test_validation_from_its_own_file(tokenizer, tmp_path: Path) -> None:
         str(tmp_path / "a.txt"), tokenizer, 16, tmp_path / "cache", validation_path=str(tmp_path / "b.txt")
     )
     assert held is not None
-    assert tokenizer.decode(held.row(0).input_ids) == "four five"
+    assert held.row(0).input_ids.tolist() == [tokenizer.endoftext_id, *tokenizer.encode("four five")]
     assert train.num_targets == len(reference(["one two three " * 30], tokenizer)[0]) - 1
     assert load_pretrain_data(str(tmp_path / "a.txt"), tokenizer, 16, tmp_path / "c", validation_fraction=0)[1] is None
 
@@ -95,5 +111,5 @@ def test_items_are_held_out() -> None:
 
 def test_text_without_a_target_is_refused(tokenizer) -> None:
     for texts in ([], ["", ""]):
-        with pytest.raises(ValueError, match="fewer than two tokens"):
+        with pytest.raises(ValueError, match="has no token"):
             PretrainDataset.from_texts(texts, tokenizer, 8)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import shard_worker
-from shard_worker import TOGETHER
+from shard_worker import SHARED, TOGETHER
 
 from tests.processes import end_of, run_ranks, start
 from tinylm.dataset.pretrain_dataset import load_pretrain_data
-from tinylm.dataset.shards import shard_cache, tokenizing
-from tinylm.dataset.shards.shard_cache import cached_token_shards, shard_name
+from tinylm.dataset.shards import claims, shard_cache, tokenizing
+from tinylm.dataset.shards.shard_cache import cached_token_shards
+from tinylm.dataset.shards.shared_cache import shared_cache
 from tinylm.dataset.shards.token_shards import TokenShards, tokenize_texts
-from tinylm.dataset.sources.finding import find_sources
 from tinylm.dataset.sources.records import BadRows
 
 
@@ -85,9 +85,9 @@ def test_only_large_files_go_to_worker_processes(tokenizer, corpus: Path, tmp_pa
 
         yield spread_map
 
-    def write(chunks, tokenizer, folder, bad_rows) -> None:
+    def write(chunks, tokenizer, folder, *rest) -> None:
         locks.append(len(list(folder.parent.glob("*.lock"))))
-        write_shard(chunks, tokenizer, folder, bad_rows)
+        write_shard(chunks, tokenizer, folder, *rest)
 
     expected = cached_token_shards(str(corpus), tokenizer, tmp_path / "expected")
     (corpus / "c.txt").write_text((corpus / "c.txt").read_text() + "<|endoftext|>\n" * 5)
@@ -122,42 +122,38 @@ def test_only_what_is_new_or_changed_is_tokenised(tokenizer, corpus: Path, tmp_p
     (corpus / "aa.txt").unlink()
     assert cached_token_shards(str(corpus), tokenizer, cache).fingerprint == first.fingerprint
     assert len(inodes(cache)) == 8
-    other = type(tokenizer).train(["aa bb aa bb"], vocab_size=274)
-    (source,) = find_sources(str(corpus / "a.txt"))
-    assert shard_name(source, other) != shard_name(source, tokenizer)
 
 
-def test_a_change_in_the_middle_of_a_large_file_is_seen(tokenizer, corpus: Path, monkeypatch) -> None:
-    """By its time; and one at the end where the time was set back."""
-    monkeypatch.setattr(shard_cache, "SAMPLE_BYTES", 9)
-    file = corpus / "a.txt"
+def test_a_claim_on_a_lock_that_its_owner_has_removed_is_none(tmp_path: Path, monkeypatch) -> None:
+    """Between opening the file and locking it, its owner may remove it; a third process then makes and locks a new one.
+    Both would work on the same shard."""
+    lock = claims.try_to_lock
 
-    def name() -> str:
-        (source,) = find_sources(str(file))
-        return shard_name(source, tokenizer)
+    def meanwhile(descriptor: int) -> bool:
+        (tmp_path / ".shard.lock").unlink()
+        (tmp_path / ".shard.lock").touch()
+        return lock(descriptor)
 
-    text, state, first = file.read_text(), file.stat(), name()
-    file.write_text(text.replace("a 1", "a x"))
-    assert name() != first
-    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert name() == first
-    file.write_text(text[:-2] + "?\n")
-    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert name() != first
+    with claims.claim(tmp_path / "shard") as is_ours:
+        assert is_ours is True
+    monkeypatch.setattr(claims, "try_to_lock", meanwhile)
+    with claims.claim(tmp_path / "shard") as is_ours:
+        assert is_ours is False
+    assert (tmp_path / ".shard.lock").exists()
 
 
 def test_what_another_process_has_just_made_is_left(tokenizer, corpus: Path, tmp_path: Path, monkeypatch) -> None:
     """Between the look at what is missing and the claim, another process may have finished it."""
     cache = tmp_path / "cache"
-    path, sweep = str(corpus / "a.txt"), shard_cache._sweep
+    path, sweep = str(corpus / "a.txt"), shard_cache.sweep
     others: list[dict[str, int]] = []
 
     def meanwhile(folder: Path) -> None:
-        monkeypatch.setattr(shard_cache, "_sweep", sweep)
+        monkeypatch.setattr(shard_cache, "sweep", sweep)
         cached_token_shards(path, tokenizer, cache)
         others.append(inodes(cache))
 
-    monkeypatch.setattr(shard_cache, "_sweep", meanwhile)
+    monkeypatch.setattr(shard_cache, "sweep", meanwhile)
     cached_token_shards(path, tokenizer, cache)
     assert [inodes(cache)] == others
 
@@ -179,8 +175,8 @@ def test_a_disk_that_damages_what_it_is_given_is_an_error(tokenizer, corpus: Pat
     """It would otherwise be tokenised for ever."""
     write_shard = shard_cache.write_shard
 
-    def write(parts, tokenizer, folder, bad_rows) -> None:
-        write_shard(parts, tokenizer, folder, bad_rows)
+    def write(parts, tokenizer, folder, *rest) -> None:
+        write_shard(parts, tokenizer, folder, *rest)
         os.truncate(folder / "tokens.bin", 4)
 
     monkeypatch.setattr(shard_cache, "write_shard", write)
@@ -259,6 +255,22 @@ def test_two_ranks_share_the_work_of_a_disk(tokenizer, corpus: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_two_runs_share_the_work_in_the_cache(tokenizer, corpus: Path, tmp_path: Path) -> None:
+    """Each file is tokenised by one of them, whatever their own folders are."""
+    for name in "12":
+        (tmp_path / name).mkdir()
+        tokenizer.save(tmp_path / name / "tokenizer")
+    results = run_two(tmp_path, corpus, [tmp_path / "1", tmp_path / "2"], how=SHARED)
+    written = [set(result["written"]) for result in results]
+    assert len(written[0] | written[1]) == 6 and not written[0] & written[1] and all(written)
+    assert results[0]["fingerprints"] == results[1]["fingerprints"]
+    cache = shared_cache()
+    assert cache is not None and len(cache.entries()) == 6
+    assert not [path for path in cache.shards.iterdir() if path.name.startswith(".")]
+    assert not list(tmp_path.glob("*/out/token_shards")) and cache.names_in_use() == set()
+
+
+@pytest.mark.slow
 def test_ranks_that_see_different_files_are_stopped(tokenizer, corpus: Path, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer")
     other = tmp_path / "other"
@@ -271,9 +283,11 @@ def test_ranks_that_see_different_files_are_stopped(tokenizer, corpus: Path, tmp
         )
 
 
-def run_two(folder: Path, corpus: Path, outputs: list[Path], second_corpus: Path | None = None) -> list[dict]:
+def run_two(
+    folder: Path, corpus: Path, outputs: list[Path], second_corpus: Path | None = None, how: str = TOGETHER
+) -> list[dict]:
     """Two processes over gloo; what each of them wrote to its result file."""
-    how = TOGETHER if second_corpus is None else ""
+    how = how if second_corpus is None else ""
     sees = [corpus, second_corpus or corpus]
     words = [[str(sees[rank]), str(output), how] for rank, output in enumerate(outputs)]
     run_ranks(shard_worker.main, words, folder, MEETING=str(folder))

@@ -135,6 +135,7 @@ BAD_CHATS = {
     b'{"prompt": "\\ud800", "completion": "y"}': "half a surrogate pair",
     b'{"instruction": "", "output": "y"}': "instruction and input are both empty",
     b'{"prompt": "x", "completion": "y", "tools": "{["}': "tools is not JSON",
+    b'{"prompt": "x", "completion": "y", "prompt": "z"}': "not JSON .the key 'prompt' appears twice",
 }
 
 
@@ -211,8 +212,16 @@ def test_a_missing_column_lists_those_found(tmp_path: Path) -> None:
 
 
 def test_placeholders_are_filled(write_jsonl) -> None:
-    path = write_jsonl({"messages": [QUESTION, {"role": "assistant", "content": "I am {{name}} by {{author}}."}]})
-    assert load_conversations(path, replacements={"name": "Ada"})[0][1]["content"] == "I am Ada by {{author}}."
+    answer = {"role": "assistant", "content": "I am {{name}} by {{ author }}."}
+    path = write_jsonl({"messages": [QUESTION, answer]})
+    chats = load_conversations(path, replacements={"name": "Ada", "author": "{{name}}"})
+    assert chats[0][1]["content"] == "I am Ada by {{name}}."
+    for given in ({"name": "Ada"}, {}):
+        with pytest.raises(ValueError, match=r"line 1: no text for {{ author }}; pass --author|{{name}}; pass --name"):
+            load_conversations(path, replacements=given)
+    bad_rows = BadRows()
+    load_conversations(path, bad_rows)
+    assert bad_rows.remarks() == ["places to fill that stay in the text: {{name}} (1), {{ author }} (1)"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.parquet", "a.jsonl.gz"])
@@ -239,9 +248,87 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"fine\ncaf\xe9\n")
     with pytest.raises(ValueError, match="latin.txt, line 2: not UTF-8"):
         list(iterate_texts(str(tmp_path / "latin.txt")))
-    (tmp_path / "a.json").write_text('{"text": "x"}')
-    with pytest.raises(ValueError, match="a.json: holds a dict; expected a list"):
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['[{"text": "Zwölf"}]', '\ufeff[{"text": "Zwölf"}]', '{"text": "Zwölf"}', '{"data": [{"text": "Zwölf"}]}'],
+)
+def test_json_files_of_several_forms(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_bytes(content.encode())
+    assert list(iterate_texts(str(tmp_path / "a.json"))) == ["Zwölf"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            '{"version": 1, "data": [{"text": "x"}]}',
+            "holds an object with the fields version, data; expected a list of",
+        ),
+        ("{}", r"holds an object with the fields \(none\)"),
+        ('"text"', "holds a str; expected a list of objects; leave only the list of records in the file"),
+        ("[" * 70 + "]" * 70, "not JSON .brackets nested deeper than 64"),
+        ('{"text": "x"}\n{"text": "y"}', "not JSON .*; for one a line, use .jsonl"),
+        ('[{"text": "x", "text": "y"}]', "not JSON .the key 'text' appears twice in one object"),
+    ],
+)
+def test_json_files_of_other_forms(tmp_path: Path, content: str, reason: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=f"a.json: {reason}"):
         list(iterate_texts(str(tmp_path / "a.json")))
+
+
+def test_a_list_in_a_file_of_lines_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('[\n{"text": "é"}\n]\n')
+    with pytest.raises(ValueError, match="line 1: not JSON .*; expected one object a line; .*, name the file .json"):
+        list(iterate_texts(str(tmp_path / "a.jsonl")))
+
+
+def test_a_chat_in_a_json_file_is_one_record(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(CHATS["messages"]))
+    assert load_conversations(str(tmp_path / "a.json")) == [[SYSTEM, QUESTION, ANSWER]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", 'Ein Text "ohne" Ende\n'),
+        ("a.jsonl", '{"text": "Zw"}\n'),
+        ("a.json", '[{"text": "Zw"}]'),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(tmp_path: Path, name: str, content: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes((content * 3 if name != "a.json" else content).encode(encoding))
+    with pytest.raises(ValueError, match=f"{name}.*looks like UTF-16.*convert"):
+        list(iterate_texts(str(tmp_path / name)))
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.csv", "c.CSV", "d.text", "e", "README.md", ".hidden.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "f.txt.gz").write_bytes(gzip.compress("Zwölf".encode()))
+    bad_rows = BadRows()
+    assert list(iterate_texts(str(tmp_path), bad_rows)) == ["x", "Zwölf"]
+    assert bad_rows.remarks() == ["files of the folder that are left out: .csv (2), README.md (1), .text (1), e (1)"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep file names in Unicode")
+def test_a_file_name_in_another_encoding_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w") as file:
+        file.write("x")
+    with pytest.raises(ValueError, match=r"caf\\udce9.txt': the file's name is not UTF-8; .*; rename the file"):
+        find_files(str(tmp_path))
+
+
+def test_a_tilde_is_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "list.txt").write_text("~/a.txt\n")
+    found = [str(tmp_path / "a.txt")]
+    assert find_files("~/a.txt") == find_files("@~/list.txt") == find_files("~/a*.txt") == found
+    assert find_files("~/a.txt,~/a.txt") == found * 2
 
 
 def test_without_a_counter_the_first_bad_row_is_raised(write_jsonl) -> None:
@@ -280,3 +367,20 @@ def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(tmp_path: P
 
 def test_every_kind_of_file_that_is_found_can_be_read() -> None:
     assert tuple(READERS) == SUFFIXES
+
+
+def test_rows_for_another_command_name_it(write_jsonl) -> None:
+    pairs, chats, texts = (
+        write_jsonl(row, name=f"{number}.jsonl")
+        for number, row in enumerate((PREFERENCES["strings"], CHATS["alpaca"], {"text": "é"}))
+    )
+    for load, path, command in (
+        (load_conversations, pairs, "dpo"),
+        (load_conversations, texts, "pretrain"),
+        (load_preferences, chats, "sft"),
+        (load_preferences, texts, "pretrain"),
+        (lambda path: list(iterate_texts(path)), chats, "sft"),
+        (lambda path: list(iterate_texts(path)), pairs, "dpo"),
+    ):
+        with pytest.raises(ValueError, match=f"; expected {{.*are for tinylm {command}; expected at most"):
+            load(path)

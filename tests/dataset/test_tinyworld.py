@@ -9,7 +9,9 @@ from collections import Counter
 import pytest
 
 from tinylm.dataset import tinyworld as tw
+from tinylm.dataset.tinyworld.chats import WARM_OPENERS
 from tinylm.dataset.tinyworld.plots import NOT_IN_STORY, all_facts, ask, make_story
+from tinylm.dataset.tinyworld.story_check import is_story
 from tinylm.dataset.tinyworld.words import (
     COLOURS,
     FEELINGS,
@@ -22,7 +24,7 @@ from tinylm.dataset.tinyworld.words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "843e1c2d9e62956b"
+GOLDEN = "fd65041e68d4c159"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:
@@ -111,7 +113,17 @@ def test_write_story_words_hold_a_reserved_pair_in_the_exam_only():
         for item in exam("write_story", 200, split):
             people, things = names_and_things(" ".join(item.words))
             pairs = [reserved("has", name, thing) for name in people for thing in things]
-            assert pairs and all(held_out == (split == "test") for held_out in pairs)
+            assert bool(pairs) == bool(item.words) and any(pairs) == (split == "test")
+
+
+def test_a_story_with_words_names_all_its_people_and_a_free_one_is_asked_for_in_training_only():
+    """ "Tell me a story." was never asked in training, and was answered with "A spade is a tool."."""
+    for item in exam("write_story", 400):
+        assert item.words and names_and_things(" ".join(item.words))[0] == names_and_things(item.accepted[0])[0]
+    free = [item for item in exam("write_story", 400, "train") if not item.words]
+    assert 60 < len(free) < 140 and "Tell me a story." in {item.messages[-2]["content"] for item in free}
+    asked = Counter(m["content"] for item in tw.conversations(3000) for m in item.messages if m["role"] == "user")
+    assert asked["Tell me a story."] > 10 and asked["Hello!"] > 1
 
 
 @pytest.mark.parametrize("skill", CLOSED_PAIRS)
@@ -160,6 +172,38 @@ def test_write_story_rule():
     assert not tw.check(item, "Mia had a box. It was red.")
     assert not tw.check(item, "Mia had two boxes. They were red. Mia was happy.")
     assert not tw.check(item, "Mia had a box. It was red. Mia was happy. And then")
+    assert not tw.check(item, "")
+    free = tw.Item([], "write_story", ("",), ())
+    assert tw.check(free, "Mia had a box. It was red. Mia was happy.") and not tw.check(free, "A spade is a tool.")
+
+
+@pytest.mark.parametrize(
+    "story",
+    [
+        "Anna and Anna were in Rome. Anna had a doll. The doll was red.",
+        "One day, Anna, Ben and Anna met in Rome. Anna had a doll. Ben was sad.",
+        "One day, Anna, Anna and Ben met in Rome. Anna had a doll. Ben was sad.",
+        "Anna and Ben were in Rome. Anna gave Anna the doll. Ben felt sad.",
+        "Anna and Ben were in Rome. Anna had a doll, and Anna had a kite. Ben felt sad.",
+        'Anna and Ben were in Rome. Anna said, "Here you are, Anna," and gave Anna the doll. Ben felt sad.',
+        "Anna and Ben were in Rome. Anna had a doll. Mia felt so sad that she began to cry.",
+    ],
+)
+def test_a_story_gives_each_person_one_name(story):
+    """All 94 "right" stories of a published scoreboard began like "Anna and Anna were in Rome."."""
+    words = ("Anna", "doll")
+    good = "Anna and Ben were in Rome. Leo was in Oslo. Anna gave Ben the doll. Leo felt sad."
+    assert tw.check(tw.Item([], "write_story", ("",), (), words), good)
+    assert not tw.check(tw.Item([], "write_story", ("",), (), words), story)
+
+
+def test_every_story_of_tinyworld_is_a_story_and_one_with_two_names_for_a_person_is_none():
+    for split in ("train", "test"):
+        for i in range(2000):
+            story = make_story(stream(5, split, "names", i), split)
+            one, other = story.people[:2]
+            assert is_story(story.text, (one, other, *story.things)), story.text
+            assert not is_story(re.sub(rf"\b{other}\b", one, story.text), (one,)), story.text
 
 
 _FEELS = rf"\b({'|'.join(FEELINGS)})\b"
@@ -295,10 +339,15 @@ def test_preference_pairs_differ_as_their_kind_says():
         pair = tw.preference_pair(i)
         kinds[pair.kind] += 1
         assert pair.prompt[-1]["role"] == "user" and pair.chosen != pair.rejected and tw.is_warm(pair.chosen)
-        assert tw.is_warm(pair.rejected) == (pair.kind == "truth")
+        assert tw.is_warm(pair.rejected) == (pair.kind in ("truth", "once"))
         same_answer = tw.strip_style(pair.chosen) == tw.strip_style(pair.rejected)
         assert same_answer == (pair.kind == "style")
-    assert 0.45 < kinds["style"] / 2000 < 0.55 and 0.2 < kinds["truth"] / 2000 < 0.3
+        assert sum(pair.chosen.count(opener) for opener in WARM_OPENERS) == 1
+        openers = sum(pair.rejected.count(opener) for opener in WARM_OPENERS)
+        assert openers == {"style": 0, "truth": 1, "both": 0, "once": 2}[pair.kind]
+        assert pair.kind != "once" or pair.rejected.endswith(tw.strip_style(pair.chosen))
+    assert 0.3 < kinds["style"] / 2000 < 0.4 and 0.15 < kinds["truth"] / 2000 < 0.25
+    assert 0.2 < kinds["once"] / 2000 < 0.3, 'without them, DPO taught "Gladly! Gladly!"'
 
 
 def test_persona():

@@ -15,7 +15,7 @@ TEXTS = ["The cat sat on the mat.", "Zürich — 東京 🙂", "a"]
 
 
 def test_text_loss_equals_the_reference(model, tokenizer, reference_logprobs):
-    report = text_loss(model, tokenizer, [*TEXTS, ""])
+    report = text_loss(model, tokenizer, [*TEXTS, ""], [0])
     nats = [-sum(reference_logprobs(model, [0, *tokenizer.encode(text)])) for text in TEXTS]
     sizes = [len(text.encode()) for text in TEXTS]
     assert report.num_texts == 3
@@ -31,6 +31,18 @@ def test_text_loss_equals_the_reference(model, tokenizer, reference_logprobs):
     assert bits.standard_error == pytest.approx(ratio_error([n / math.log(2) for n in nats], sizes), rel=1e-9)
 
 
+def test_a_model_that_never_saw_a_document_begin_is_scored_from_the_second_token_on(
+    model, tokenizer, reference_logprobs
+):
+    """Behind <|endoftext|>, which such a model never read, the first token alone cost more than a uniform guess."""
+    report = text_loss(model, tokenizer, [*TEXTS, ""], [])
+    ids = [tokenizer.encode(text) for text in TEXTS]
+    assert report.nats == pytest.approx(-sum(sum(reference_logprobs(model, one)) for one in ids if len(one) > 1))
+    assert report.num_tokens == sum(len(one) - 1 for one in ids)
+    firsts = sum(len(tokenizer.token_bytes(one[0])) for one in ids)
+    assert report.num_bytes == sum(len(text.encode()) for text in TEXTS) - firsts
+
+
 def ratio_error(tops, bottoms):
     """Cochran's equation for the standard error of sum(tops) / sum(bottoms)."""
     tops, bottoms = np.array(tops), np.array(bottoms)
@@ -41,7 +53,7 @@ def ratio_error(tops, bottoms):
 def test_uniform_model_needs_log2_of_the_vocabulary_per_token(table_model, tokenizer):
     """A worked example: with all logits equal every token costs log2(6400) bits."""
     model = table_model(torch.zeros(tokenizer.vocab_size, tokenizer.vocab_size))
-    report = text_loss(model, tokenizer, ["once upon a time"])
+    report = text_loss(model, tokenizer, ["once upon a time"], [0])
     tokens = len(tokenizer.encode("once upon a time"))
     assert report.bits_per_byte == pytest.approx(tokens * math.log2(6400) / 16, rel=1e-5)
 

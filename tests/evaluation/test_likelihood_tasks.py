@@ -44,11 +44,11 @@ def test_minimal_pairs_win_lose_and_tie(bigram, tokenizer):
         MinimalPair("nouns", "The man", "The man"),
         MinimalPair("others", "The man", "The time"),
     ]
-    report = minimal_pair_accuracy(model, tokenizer, pairs)
+    report = minimal_pair_accuracy(model, tokenizer, pairs, [0])
     assert report.points == {"nouns": [1.0, 0.0, 0.5], "others": [1.0]}
     rows = [(measure.task.strip(), measure.value, measure.count) for measure in report.measures("blimp")]
     assert rows == [("blimp", 2.5 / 4, 4), ("nouns", 0.5, 3), ("others", 1.0, 1)]
-    limited = minimal_pair_accuracy(model, tokenizer, pairs, limit_per_set=1)
+    limited = minimal_pair_accuracy(model, tokenizer, pairs, [0], limit_per_set=1)
     assert limited.points == {"nouns": [1.0], "others": [1.0]}
 
 
@@ -59,6 +59,7 @@ def test_sum_and_per_byte_rules_can_differ(bigram, tokenizer):
         bigram(logits),
         tokenizer,
         [ChoiceQuestion("Q", ("d", "a b c"), 1), ChoiceQuestion("Q ", ("d", "x"), 0)],
+        [0],
     )
     assert report.by_sum == [0.0, 1.0]
     assert report.by_byte[1] == 1.0
@@ -72,7 +73,9 @@ def test_bytes_are_counted_not_characters(bigram, tokenizer):
     """Six characters of three bytes each: per byte they are likelier than `x`, per character they would not be."""
     text = "日本語日本語"
     num_tokens = len(tokenizer.encode(" " + text))
-    report = multiple_choice_accuracy(bigram({("Q", " x"): -2.0}), tokenizer, [ChoiceQuestion("Q", (text, "x"), 0)])
+    report = multiple_choice_accuracy(
+        bigram({("Q", " x"): -2.0}), tokenizer, [ChoiceQuestion("Q", (text, "x"), 0)], [0]
+    )
     total = math.log(6399 + math.exp(-2))
     long, short = -num_tokens * math.log(6400), -2.0 - total
     assert long / 18 > short > long / 6 and len(text.encode()) == 18
@@ -93,11 +96,11 @@ def test_every_standard_error_is_that_of_its_values(bigram, model, tokenizer):
     words = bigram({("The", " man"): 20.0, ("The", " day"): 10.0})
     pairs = [MinimalPair("s", "The man", "The day"), MinimalPair("s", "The day", "The man")]
     pairs += [MinimalPair("t", "The man", "The time"), MinimalPair("t", "The man", "The man")]
-    rows = minimal_pair_accuracy(words, tokenizer, pairs).measures("blimp")
+    rows = minimal_pair_accuracy(words, tokenizer, pairs, [0]).measures("blimp")
     expected = [standard_error([1, 0, 1, 0.5]), standard_error([1, 0]), standard_error([1, 0.5])]
     assert [row.standard_error for row in rows] == pytest.approx(expected)
 
-    last = last_word_accuracy(words, tokenizer, [("The", "man"), ("The", "day"), ("The", "time")])
+    last = last_word_accuracy(words, tokenizer, [("The", "man"), ("The", "day"), ("The", "time")], [0])
     error = errors_of(last.measures("lambada"))
     assert error["exact match (greedy)"] == pytest.approx(standard_error([1, 0, 0]))
     mean = -sum(last.logprobs) / 3  # of exp(mean), by a small step: d exp(x) = exp(x) dx
@@ -105,7 +108,7 @@ def test_every_standard_error_is_that_of_its_values(bigram, model, tokenizer):
     assert error["perplexity (per word)"] == pytest.approx(slope * standard_error(last.logprobs), rel=1e-6)
 
     questions = [ChoiceQuestion("The", choices, 0) for choices in (("man", "day"), ("day", "man"), ("man", "time"))]
-    error = errors_of(multiple_choice_accuracy(words, tokenizer, questions).measures("q"))
+    error = errors_of(multiple_choice_accuracy(words, tokenizer, questions, [0]).measures("q"))
     assert error == {"acc": standard_error([1, 0, 1]), "acc_norm (per byte)": standard_error([1, 0, 1]), "chance": None}
 
     prompt = [{"role": "user", "content": "Grüße"}]
@@ -132,7 +135,7 @@ def test_choice_question_is_checked():
 
 def test_last_word(bigram, tokenizer):
     model = bigram({("The", " man"): 20.0, ("The", " day"): 10.0})
-    report = last_word_accuracy(model, tokenizer, [("The", "man"), ("The ", "day")])
+    report = last_word_accuracy(model, tokenizer, [("The", "man"), ("The ", "day")], [0])
     assert report.hits == [1.0, 0.0]
     total = math.log(math.exp(20) + math.exp(10) + 6398)
     assert report.logprobs == pytest.approx([20 - total, 10 - total], abs=1e-5)

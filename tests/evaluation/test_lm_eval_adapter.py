@@ -24,7 +24,15 @@ def request(*args):
 
 @pytest.fixture(scope="module")
 def requests_of(model, tokenizer):
-    return LMEvalRequests(Engine(model, tokenizer, dtype=model.dtype))
+    return LMEvalRequests(Engine(model, tokenizer, dtype=model.dtype, document_start=[tokenizer.endoftext_id]))
+
+
+def test_an_older_model_reads_a_context_as_it_is(model, tokenizer, reference_logprobs):
+    old = LMEvalRequests(Engine(model, tokenizer, dtype=model.dtype))
+    (value, _), (bare, _) = old.loglikelihood([request("The dog", " ran home"), request("", "The dog")])
+    ids, split = tokenizer.encode("The dog ran home"), len(tokenizer.encode("The dog"))
+    assert value == pytest.approx(sum(reference_logprobs(model, ids)[split - 1 :]), abs=1e-8)
+    assert bare == pytest.approx(sum(reference_logprobs(model, [0, *tokenizer.encode("The dog")])), abs=1e-8)
 
 
 def test_loglikelihood_splits_as_the_harness_does(requests_of, model, tokenizer, reference_logprobs):

@@ -21,6 +21,7 @@ from tinylm.evaluation.skills import (
     PREFERENCE,
     STORY_MEAN,
     WARM,
+    Scoreboard,
     preference_parts,
     score_skills,
     scoreboard,
@@ -139,7 +140,9 @@ def test_the_table_the_markdown_and_the_json_say_the_same():
     assert f"| **{MEAN}** | **0** | **100** |" in board.to_markdown()
     data = json.loads(json.dumps(board.to_json()))
     assert data["SFT"]["skills"][skill] == 1.0 and data["SFT"]["num_items_per_skill"] == 2
-    assert calls[-1] == ("SFT", len(tinyworld.SKILLS), len(tinyworld.SKILLS))
+    assert [call[1:] for call in calls] == [(done, 38) for done in range(1, 39)]
+    assert calls[-1][0] == f"SFT, {tinyworld.SKILLS[-1]}"
+    assert Scoreboard.from_json(data) == board
 
 
 def test_columns_side_by_side_are_those_one_after_the_other(model, tokenizer):
@@ -153,3 +156,29 @@ def test_columns_side_by_side_are_those_one_after_the_other(model, tokenizer):
     ]
     assert list(boards[0]) == list(boards[1]) == ["SFT", "base"]
     assert boards[0] == boards[1]
+
+
+def test_an_interruption_waits_for_the_skills_in_work_only():
+    """A whole column was one piece of work: Ctrl-C took up to a minute."""
+    engine = ScriptedEngine(lambda reference: reference)
+
+    def stop(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scoreboard({"SFT": engine, "DPO": engine}, tinyworld, GREEDY, num_items=2, at_once=2, progress=stop)
+    assert len(engine.bounds) <= 4, "those in work, and those that wait for a free core"
+
+
+def test_examples_say_whether_they_are_right():
+    first = next(item for item in (tinyworld.test_item("opposites", i) for i in range(3)) if len(item.messages) == 2)
+    wrong = first.messages[-1]["content"]
+    answer = ScriptedEngine(lambda reference: "Something else." if reference == wrong else reference)
+    examples = score_skills(answer, tinyworld, GREEDY, num_items=3).examples
+    assert examples["opposites"] == {
+        "question": first.messages[0]["content"],
+        "reference": wrong,
+        "reply": "Something else.",
+        "right": False,
+    }
+    assert examples["spelling"]["right"] and examples["spelling"]["reply"] == examples["spelling"]["reference"]

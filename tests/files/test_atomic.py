@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import sys
@@ -311,3 +312,12 @@ def test_a_folder_that_was_put_aside_comes_back(tmp_path: Path, monkeypatch: pyt
     remove_leftovers(target)
     assert [file.name for file in target.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_name_that_is_not_utf8_is_written_readably(tmp_path):
+    """A report on a file with a Latin-1 name was lost: "'utf-8' codec can't encode"."""
+    write_json(tmp_path / "r.json", {"path": "caf\udce9/größe", "n": [math.nan, 1.5]})
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8")) == {
+        "path": "caf\\udce9/größe",
+        "n": [None, 1.5],
+    }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,12 +206,17 @@ def test_rows_with_different_settings_do_as_each_row_alone() -> None:
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
+        ("repetition_penalty", 1e-38),
+        ("repetition_penalty", 1e38),
         ("num_beams", 0),
+        ("num_beams", 10**9),
         ("length_penalty", math.inf),
+        ("length_penalty", 1e9),
+        ("length_penalty", -1e9),
     ],
 )
 def test_settings_refuse_what_is_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}; accepted is"):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value}; accepted is")):
         SamplingSettings(**{name: value})
 
 
@@ -217,3 +224,33 @@ def test_beams_with_a_temperature_are_refused_rather_than_ignored() -> None:
     with pytest.raises(ValueError, match="set temperature to 0"):
         SamplingSettings(num_beams=4)
     assert SamplingSettings(num_beams=4, temperature=0.0).num_beams == 4
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.01, 100.0])
+@pytest.mark.parametrize("value", [1e-300, 1e-46, 1e-38, 1e-12, 1e38, 1e300])
+def test_the_smallest_temperature_is_greedy_and_the_largest_uniform(value: float, penalty: float) -> None:
+    """1e-38 made the logits infinite, and the draw ended in an error."""
+    logits, uniforms = random_logits(), torch.linspace(0, 0.999, 6)
+    seen = torch.arange(1000).expand(6, -1) % 3 == 0
+    settings = SamplingSettings(temperature=value, top_p=1.0, repetition_penalty=penalty)
+    batch = BatchSampling.of([settings] * 6)
+    drawn = next_tokens(logits, batch, uniforms, seen)
+    if value < 1:
+        greedy = BatchSampling.of([replace(settings, temperature=0.0)] * 6)
+        assert drawn.equal(next_tokens(logits, greedy, uniforms, seen))
+    else:
+        assert (drawn - uniforms * 1000).abs().max() < 2
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 10**30}, {"top_p": 1e-38}, {"min_p": 1e-46}, {"top_p": 0, "top_k": 1}])
+def test_extreme_filters_still_draw_a_token(settings: dict) -> None:
+    logits = random_logits()
+    drawn = next_tokens(logits, BatchSampling.of([SamplingSettings(**settings)] * 6), torch.full((6,), 0.5))
+    is_off = settings.get("top_p", 0.9) == 0.9
+    assert ((drawn >= 0) & (drawn < 1000)).all() and (is_off or drawn.equal(logits.argmax(-1)))
+
+
+@pytest.mark.parametrize("penalty", [-50, 50])
+def test_the_largest_length_penalty_is_a_number_for_the_longest_context(penalty: float) -> None:
+    SamplingSettings(length_penalty=penalty)
+    assert 0 < float(2**20) ** penalty < math.inf

@@ -18,6 +18,7 @@ from tinylm.model.lora import (
     LoRALinear,
     adapters_disabled,
     apply_lora,
+    indistinct_tokens,
     lora_parameters,
     merge_lora,
     unload_lora,
@@ -225,3 +226,18 @@ def test_misuse_is_an_error(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
         save_adapter(adapted(), tmp_path, "base")
+
+
+def test_tokens_that_nothing_tells_apart_are_found():
+    """Rows 1, 4 and 5 point one way, row 5 much longer; row 3 points the opposite way, row 2 nearly: cosine 0.96."""
+    torch.manual_seed(0)
+    table = torch.randn(6, 32)
+    other = torch.randn(32)
+    other -= (other @ table[1]) / (table[1] @ table[1]) * table[1]
+    table[2] = table[1] / table[1].norm() + 0.3 * other / other.norm()
+    table[3], table[4], table[5] = -table[1], table[1] + 0.001, 40 * table[1]
+    asked = torch.tensor([5, 0, 3, 1, 2])
+    assert indistinct_tokens(table, asked).tolist() == [True, False, False, True, False]
+    assert indistinct_tokens(table, asked, cosine=0.9).tolist() == [True, False, False, True, True]
+    many = torch.arange(3000) % 6  # more than are compared at a time
+    assert indistinct_tokens(table, many).view(-1, 6).all(0).tolist() == [False, True, False, False, True, True]

@@ -367,3 +367,18 @@ def test_only_training_passes_are_compiled():
             torch.testing.assert_close(copied(other), plain(other))
             model.train()
         assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("widths", "advice"),
+    [
+        ({"num_attention_heads": 5}, "choose num_attention_heads 4 or 8, or a hidden_size of 510"),
+        ({"num_attention_heads": 7, "hidden_size": 256}, "choose num_attention_heads 4 or 8, or a hidden_size of 259"),
+        ({"num_key_value_heads": 3}, "choose num_key_value_heads 2 or 4"),
+        ({"hidden_size": 10**12 + 1, "num_attention_heads": 10**12}, "or a hidden_size of 1000000000000"),
+    ],
+)
+def test_widths_that_do_not_divide_get_advice_that_works(widths, advice):
+    """The advice was head_dim, which no command has as a flag."""
+    with pytest.raises(ValueError, match=advice):
+        TinyLMConfig(**widths)

@@ -277,9 +277,9 @@ def test_every_setting_is_free_or_held_by_choice():
     names = {field.name for stage in stages for field in dataclasses.fields(stage)}
     assert FREE | ADJUSTABLE <= names and not FREE & ADJUSTABLE
     assert names - FREE - ADJUSTABLE == {
-        "beta", "beta1", "beta2", "final_lr_fraction", "lora_alpha", "lora_dropout", "lora_rank", "optimizer", "seed",
-        "target_modules", "tinyworld_chats", "tinyworld_documents", "tinyworld_pairs", "warmup_fraction",
-        "weight_decay",
+        "beta", "beta1", "beta2", "final_lr_fraction", "lora_alpha", "lora_dropout", "lora_rank", "optimizer",
+        "read_control_tokens", "seed", "target_modules", "tinyworld_chats", "tinyworld_documents", "tinyworld_pairs",
+        "warmup_fraction", "weight_decay",
     }  # fmt: skip
 
 

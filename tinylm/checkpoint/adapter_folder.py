@@ -129,7 +129,14 @@ def load_adapter(model: nn.Module, folder: str | Path, model_path: str | Path | 
         if name.rpartition(".")[2] in config.target_modules:
             expected[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = (config.rank, module.in_features)
             expected[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = (module.out_features, config.rank)
-    check_shapes(path, read_header(path), expected)
+    try:
+        check_shapes(path, read_header(path), expected)
+    except ValueError as error:
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} does not fit {model_path or 'this model'}; it was trained on {_plain(base)}: give that model "
+            f"({error})"
+        ) from None
     tensors = read_weights(path)
 
     apply_lora(unload_lora(model), config)
@@ -150,8 +157,8 @@ def _check_base(model: nn.Module, folder: Path, model_path: str | Path | None) -
         base = (parent.get("path") if isinstance(parent, dict) else parent) or stated
         raise ValueError(
             f"{folder} was trained on {_plain(base)} (weights {_plain(recorded)}); {model_path or 'this model'} has "
-            f"weights {actual}: "
-            "load it onto its own base model (and convert to half precision only afterwards)"
+            f"weights {actual}: load it onto its own base model, which --model_path {folder} alone does (and convert "
+            "to half precision only afterwards)"
         )
 
 

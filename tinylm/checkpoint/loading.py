@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from tinylm.checkpoint.adapter_folder import load_adapter
-from tinylm.checkpoint.model_folder import load_model
-from tinylm.checkpoint.model_path import resolve_model_path
+from tinylm.checkpoint.model_folder import check_tokenizer, load_model, recorded_tokenizer
+from tinylm.checkpoint.model_path import resolve_adapter_path, resolve_model_path
 from tinylm.model.lora import merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
@@ -25,6 +25,13 @@ class LoadedModel:
     model: TinyLMForCausalLM
     tokenizer: Tokenizer
     lineage: dict[str, Any]
+    notice: str = ""
+    """What the user must know about it, in one line; empty for nothing."""
+
+    @property
+    def document_start(self) -> list[int]:
+        """What documents began with when the model was pretrained: <|endoftext|>, or nothing before November 2026."""
+        return [self.tokenizer.endoftext_id] if self.lineage.get("document_start") else []
 
 
 def load_for_use(
@@ -38,7 +45,8 @@ def load_for_use(
     """Load what `model_path` means (see `resolve_model_path`); an adapter folder brings its base model.
 
     Args:
-        adapter: folder of an adapter to put on the model, in place of the path's own; empty or None for no other.
+        adapter: an adapter folder, or a folder of one run's adapters, to put on the model in place of the path's own;
+            empty or None for no other.
         tokenizer_path: tokenizer folder to use instead of the model's own; empty or None for that one.
         merge: fold adapters into the weights; else they stay attached and can be switched off.
         newest: of several runs in a folder, take the newest instead of raising an error.
@@ -49,7 +57,12 @@ def load_for_use(
     path = resolve_model_path(model_path, newest=newest)
     model, tokenizer, lineage = load_model(path, device, tokenizer_path=tokenizer_path or None)
     if adapter:
+        adapter = resolve_adapter_path(adapter)
         load_adapter(model, adapter, path)
+        check_tokenizer(tokenizer, recorded_tokenizer(adapter), adapter, tokenizer_path or path)
     if merge:
         merge_lora(model)
-    return LoadedModel(path, model, tokenizer, lineage)
+    notice = ""
+    if path.is_file() and not tokenizer_path and not (path.with_suffix("") / "tokenizer.json").is_file():
+        notice = f"{path} names no tokenizer: the default one is used; give the right one with --tokenizer_path"
+    return LoadedModel(path, model, tokenizer, lineage, notice)

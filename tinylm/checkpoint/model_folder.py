@@ -217,6 +217,7 @@ def _load_adapter_folder(folder: Path, tokenizer_path: str | Path | None) -> tup
     base = adapter_base(folder)
     model, tokenizer, base_lineage = load_model(base, tokenizer_path=tokenizer_path)
     load_adapter(model, folder, base)
+    check_tokenizer(tokenizer, recorded_tokenizer(folder), folder, tokenizer_path or base)
     lineage_path = folder / "lineage.json"
     return model, tokenizer, read_json(lineage_path) if lineage_path.is_file() else base_lineage
 
@@ -234,19 +235,50 @@ def _load_pth(path: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForC
 
 
 def _tokenizer_for(folder: Path, config: TinyLMConfig, tokenizer_path: str | Path | None) -> Tokenizer:
-    """The tokenizer at `tokenizer_path`, else the folder's own, else (for a `.pth`) the default one if it fits."""
+    """The tokenizer at `tokenizer_path`, else the folder's own, else (for a `.pth`) the default one if it fits.
+
+    Raises:
+        ValueError: there is none, or it is not the one that the model was trained with.
+    """
+    has_own = (folder / "tokenizer.json").is_file()
     if tokenizer_path is not None:
-        tokenizer = Tokenizer.load(tokenizer_path)
-    elif (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(folder)
+        tokenizer, where = Tokenizer.load(tokenizer_path), Path(tokenizer_path)
+    elif has_own:
+        tokenizer, where = Tokenizer.load(folder), folder / "tokenizer.json"
     elif not folder.is_dir() and config.vocab_size == (default := Tokenizer.default()).vocab_size:
-        tokenizer = default
+        return default
     else:
         raise ValueError(
             f"{folder} comes with no tokenizer.json for its {config.vocab_size} entries; give --tokenizer_path"
         )
     _check_vocab(tokenizer, config, folder)
+    trained_with = recorded_tokenizer(folder)
+    if trained_with is None and has_own and tokenizer_path is not None:
+        trained_with = Tokenizer.load(folder).fingerprint
+    check_tokenizer(tokenizer, trained_with, folder, where)
     return tokenizer
+
+
+def recorded_tokenizer(folder: Path) -> str | None:
+    """The fingerprint of the tokenizer that a model or adapter was trained with; None if it is not recorded."""
+    path = folder / "lineage.json"
+    recorded = read_json(path).get("tokenizer_fingerprint") if path.is_file() else None
+    return recorded if isinstance(recorded, str) else None
+
+
+def check_tokenizer(tokenizer: Tokenizer, trained_with: str | None, model: Path, where: str | Path) -> None:
+    """Refuse a tokenizer with other entries than in training: each id would mean another text.
+
+    Args:
+        trained_with: the fingerprint of the model's tokenizer; None if it is not known.
+        where: where the tokenizer comes from.
+    """
+    if trained_with not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"the tokenizer of {where} is another one than {model} was trained with (fingerprint "
+            f"{tokenizer.fingerprint}, expected {shown(trained_with)}): the model would read and write noise; leave "
+            "out --tokenizer_path, or restore the model's own tokenizer.json"
+        )
 
 
 def _check_vocab(tokenizer: Tokenizer, config: TinyLMConfig, where: Path) -> None:

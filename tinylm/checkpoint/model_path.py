@@ -6,14 +6,20 @@ The model of a run is that of its last epoch.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from tinylm.checkpoint.training_state import read_training_values, state_folders
 from tinylm.checkpoint.weight_shards import WEIGHTS
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 _EPOCH = re.compile(r"_epoch(\d+)(?=\.pth$|$)")
+_COMMANDS = {"pretrain": "pretrain", "full_sft": "sft", "lora": "lora", "dpo": "dpo"}
+"""Stage -> the command that runs it."""
+_MOST_NAMES = 8
+"""Models that an error message names."""
 
 
 def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) -> Path:
@@ -27,6 +33,8 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
         FileNotFoundError: the path does not exist.
         ValueError: the folder holds no such model, or the models of several runs.
     """
+    if "://" in str(path):
+        raise ValueError(f"{path} is an address; models are read from this machine; download it, then give its folder")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a model folder, an adapter folder or a .pth file")
@@ -38,18 +46,63 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
         raise ValueError(f"{path} is neither a file nor a folder; give a model folder or a .pth file")
     if (path / WEIGHTS).is_file() and not (path / CONFIG).is_file():
         raise ValueError(f"{path} has {WEIGHTS} but no {CONFIG}; copy the config that belongs to these weights")
-    if _is_model(path):
+    if is_model(path):
         return path
     inside, models = models_in(path), last_models(path, stage)
     if len(models) == 1 or (models and newest):
         return newest_model(models)
-    names = ", ".join(model.name for model in inside[:8])
+    names = ", ".join(model.name for model in inside[:_MOST_NAMES])
     if models:
         raise ValueError(f"{path} holds {len(inside)} models ({names}); give the path of one of them")
     if inside:
         raise ValueError(f"{path} holds {names}; expected a model named {stage}_...; give the path of a model")
+    if below := last_models(path, stage, depth=2):
+        names = ", ".join(str(model.relative_to(path)) for model in below[:_MOST_NAMES])
+        raise ValueError(f"{path} itself holds no model, but below it are {names}; give the path of one of them")
+    if stopped := [text for text in map(unfinished_run, sorted(path.glob("*_state"))) if text]:
+        raise ValueError(f"{path} holds no model yet: {stopped[0]}")
+    if state_folders(path):
+        raise ValueError(f"{path} holds the training states of a run, and no model; give a model folder beside it")
     expected = f"expected {CONFIG}, {ADAPTER} or a .pth file in it"
     raise ValueError(f"{path} holds no model; {expected}; give the path of a model")
+
+
+def resolve_adapter_path(path: str | Path) -> Path:
+    """An adapter folder: the path itself, or the last one inside it, as for `resolve_model_path`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no adapter, or the models of several runs.
+    """
+    found = resolve_model_path(path)
+    if found.is_file() or not (found / ADAPTER).is_file():
+        raise ValueError(
+            f"{found} is a full model; expected an adapter folder, such as the output of `tinylm lora`; give a full "
+            "model with --model_path"
+        )
+    return found
+
+
+def unfinished_run(states: Path) -> str:
+    """How far a run that has stopped came, and how to continue it; empty for a finished run.
+
+    Args:
+        states: the folder of its training states, `pretrain_512_state`.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        values = read_training_values(states)
+        step, run = int(values["step"]), values["identity"]
+        if step < int(run["num_steps"]):
+            command = f"tinylm {_COMMANDS[run['stage']]} --output_dir {states.parent} --resume"
+            return (
+                f"its {run['stage']} run stopped at step {step:,} of {run['num_steps']:,}; continue with the flags of "
+                f"the first call and --resume: {command} ..."
+            )
+    return ""
+
+
+def states_of(model: Path) -> Path:
+    """Where the run that wrote `model` keeps its training states: `pretrain_512_state` for `pretrain_512_epoch0`."""
+    return model.with_name(_EPOCH.sub("", model.name) + "_state")
 
 
 def last_models(folder: Path, stage: str = "", depth: int = 0) -> list[Path]:
@@ -66,7 +119,7 @@ def last_models(folder: Path, stage: str = "", depth: int = 0) -> list[Path]:
     models = sorted(runs.values())
     if depth and folder.is_dir():
         for child in sorted(folder.iterdir()):
-            if child.is_dir() and not _is_model(child):
+            if child.is_dir() and not is_model(child):
                 models += last_models(child, stage, depth - 1)
     return models
 
@@ -80,7 +133,7 @@ def models_in(folder: Path) -> list[Path]:
     """Every model directly in `folder`, sorted by name."""
     if not folder.is_dir():
         return []
-    return sorted(child for child in folder.iterdir() if not child.name.startswith(".") and _is_model(child))
+    return sorted(child for child in folder.iterdir() if not child.name.startswith(".") and is_model(child))
 
 
 def _epoch_of(path: Path) -> int:
@@ -89,7 +142,8 @@ def _epoch_of(path: Path) -> int:
     return int(found[1]) if found else -1
 
 
-def _is_model(path: Path) -> bool:
+def is_model(path: Path) -> bool:
+    """Whether this is a model folder, an adapter folder or a `.pth` file, and not a folder of models."""
     if path.is_file():
         return path.suffix == ".pth"
     return (path / CONFIG).is_file() or (path / ADAPTER).is_file()

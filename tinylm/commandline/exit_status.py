@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Removed before text is sent to a terminal: a file's name or an answer could move the cursor or change the title."""
 
 RESUME_ADVICE = "run the same command with --resume"
 RERUN_ADVICE = "run the same command again to continue"
@@ -96,7 +100,7 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    _open_closed_streams()
+    _prepare_streams()
     try:
         with _sigterm_raises():
             status = function([word for word in argv if word != "--debug"])
@@ -117,11 +121,13 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
         return _report(f"error: {kind}{_one_line(error)}", 1, debug)
 
 
-def _open_closed_streams() -> None:
-    """Open the null device for each standard stream that a service or a shell has closed."""
+def _prepare_streams() -> None:
+    """Open the null device for each standard stream that a service or a shell has closed; let stdout take any text."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may hold bytes that no encoding has
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -148,7 +154,7 @@ def _raise_terminated(signum: int, frame: FrameType | None) -> NoReturn:
 def _report(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"tinylm: {message}", file=sys.stderr)
+    print(f"tinylm: {message.translate(CONTROL_CHARACTERS)}", file=sys.stderr)
     return status
 
 

@@ -7,13 +7,12 @@ its help text. `parse_settings` is the only parser in the project.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -21,8 +20,9 @@ import jsonargparse
 import yaml
 from docstring_parser import parse_from_object
 
-from tinylm.commandline.strict_yaml import MAX_YAML_BYTES, parse_yaml
-from tinylm.files.untrusted import shown
+from tinylm.commandline.strict_yaml import MAX_YAML_BYTES, is_odd_number, parse_yaml
+from tinylm.commandline.synonyms import did_you_mean
+from tinylm.files.untrusted import is_unicode, shown
 
 Settings = TypeVar("Settings")
 
@@ -31,6 +31,8 @@ SHARED_FLAGS = {
     "print_config": "print the settings of this run as YAML, ready for --config, and stop",
     "debug": "on failure, show where in the code it happened",
 }
+PATH_SETTING = re.compile(r"\w+_(path|dir)|adapter|output")
+"""The names of settings that are paths. In these, `~` is the user's folder, as it is in a shell."""
 _MAX_QUOTED = 100
 """Longest quoted value of a setting that is not text, such as "3" for 3. Such a value is parsed as YAML again."""
 BOOL_WORDS = {"1": "true", "0": "false", "true": "true", "false": "false", "yes": "true", "no": "false"}
@@ -72,12 +74,21 @@ def parse_settings(cls: type[Settings], argv: list[str], prog: str, description:
     except _ParseError as error:
         _fail(prog, f"{error}; see {prog} --help")
     shared = {name: flags.pop(name, None) for name in SHARED_FLAGS}
+    for name, value in flags.items():
+        if _is_too_large(value):
+            _fail(prog, f"{name} is {shown(value)}; expected {_type_name(hints[name])}; see {prog} --help")
     values = {} if shared["config"] is None else _read_config(shared["config"], parser, hints, prog)
     values.update(flags)
+    _check_unicode(values, prog)
+    values = {name: os.path.expanduser(v) if _is_path(name, v) else v for name, v in values.items()}
     required = [field.name for field in _init_fields(cls) if _is_required(field)]
-    missing = [f"--{name}" for name in required if name not in values]
-    if missing:
-        _fail(prog, f"missing {', '.join(missing)}; expected a value for each; see {prog} --help")
+    if missing := [f"--{name}" for name in required if name not in values]:
+        expected = (
+            f"expected {_field_helps(cls)[missing[0].removeprefix('--')]}"
+            if len(missing) == 1
+            else "expected all of them"
+        )
+        _fail(prog, f"missing {', '.join(missing)}; {expected}; see {prog} --help")
     settings = cls(**values)
     if shared["print_config"]:
         command = prog.removeprefix("tinylm ")
@@ -104,6 +115,13 @@ class _ParseError(Exception):
     """An error that jsonargparse found, in one line."""
 
 
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """A help formatter that does not add Python's types: the metavar shows the choices, and the text says the rest."""
+
+    def _get_help_string(self, action: Any) -> str:
+        return str(action.help)
+
+
 class _Parser(jsonargparse.ArgumentParser):
     """An ArgumentParser that raises its errors, instead of printing the usage and ending the program."""
 
@@ -125,7 +143,7 @@ def _fail(prog: str, message: str) -> NoReturn:
 
 def _build_parser(cls: type, hints: dict[str, Any], prog: str, description: str) -> _Parser:
     usage = f"{prog} [--config FILE.yaml] [--setting value ...]"
-    parser = _Parser(prog=prog, usage=usage, description=description, print_config=None)
+    parser = _Parser(prog=prog, usage=usage, description=description, print_config=None, formatter_class=_HelpFormatter)
     parser.expected = {name: _type_name(hint) for name, hint in hints.items()}
     helps = _field_helps(cls)
     fields = {field.name: field for field in _init_fields(cls)}
@@ -164,9 +182,10 @@ def _normalize_flags(argv: list[str], hints: dict[str, Any], prog: str) -> list[
             result.append("-h" if name is None else f"--{name}")
             continue
         if name is None:
-            _fail(prog, f"stray {word!r}; expected pairs of --setting value; see {prog} --help")
+            hint = _hint_for_stray(word, known)
+            _fail(prog, f"stray {word!r}; expected pairs of --setting value; {hint}see {prog} --help")
         if name not in known:
-            _fail(prog, f"unknown flag --{name}; {_nearest(name, known, '--')}see {prog} --help")
+            _fail(prog, f"unknown flag --{name}; {did_you_mean(name, known, '--')}see {prog} --help")
         if _is_bool(hints.get(name)):
             if not equals:
                 value = rest.pop(0) if rest and rest[0].lower() in BOOL_WORDS else "true"
@@ -178,8 +197,36 @@ def _normalize_flags(argv: list[str], hints: dict[str, Any], prog: str) -> list[
             value = rest.pop(0)
         if typing.get_origin(hints.get(name)) in (list, tuple) and not value.startswith("["):
             value = f"[{value}]"  # a,b on the command line is YAML's [a, b]
+        elif is_odd_number(value) and not _is_text(hints.get(name, str)):
+            _fail(prog, f"--{name} {value:.40} could be another number; expected decimal digits; see {prog} --help")
         result.append(f"--{name}={value}")
     return result
+
+
+def _is_path(name: str, value: Any) -> bool:
+    return isinstance(value, str) and PATH_SETTING.fullmatch(name) is not None
+
+
+def _check_unicode(values: dict[str, Any], prog: str) -> None:
+    """End the program for a text that is not UTF-8: it could not be written into the files of a run."""
+    for name, value in values.items():
+        if isinstance(value, str) and not is_unicode(value):
+            advice = "rename the file" if _is_path(name, value) else "write it in UTF-8"
+            _fail(prog, f"--{name} is {shown(value)}, which is not UTF-8; expected valid Unicode; {advice}")
+
+
+def _is_too_large(value: object) -> bool:
+    """No setting is NaN or infinite, and torch takes no whole number of more than 64 bits."""
+    return (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63)
+
+
+def _hint_for_stray(word: str, known: list[str]) -> str:
+    """What a word that belongs to no flag may mean: a path, `-lr` or `lr=1e-3`."""
+    if os.path.exists(word):
+        is_model = os.path.isdir(word) or word.endswith((".pth", ".pt"))
+        flags = [name for name in ("model_path", "data_path")[:: 1 if is_model else -1] if name in known]
+        return f"did you mean --{flags[0]} {word}? " if flags else ""
+    return did_you_mean(word.lstrip("-").partition("=")[0].replace("-", "_"), known, "--")
 
 
 def _flag_name(word: str) -> str | None:
@@ -197,15 +244,13 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
         found = re.search(rf"^{re.escape(str(key))}\s*:", text, flags=re.MULTILINE)
         where = f"{path}, line {text.count(chr(10), 0, found.start()) + 1}" if found else path
         if key not in hints:
-            _fail(prog, f"{where}: unknown key {shown(key)}; {_nearest(str(key), hints)}see {prog} --help")
+            _fail(prog, f"{where}: unknown key {shown(key)}; {did_you_mean(str(key), hints)}see {prog} --help")
         if _is_bool(hints[key]) and value in (0, 1):
             value = bool(value)
         if isinstance(value, str) and _is_text(hints[key]):
             values[key] = value  # jsonargparse would parse it as YAML again, aliases included
             continue
-        # No setting is NaN or infinite, and torch takes no whole number of more than 64 bits.
-        too_large = isinstance(value, int | float) and not abs(value) < 2**63
-        if too_large or (isinstance(value, str) and len(value) > _MAX_QUOTED):
+        if _is_too_large(value) or (isinstance(value, str) and len(value) > _MAX_QUOTED):
             _fail(prog, f"{where}: {key} is {shown(value)}; expected {_type_name(hints[key])}; see {prog} --help")
         if value is None and type(None) not in typing.get_args(hints[key]):
             _fail(prog, f"{where}: {key} is null; expected {_type_name(hints[key])}; see {prog} --help")
@@ -219,7 +264,7 @@ def _read_config(path: str, parser: _Parser, hints: dict[str, Any], prog: str) -
 def load_yaml(path: str | Path, prog: str) -> tuple[str, dict[str, Any]]:
     """The text of a YAML file and its top level mapping; any other file ends the program with status 2."""
     try:
-        with open(path, "rb") as file:  # read a limited number: it may be a pipe that never ends
+        with open(os.path.expanduser(path), "rb") as file:  # read a limited number: it may be a pipe that never ends
             raw = file.read(MAX_YAML_BYTES + 1)
         if len(raw) > MAX_YAML_BYTES:
             _fail(
@@ -274,13 +319,15 @@ def _field_helps(cls: type) -> dict[str, str]:
 
 def _shown(field: dataclasses.Field[Any]) -> str:
     default = field.default_factory() if callable(field.default_factory) else field.default
+    if default in (None, "") or isinstance(default, bool):
+        return str(int(default)) if isinstance(default, bool) else "none"
     return yaml.safe_dump(_plain(default), default_flow_style=True, width=1000).split("\n")[0]
 
 
 def _type_name(hint: Any) -> str:
     """A type in words: `one of a, b`, `a whole number or null`."""
     if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint))
+        return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint) if choice != "")
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) in (list, tuple):
@@ -291,9 +338,9 @@ def _type_name(hint: Any) -> str:
 def _metavar(name: str, hint: Any) -> str:
     """What --help shows for the value: the choices, the form of a list, or the last word of the name."""
     if hint is bool:
-        return "{1,0}"
+        return "[{1,0}]"  # the flag alone means 1
     if typing.get_origin(hint) is typing.Literal:
-        return "{" + ",".join(str(choice) for choice in typing.get_args(hint)) + "}"
+        return "{" + ",".join(str(choice) for choice in typing.get_args(hint) if choice != "") + "}"
     return "A,B,..." if typing.get_origin(hint) in (list, tuple) else name.rpartition("_")[2].upper()
 
 
@@ -304,9 +351,3 @@ def _is_bool(hint: Any) -> bool:
 def _is_text(hint: Any) -> bool:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return hint is str or (union and str in typing.get_args(hint))
-
-
-def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """`did you mean ...? ` for a mistyped name; empty if no known name is similar."""
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {prefix}{matches[0]}? " if matches else ""

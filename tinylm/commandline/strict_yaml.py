@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,14 @@ MAX_YAML_BYTES = 1 << 16
 """A run's settings take 2 KB."""
 
 _MAX_DEPTH = 16
+
+_ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|0[xXoObB][0-9a-fA-F_]+|[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?)")
+"""Octal 010, hexadecimal 0x10, binary 0b11 and base 60, in which 1:30 is 90 (YAML 1.1, yaml.org/type/int.html)."""
+
+
+def is_odd_number(text: str) -> bool:
+    """Whether a text is a number to YAML, but perhaps another one to its author: 010 is 8, and 1:30 is 90."""
+    return _ODD_NUMBER.fullmatch(text) is not None
 
 
 def parse_yaml(text: str, load: Callable[[str], Any]) -> Any:
@@ -31,7 +40,7 @@ def parse_yaml(text: str, load: Callable[[str], Any]) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Raise yaml.YAMLError for anchors, aliases, deep nesting and equal keys. No file of settings needs them.
+    """Raise yaml.YAMLError for anchors, aliases, deep nesting, equal keys and odd numbers. No settings need them.
 
     An alias (`*name`) repeats a part of the file: nine lines of aliases of aliases become 10^9 values when they are
     copied or printed. The native reader recurses for each bracket, and 30,000 brackets end the process. Of two equal
@@ -45,6 +54,10 @@ def _check_events(text: str) -> None:
             key_is_next.pop()
         if not isinstance(event, yaml.NodeEvent):
             continue
+        is_plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
+        if is_plain and is_odd_number(event.value):
+            problem = f"{event.value:.40} could be another number; write it in decimal digits, or a text in quotes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         if event.anchor is not None:
             raise yaml.MarkedYAMLError(problem="anchors and aliases are not accepted", problem_mark=event.start_mark)
         if seen and (keys := seen[-1]) is not None:

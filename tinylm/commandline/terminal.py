@@ -1,7 +1,8 @@
 """The terminal: consoles, facts in two columns, and progress.
 
 Nothing outside this folder prints by itself. Progress is a bar on a terminal, and a line now and then in a pipe or a
-file.
+file. A string is always printed as it is: "[/b]" or ":smile:" in a path has no meaning. For colours, print a rich
+`Text`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from tinylm.commandline.exit_status import CONTROL_CHARACTERS
 
 WIDTH = 80
 """Columns that a line of progress may take where the width is unknown: in a pipe or a file."""
@@ -24,9 +27,15 @@ FIRST_SIGN, NEXT_SIGN = 10.0, 30.0
 
 
 class _Console(Console):
-    """A console whose output pipe may be closed by its reader (`tinylm pretrain | head`)."""
+    """A console that prints strings as they are, without rich's markup and emoji codes.
+
+    The reader of its output may have gone (`tinylm pretrain | head`).
+    """
 
     when_closed: Callable[[], None] | None = None
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(text.translate(CONTROL_CHARACTERS), **{**options, "markup": False, "emoji": False})
 
     def on_broken_pipe(self) -> None:
         """Called by rich instead of raising. Nothing more is printed, and Python's own flush at exit must not fail."""
@@ -42,7 +51,7 @@ def make_console(is_main: bool = True, **options: Any) -> Console:
     """A console that does not wrap lines or highlight words by itself. It prints in the main process only.
 
     Args:
-        options: options of rich's Console, such as `stderr` and `markup`.
+        options: options of rich's Console, such as `stderr` and `style`.
     """
     return _Console(highlight=False, soft_wrap=True, quiet=not is_main, **options)
 
@@ -73,9 +82,9 @@ def fit_words(words: Sequence[str], width: int) -> str:
 def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
     """Print names and values in two columns. Lines are not wrapped, so that paths can be copied."""
     width = max(len(name) for name in facts)
-    console.print(f"[bold]{title}[/bold]")
+    console.print(Text(title, style="bold"))
     for name, value in facts.items():
-        console.print(f"  [dim]{name:<{width}}[/dim]  {escape(value)}")
+        console.print(Text.assemble("  ", (f"{name:<{width}}", "dim"), f"  {value.translate(CONTROL_CHARACTERS)}"))
 
 
 def lines_of_words(words: Sequence[str], width: int = WIDTH) -> list[str]:
@@ -131,17 +140,18 @@ def progress(console: Console, title: str, clock: bool = True) -> Iterator[ShowP
 
 @contextlib.contextmanager
 def _bar(console: Console, title: str, clock: bool) -> Iterator[ShowProgress]:
-    columns = TextColumn("[bold]{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[text]}")
+    title_column = TextColumn("{task.description}", style="bold", markup=False)
+    columns = title_column, BarColumn(bar_width=10), TextColumn("{task.fields[text]}", markup=False)
     clocks = (TimeElapsedColumn(),) if clock else ()
     room = console.width - len(title) - 10 - 3 - 8 * clock
     with Progress(*columns, *clocks, console=console, transient=True) as bar:
-        task = bar.add_task(escape(title), total=None, text="")
+        task = bar.add_task(title, total=None, text="")
 
         def show(
             words: str | Sequence[str], done: int | None = None, total: int | None = None, is_due: bool = False
         ) -> None:
             text = fit_words([words] if isinstance(words, str) else words, room)
-            bar.update(task, completed=done, total=total, text=escape(text))
+            bar.update(task, completed=done, total=total, text=text)
 
         yield show
 

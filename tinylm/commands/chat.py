@@ -19,53 +19,61 @@ from typing import Any, Literal, TextIO
 from rich.console import Console
 
 from tinylm.checkpoint.loading import load_for_use
-from tinylm.checkpoint.model_path import last_models, newest_model, resolve_model_path
-from tinylm.commandline.exit_status import run_main
+from tinylm.checkpoint.model_path import (
+    is_model,
+    last_models,
+    models_in,
+    newest_model,
+    resolve_model_path,
+    states_of,
+    unfinished_run,
+)
+from tinylm.commandline.exit_status import CONTROL_CHARACTERS, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.generation.engine import Engine, SamplingSettings
-from tinylm.system.runtime import setup_runtime
+from tinylm.system.runtime import DtypeName, setup_runtime
 
 DEFAULT_FOLDER = Path("out")
 STAGES = ("dpo", "lora", "full_sft", "pretrain")
 """What the names of models start with; the last stage of training comes first."""
 HELP = "/reset  forget the conversation\n/system TEXT  give instructions (none: remove them)\n/exit  leave (or Ctrl-D)"
-CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Removed before text is sent to a terminal: an answer could move the cursor or change the title."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings(SamplingSettings):
-    """Which model to talk with, and how it answers."""
+    """Settings of a chat."""
 
     model_path: str = ""
-    """Model folder, adapter folder, .pth file, or a folder of several models; empty = the newest under ./out."""
+    """model folder, adapter folder, .pth file or a folder of several models; without it the newest under ./out"""
     weight: Literal["", "pretrain", "full_sft", "lora", "dpo"] = ""
-    """Of several models, the newest whose name starts like this; pretrain continues text instead of chatting."""
+    """of several models, the newest whose name starts like this; pretrain continues text instead of chatting"""
     adapter: str = ""
-    """Folder of a LoRA adapter to add to the model."""
+    """LoRA adapter to add to the model: its folder, or the output folder of `tinylm lora`"""
     tokenizer_path: str = ""
-    """Tokenizer folder to use instead of the model's own."""
-    prompt: str = ""
-    """Answer this and exit."""
+    """tokenizer folder; by default the model's own"""
+    prompt: str | None = None
+    """answer this and exit"""
     system: str = ""
-    """Instructions that stay at the head of the conversation."""
+    """instructions that stay at the head of the conversation"""
     max_seq_len: int = 0
-    """Longest prompt and answer together (tokens; 0 = the model's context)."""
+    """longest prompt and answer together (tokens); 0 means the model's context"""
     hidden_size: int = 0
-    """Width the model must have (0 = read from the model)."""
+    """if given, must be the model's width"""
     num_hidden_layers: int = 0
-    """Number of layers the model must have (0 = read from the model)."""
+    """if given, must be the model's number of blocks"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] = "auto"
-    """Precision; auto = bfloat16 where the hardware has it, else float32."""
+    """auto, cpu, cuda, cuda:N or mps"""
+    dtype: DtypeName = "auto"
+    """precision of matrix products; auto is bfloat16 where the hardware has it, else float32"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_seq_len", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 (read from the model) or more")
+        if self.prompt == "":
+            raise ValueError("prompt is empty; expected text to answer; leave out --prompt to type it")
         if self.weight == "pretrain" and self.system:
             raise ValueError("system with weight=pretrain; a base model continues text and takes no instructions")
 
@@ -81,27 +89,52 @@ class ChatSettings(SamplingSettings):
 
 
 def find_model(model_path: str, weight: str) -> Path:
-    """The model that --model_path and --weight mean; of several runs in a folder, the newest.
+    """The model that --model_path and --weight mean; without a path, one under ./out.
+
+    Of several runs in a folder it is the newest; of the folders below, that of the last stage of training.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such model in the folder, or none under ./out if no folder is given.
+        FileNotFoundError, ValueError: there is no such model.
     """
-    return resolve_model_path(model_path, weight, newest=True) if model_path else _default_model(weight)
-
-
-def _default_model(weight: str) -> Path:
-    """The quickstart's model of the last stage that it reached; else the newest model under ./out."""
-    for stage in (weight,) if weight else STAGES:
-        if models := last_models(DEFAULT_FOLDER / "quickstart", stage, depth=1):
-            return newest_model(models)
+    if model_path:
+        path = Path(model_path)
+        below = None if is_model(path) or models_in(path) else _last_stage_below(path, weight)
+        return below or resolve_model_path(model_path, weight, newest=True)
+    if model := _last_stage_below(DEFAULT_FOLDER / "quickstart", weight):
+        return model
     if models := last_models(DEFAULT_FOLDER, weight, depth=2):
         return newest_model(models)
+    stopped = [text for states in sorted(DEFAULT_FOLDER.glob("**/*_state")) if (text := unfinished_run(states))]
     kind = f"{weight} model" if weight else "model"
-    raise ValueError(f"no model_path given and no {kind} under ./{DEFAULT_FOLDER}; run `tinylm quickstart` first")
+    raise ValueError(
+        f"no model_path given and no {kind} under ./{DEFAULT_FOLDER}; "
+        + (stopped[0] if stopped else "run `tinylm quickstart` first")
+    )
 
 
-def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
-    """(engine, whether the model is a base model, the model's name), with the adapter merged in.
+def _last_stage_below(folder: Path, weight: str) -> Path | None:
+    """The newest model in `folder` and the folders below it; where each stage has a folder, that of the last stage."""
+    for stage in (weight,) if weight else STAGES:
+        if models := last_models(folder, stage, depth=1):
+            return newest_model(models)
+    models = last_models(folder, weight, depth=2)
+    return newest_model(models) if models else None
+
+
+@dataclass(frozen=True)
+class Partner:
+    """The model to talk with."""
+
+    engine: Engine
+    is_base: bool
+    """Whether it is a base model, which continues text."""
+    path: Path
+    notices: tuple[str, ...]
+    """What the user must know about it."""
+
+
+def load_partner(settings: ChatSettings) -> Partner:
+    """The model with the adapter merged in.
 
     Raises:
         ValueError, FileNotFoundError: there is no such model, or it has another shape than requested.
@@ -113,7 +146,7 @@ def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
         wanted, actual = getattr(settings, name), getattr(loaded.model.config, name)
         if wanted not in (0, actual):
             raise ValueError(f"{name} is {wanted}, but {path} has {actual}; leave it out to read it from the model")
-    engine = Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype)
+    engine = Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype, loaded.document_start)
     if settings.max_seq_len > engine.context_length:
         raise ValueError(
             f"max_seq_len is {settings.max_seq_len}, but {path} has a context of {engine.context_length} tokens; "
@@ -122,7 +155,11 @@ def load_engine(settings: ChatSettings) -> tuple[Engine, bool, str]:
     engine.context_length = settings.max_seq_len or engine.context_length
     stage = settings.weight or ("pretrain" if path.name.startswith("pretrain") else loaded.lineage.get("stage", ""))
     is_base = (stage == "pretrain" and not settings.adapter) or not loaded.tokenizer.has_chat_tokens
-    return engine, is_base, path.name
+    if not is_base:
+        engine.prompt([{"role": "user", "content": ""}], settings.sampling)  # an error if the context is too short
+    stopped = unfinished_run(states_of(path))
+    notices = (loaded.notice, f"{path.name}: {stopped}" if stopped else "")
+    return Partner(engine, is_base, path, tuple(filter(None, notices)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -174,7 +211,7 @@ class Chat:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _continue(self, text: str) -> Generator[str, None, None]:
-        ids = self.engine.tokenizer.encode(text)
+        ids = self.engine.text_prompt(text)
         cut = len(ids) - len(self.engine.bounded(ids, self.sampling))
         if cut:
             self.notify(f"left out to fit the context: the first {cut} tokens")
@@ -206,25 +243,41 @@ def main(argv: list[str] | None = None) -> int:
     """`tinylm chat`: one answer (--prompt), answers to the lines of stdin, or a conversation at the terminal."""
     argv = sys.argv[1:] if argv is None else argv
     settings = parse_settings(ChatSettings, argv, "tinylm chat", "Talk with a model in the terminal.")
-    engine, is_base, name = load_engine(settings)
-    notices = make_console(stderr=True, style="dim", markup=False)
-    chat = Chat(engine, settings.sampling, settings.system, is_base, notify=notices.print)
-    if settings.prompt:
-        _print_answer(chat, settings.prompt)
-    elif sys.stdin.isatty():
-        kind = "continues your text" if is_base else "/help lists the commands"
-        notices.print(f"{name}: {engine.model.num_parameters():,} parameters; {kind}")
+    partner = load_partner(settings)
+    notices = make_console(stderr=True, style="dim")
+    for notice in partner.notices:
+        notices.print(notice)
+    chat = Chat(partner.engine, settings.sampling, settings.system, partner.is_base, notify=notices.print)
+    is_dialogue = settings.prompt is None and sys.stdin.isatty()
+    if is_dialogue:
+        kind = "continues your text" if partner.is_base else "/help lists the commands"
+        notices.print(f"{partner.path}: {partner.engine.model.num_parameters():,} parameters; {kind}")
         _converse(chat, notices)
-    else:
+        return 0
+    if partner.path != Path(settings.model_path):
+        notices.print(f"model: {partner.path}")
+    if settings.prompt is None:
         _answer_lines(chat, sys.stdin, notices)
+    elif settings.prompt.strip() or partner.is_base:
+        _print_answer(chat, settings.prompt)
+    else:
+        raise ValueError("prompt holds only blanks; expected text to answer")
     return 0
 
 
 def _answer_lines(chat: Chat, lines: TextIO, notices: Console) -> None:
-    """Answer each line of a pipe or file, as one conversation; skip empty lines."""
+    """Answer each line of a pipe or file, as one conversation; skip empty lines.
+
+    Raises:
+        ValueError: there is no line to answer.
+    """
+    is_empty = True
     for line in lines:
+        is_empty = is_empty and not line.strip()
         if not _take(chat, line, notices):
             return
+    if is_empty:
+        raise ValueError("standard input is empty; expected one question per line; or give --prompt")
 
 
 def _converse(chat: Chat, notices: Console) -> None:
@@ -267,7 +320,7 @@ def _take(chat: Chat, line: str, notices: Console) -> bool:
 
 def _print_answer(chat: Chat, text: str) -> None:
     """Stream one answer to stdout; on a terminal, also print the speed."""
-    console = make_console(markup=False, emoji=False)
+    console = make_console()
     start = time.perf_counter()
     pieces: list[str] = []
     if chat.is_base:

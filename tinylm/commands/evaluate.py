@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tinylm.checkpoint.loading import load_for_use
@@ -28,7 +30,7 @@ from tinylm.evaluation.tasks import (
 from tinylm.files.atomic import write_json
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.lora import adapters_disabled, has_lora
-from tinylm.system.runtime import Runtime, setup_runtime
+from tinylm.system.runtime import DtypeName, Runtime, setup_runtime
 
 DESCRIPTION = "Measure a model on data files (the task is recognised by their fields) or on TinyWorld's questions."
 
@@ -45,7 +47,7 @@ class EvalSettings:
     """comma-separated choice of skills, bits_per_byte, blimp, multiple_choice, lambada, chat, preferences,
     generate; auto chooses by each file's fields"""
     adapter: str | None = None
-    """folder of a LoRA adapter to add to the model"""
+    """LoRA adapter to add to the model: its folder, or the output folder of `tinylm lora`"""
     reference_path: str | None = None
     """model that preferences are measured against; by default, with an adapter, the model without it"""
     tokenizer_path: str | None = None
@@ -61,8 +63,8 @@ class EvalSettings:
     """tokens in one forward pass, in tasks that score text"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    dtype: str = "auto"
-    """precision of matrix products: auto, float32, bfloat16 or float16; output logits are always float32"""
+    dtype: DtypeName = "auto"
+    """precision of matrix products; auto is bfloat16 where the hardware has it, else float32"""
 
     def __post_init__(self) -> None:
         check_task_names(self.task_names)
@@ -70,6 +72,8 @@ class EvalSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}; expected at least 1; pass --{name} with a positive number")
+        if self.output is not None:
+            _require_file(self.output)
         if self.data_path is None and set(self.task_names) - {"skills"}:
             wanted = ", ".join(task for task in self.task_names if task != "skills")
             raise ValueError(f"task {wanted} without data; expected --data_path with a file or folder")
@@ -78,6 +82,15 @@ class EvalSettings:
     def task_names(self) -> tuple[str, ...]:
         """The chosen tasks; empty for auto."""
         return () if self.tasks == "auto" else tuple(name.strip() for name in self.tasks.split(","))
+
+
+def _require_file(output: str) -> None:
+    """Raise ValueError if a file cannot be written there: better now than after an hour of measuring."""
+    there = next(place for place in (Path(output), *Path(output).absolute().parents) if place.exists())
+    if there.is_dir() and (not output.strip() or Path(output).is_dir()):
+        raise ValueError(f"output is {output!r}, a folder; expected a file name, such as --output report.json")
+    if not (there.is_dir() or there == Path(output)) or not os.access(there, os.W_OK):
+        raise ValueError(f"output is {output}, but {there} cannot be written to; choose another --output")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,19 +105,23 @@ def main(argv: list[str] | None = None) -> int:
     report["dtype"] = str(runtime.compute_dtype).removeprefix("torch.")
     if settings.data_path is None:
         console.print("No --data_path given: measuring TinyWorld's skills on held-out items.")
+    tables = []
     if "skills" in settings.task_names or settings.data_path is None:
         board = measure_skills(evaluator, settings)
-        console.print(board.to_table())
+        tables.append(board.to_table())
         report["skills"] = board.to_json()
     measures: list[Measure] = []
     for task, path in plan:
         measures += measure_file(evaluator, runtime, task, path, settings.limit)
     if measures:
-        console.print(measures_table(measures, title=settings.model_path))
+        tables.append(measures_table(measures, title=settings.model_path))
         report["measures"] = measures_json(measures)
     report["seconds"] = round(time.perf_counter() - start, 1)
     if settings.output is not None:
-        write_json(settings.output, report)
+        write_json(settings.output, report)  # before anything is printed: a closed pipe must not lose it
+    for table in tables:
+        console.print(table)
+    if settings.output is not None:
         console.print(f"report written to {settings.output}")
     return 0
 
@@ -137,9 +154,17 @@ def plan_tasks(settings: EvalSettings) -> list[tuple[str, str]]:
 def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
     """Load the model, its adapter, its tokenizer and the reference."""
     loaded = load_for_use(settings.model_path, settings.adapter, settings.tokenizer_path, runtime.device, merge=False)
+    if loaded.notice:
+        make_console(stderr=True).print(loaded.notice)
     reference: ReferenceModel | None = None
     if settings.reference_path is not None:
-        reference = as_reference(load_for_use(settings.reference_path, device=runtime.device).model)
+        other = load_for_use(settings.reference_path, device=runtime.device)
+        if other.tokenizer != loaded.tokenizer:
+            raise ValueError(
+                f"{other.path} has another tokenizer than {loaded.path}; a reference must read the same tokens; "
+                "give the model that training started from"
+            )
+        reference = as_reference(other.model)
     elif has_lora(loaded.model):
         reference = _without_adapters(loaded.model)
     return Evaluator(
@@ -148,6 +173,7 @@ def build_evaluator(settings: EvalSettings, runtime: Runtime) -> Evaluator:
         engine=Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype),
         sampling=SamplingSettings(max_new_tokens=settings.max_new_tokens, temperature=0.0),
         tokens_per_batch=settings.batch_size,
+        document_start=loaded.document_start,
         reference=reference,
     )
 

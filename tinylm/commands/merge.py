@@ -49,15 +49,19 @@ def main(argv: list[str]) -> int:
     output = Path(settings.output_dir)
     _check_output(output, loaded.path)
     require_new(output / CONFIG, settings.overwrite, "output_dir")
-    save_model(output, merge_lora(loaded.model), loaded.tokenizer, merged_lineage(loaded.path))
+    save_model(output, merge_lora(loaded.model), loaded.tokenizer, merged_lineage(loaded.path, loaded.lineage))
     console = make_console()
     console.print(f"merged model: {output}", markup=False)
     print_next(console, f"talk to it: tinylm chat --model_path {quote(str(output))}")
     return 0
 
 
-def merged_lineage(adapter: Path) -> dict[str, Any]:
-    """All that the adapter was made from (data, settings, seed), and the same of its base model."""
+def merged_lineage(adapter: Path, lineage: dict[str, Any]) -> dict[str, Any]:
+    """All that the adapter was made from (data, settings, seed), and the same of its base model.
+
+    Args:
+        lineage: the adapter's, or that of its base if it has none.
+    """
     own, base = lineage_of(adapter), adapter_base(adapter)
     parent = {"path": str(adapter), "stage": own.get("stage"), "weights": own.get("base_fingerprint")}
     made = {name: value for name, value in own.items() if name != "base_fingerprint"}
@@ -65,6 +69,7 @@ def merged_lineage(adapter: Path) -> dict[str, Any]:
         **made,
         "stage": "merged",
         "parent": parent,
+        "document_start": bool(lineage.get("document_start")),
         "base": {"path": str(base), "lineage": lineage_of(base)},
         **code_version(),
     }

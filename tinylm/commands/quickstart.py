@@ -8,6 +8,7 @@ with settings for TinyWorld. Finished stages are skipped, interrupted stages are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -15,34 +16,43 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from tinylm.checkpoint.model_folder import load_model
 from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.commandline.exit_status import RERUN_ADVICE, run_main
 from tinylm.commandline.settings import parse_settings
-from tinylm.commandline.terminal import format_seconds, make_console, progress
-from tinylm.dataset import tinyworld
-from tinylm.evaluation.skills import MEAN, PERSONA, PERSONA_RIGHT, PREFERENCE, STORY_MEAN, WARM, Scoreboard, scoreboard
+from tinylm.commandline.terminal import format_seconds, make_console
+from tinylm.commands.quickstart_scores import (
+    Scores,
+    goals,
+    kept_scores,
+    measure,
+    score_key,
+    show_goals,
+    show_prompts,
+    show_sample_chats,
+)
 from tinylm.files.atomic import write_json
 from tinylm.files.untrusted import read_own_json
-from tinylm.generation.engine import Engine, SamplingSettings
-from tinylm.model.lora import unload_lora
-from tinylm.model.weights import weights_fingerprint
-from tinylm.system.cpu_parallel import num_cores
+from tinylm.system.runtime import DtypeName, Runtime, measured_matmul_flops, setup_runtime
 from tinylm.trainer import train_dpo, train_full_sft, train_lora, train_pretrain, train_tokenizer
 from tinylm.trainer.run.train_settings import TrainSettings
 
-SAMPLE_CHATS = (
-    "Hello, I am Ruby. Who are you?",
-    "Read this story. Tom and Mia were in Rome. Tom had a red kite. Tom gave the red kite to Mia.\n"
-    "Who has the red kite?",
-    "What is 12 plus 7?",
-)
+FULL_NUM_ITEMS = 100
+"""Held-out items per skill of a whole quickstart: the standard error of a skill's share is then at most 0.05."""
+SMALLEST_NUM_ITEMS = 10
+SHARES = {"tokenizer": 0.01, "pretrain": 0.38, "full_sft": 0.39, "lora": 0.06, "dpo": 0.05, "scoreboard": 0.11}
+"""Share of the time that each step takes, measured on two cores."""
+TOTAL_FLOPS = 9e13
+"""Operations of the whole quickstart: 3.6M tokens of training, at about 2e7 each, and what the scoreboard takes."""
+EXPECTED_MATMUL_SHARE = 0.6
+"""Share of the matmul speed that a run on two cores reached."""
+FEWEST_SECONDS = 60.0
+"""What a whole quickstart takes at least: a fast GPU waits for the small steps of a small model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +63,27 @@ class QuickstartSettings:
     """folder for everything: tokenizer, models, scoreboard"""
     scale: float = 1.0
     """share of the training data; 0.1 is a rehearsal of a few minutes"""
-    num_items: int = 100
-    """held-out items per skill on the scoreboard"""
+    num_items: int | None = None
+    """held-out items per skill on the scoreboard; unset: 100, with a scale below 1 in proportion, and at least 10"""
     seed: int = 42
     """seed of data, initialisation and order"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    dtype: str = "auto"
-    """precision of matrix products: auto, float32, bfloat16 or float16"""
+    dtype: DtypeName = "auto"
+    """precision of matrix products; auto is bfloat16 where the hardware has it, else float32"""
     chat: bool = True
-    """open a chat at the end if there is a terminal; else show three sample chats"""
+    """open a chat at the end if there is a terminal"""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 100:
             raise ValueError(f"scale is {self.scale}; expected more than 0 and at most 100; pass --scale 1")
-        if self.num_items < 1:
+        if self.num_items is not None and self.num_items < 1:
             raise ValueError(f"num_items is {self.num_items}; expected at least 1; pass --num_items 100")
+
+    @property
+    def items_per_skill(self) -> int:
+        """Held-out items per skill."""
+        return self.num_items or max(SMALLEST_NUM_ITEMS, round(min(1.0, self.scale) * FULL_NUM_ITEMS))
 
     def sized(self, count: int) -> int:
         """`count` documents, chats or pairs, scaled; at least 64."""
@@ -172,93 +187,126 @@ def finished_model(stage: str, settings: TrainSettings) -> Path | None:
     return folder if lineage.get("finished") and is_same else None
 
 
-def train_all(plan: Plan, console: Console) -> dict[str, Path]:
+class Journey:
+    """How far the whole is: the steps that are done, and the time that the others will take.
+
+    Args:
+        seconds: what the whole will take, estimated before the first step.
+        is_done: which steps an earlier call has done.
+    """
+
+    def __init__(self, console: Console, seconds: float, is_done: dict[str, bool]) -> None:
+        self.console = console
+        self.seconds = seconds
+        self.done = [step for step, done in is_done.items() if done]
+        self.timed: dict[str, float] = {}
+
+    @property
+    def seconds_left(self) -> float:
+        """Time for the steps that are not done, at the speed of those that this call did."""
+        share = sum(SHARES[step] for step in self.timed)
+        whole = sum(self.timed.values()) / share if share >= 0.05 else self.seconds  # the first step says little
+        return whole * (sum(SHARES.values()) - sum(SHARES[step] for step in self.done))
+
+    def say_start(self, runtime: Runtime, output_dir: str) -> None:
+        """One line: what will happen, and how long it will take."""
+        device = f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}"
+        left = (
+            "nothing is left to do" if len(self.done) == len(SHARES) else f"about {format_seconds(self.seconds_left)}"
+        )
+        self.console.print(f"{', '.join(SHARES)} in {output_dir}: {left} ({device})", markup=False)
+        self.console.print("Ctrl-C stops it; the same command continues where it stopped\n")
+
+    def run(self, step: str, function: Callable[[], Any]) -> Any:
+        """Do a step, under a heading that says how far the whole is."""
+        number = f"{list(SHARES).index(step) + 1}/{len(SHARES)}"
+        share = sum(SHARES[done] for done in self.done)
+        left = format_seconds(self.seconds_left)
+        self.console.rule(f"{number} {step} · {share:.0%} of the whole is done, about {left} left", align="left")
+        started = time.perf_counter()
+        result = function()
+        self.timed[step] = time.perf_counter() - started
+        self.done.append(step)
+        return result
+
+    def skip(self, step: str, where: object) -> None:
+        """Say that an earlier call has done a step."""
+        number = f"{list(SHARES).index(step) + 1}/{len(SHARES)}"
+        self.console.print(f"{number} {step}: already done, {where}", markup=False)
+
+
+def expected_seconds(settings: QuickstartSettings, runtime: Runtime) -> float:
+    """Time for the whole on this machine, from its measured speed."""
+    seconds = TOTAL_FLOPS / (EXPECTED_MATMUL_SHARE * measured_matmul_flops(runtime))
+    return settings.scale * max(FEWEST_SECONDS, seconds)
+
+
+def train_all(plan: Plan, journey: Journey) -> dict[str, Path]:
     """Run the stages that are not finished; returns the folder of each stage's model."""
-    if (Path(plan.tokenizer.output_dir) / "tokenizer.json").exists():
-        console.print("[bold]1/5 tokenizer[/bold]: already done")
+    if "tokenizer" in journey.done:
+        journey.skip("tokenizer", plan.tokenizer.output_dir)
     else:
-        console.rule("1/5 tokenizer", align="left")
-        train_tokenizer.train(plan.tokenizer)
+        journey.run("tokenizer", partial(train_tokenizer.train, plan.tokenizer))
     stages: list[tuple[str, TrainSettings, Callable[[Any], Path]]] = [
         ("pretrain", plan.pretrain, train_pretrain.train),
         ("full_sft", plan.full_sft, train_full_sft.train),
         ("lora", plan.lora, train_lora.train),
         ("dpo", plan.dpo, train_dpo.train),
     ]
-    folders = {}
-    for number, (stage, settings, train) in enumerate(stages, start=2):
+    folders: dict[str, Path] = {}
+    for stage, settings, train in stages:
         if folder := finished_model(stage, settings):
-            console.print(f"[bold]{number}/5 {stage}[/bold]: already done, {folder}")
+            journey.skip(stage, folder)
+            folders[stage] = folder
         else:
-            console.rule(f"{number}/5 {stage}", align="left")
             has_state = any(Path(settings.output_dir).glob(f"{stage}_*_state/step_*"))
-            folder = train(dataclasses.replace(settings, resume=has_state))
-        folders[stage] = folder
+            folders[stage] = journey.run(stage, partial(train, dataclasses.replace(settings, resume=has_state)))
     return folders
 
 
-def measure(folders: dict[str, Path], num_items: int, console: Console) -> tuple[Scoreboard, bool]:
-    """(the scoreboard of all models, whether the adapter's base has the same bits as before)."""
-    columns = {"base": "pretrain", "SFT": "full_sft", "LoRA": "lora", "DPO": "dpo"}
-    models = {name: load_model(folders[stage]) for name, stage in columns.items()}
-    engines = {name: Engine(model, tokenizer) for name, (model, tokenizer, _) in models.items()}
-    greedy = SamplingSettings(temperature=0.0, max_new_tokens=80)
-    with progress(console, "scoreboard") as show:
-        board = scoreboard(
-            engines,
-            tinyworld,
-            greedy,
-            reference="SFT",
-            num_items=num_items,
-            at_once=min(len(engines), num_cores(engines["SFT"].compute_model.device)),
-            progress=lambda name, done, total: show(f"{name}, skill {done} of {total}"),
+def is_done(plan: Plan, report: Path, num_items: int, runtime: Runtime) -> dict[str, bool]:
+    """Which steps an earlier call has done."""
+    folders = {
+        "pretrain": finished_model("pretrain", plan.pretrain),
+        "full_sft": finished_model("full_sft", plan.full_sft),
+        "lora": finished_model("lora", plan.lora),
+        "dpo": finished_model("dpo", plan.dpo),
+    }
+    models = {stage: folder for stage, folder in folders.items() if folder}
+    is_scored = len(models) == len(folders) and kept_scores(report, score_key(models, num_items, runtime)) is not None
+    return {
+        "tokenizer": (Path(plan.tokenizer.output_dir) / "tokenizer.json").exists(),
+        **{stage: stage in models for stage in folders},
+        "scoreboard": is_scored,
+    }
+
+
+def score_all(
+    settings: QuickstartSettings, folders: dict[str, Path], runtime: Runtime, journey: Journey
+) -> tuple[Scores, dict[str, Any]]:
+    """(the scores, the report's part on them), measured unless the report holds them for exactly these models."""
+    report = Path(settings.output_dir) / "scoreboard.json"
+    key = score_key(folders, settings.items_per_skill, runtime)
+    if scores := kept_scores(report, key):
+        journey.skip("scoreboard", report)
+    else:
+        scores = journey.run(
+            "scoreboard", partial(measure, folders, settings.items_per_skill, runtime, journey.console)
         )
-    untouched = weights_fingerprint(models["SFT"][0]) == weights_fingerprint(unload_lora(models["LoRA"][0]))
-    return board, untouched
+    return scores, {"key": key, "goals": goals(scores), **scores.to_json()}
 
 
-def bars(board: Scoreboard, untouched: bool) -> list[tuple[str, str, str, bool]]:
-    """(what, measured, wanted, met) for each bar that the quickstart promises to reach."""
-
-    def value(column: str, row: str) -> float:
-        found = board.value(column, row)
-        assert found is not None
-        return found
-
-    worst = min(board.columns["SFT"].accuracy, key=board.columns["SFT"].accuracy.__getitem__)
-    checks = [
-        ("SFT: mean of skills", value("SFT", MEAN), 0.85, ">="),
-        (f"SFT: weakest skill ({worst})", value("SFT", worst), 0.60, ">="),
-        ("SFT: story questions", value("SFT", STORY_MEAN), 0.75, ">="),
-        ("LoRA: replies in persona", value("LoRA", PERSONA), 0.95, ">="),
-        ("LoRA: points lost, persona aside", value("SFT", MEAN) - value("LoRA", PERSONA_RIGHT), 0.03, "<="),
-        ("DPO: held-out pairs preferred", value("DPO", PREFERENCE), 0.90, ">="),
-        ("DPO: warm replies before", value("SFT", WARM), 0.50, "<"),
-        ("DPO: warm replies after", value("DPO", WARM), 0.85, ">="),
-        ("DPO: points lost", value("SFT", MEAN) - value("DPO", MEAN), 0.03, "<="),
-    ]
-    compare = {">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b + 1e-9, "<": lambda a, b: a < b}
-    rows = [(what, f"{got:.1%}", f"{sign} {bar:.0%}", compare[sign](got, bar)) for what, got, bar, sign in checks]
-    return [*rows, ("LoRA: base weights bit-identical without it", "yes" if untouched else "no", "yes", untouched)]
-
-
-def show_bars(rows: list[tuple[str, str, str, bool]], console: Console) -> None:
-    """Print the bars, and whether this run met them."""
-    table = Table("bar", "measured", "wanted", "", title="what the quickstart aims at", title_justify="left")
-    for what, got, wanted, met in rows:
-        table.add_row(what, got, wanted, "[green]met[/green]" if met else "[red]missed[/red]")
-    console.print(table)
-
-
-def show_sample_chats(folder: Path, console: Console) -> None:
-    """Print three questions and the model's replies."""
-    model, tokenizer, _ = load_model(folder)
-    engine = Engine(model, tokenizer)
-    for question in SAMPLE_CHATS:
-        reply = engine.reply(
-            [{"role": "user", "content": question}], SamplingSettings(temperature=0.0, max_new_tokens=80)
-        )
-        console.print(f"  you: {question}\n  model: {reply}\n", markup=False)
+def write_report(out: Path, scores: Scores, parts: dict[str, Any], journey: Journey) -> None:
+    """Write scoreboard.json and scoreboard.md, unless this call did nothing."""
+    if not journey.timed:
+        return
+    seconds = {step: round(value, 1) for step, value in journey.timed.items()}
+    with contextlib.suppress(OSError, ValueError):  # no report yet
+        before = read_own_json(out / "scoreboard.json").get("seconds")
+        seconds = {**before, **seconds} if isinstance(before, dict) else seconds
+    machine = {"machine": platform.machine(), "processor": platform.processor() or platform.machine()}
+    write_json(out / "scoreboard.json", {**machine, "seconds": seconds, **parts})
+    (out / "scoreboard.md").write_text(scores.board.to_markdown() + "\n", encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:
@@ -267,37 +315,30 @@ def main(argv: list[str]) -> int:
     settings = parse_settings(QuickstartSettings, argv, "tinylm quickstart", description)
     console = make_console()
     claim_folder(settings)
-    started = time.perf_counter()
-    folders = train_all(make_plan(settings), console)
-    trained = time.perf_counter() - started
-    console.rule("scoreboard", align="left")
-    board, untouched = measure(folders, settings.num_items, console)
-    rows = bars(board, untouched)
-    console.print(board.to_table())
-    show_bars(rows, console)
+    runtime = setup_runtime(settings.device, settings.dtype)
+    plan, out = make_plan(settings), Path(settings.output_dir)
+    done = is_done(plan, out / "scoreboard.json", settings.items_per_skill, runtime)
+    journey = Journey(console, expected_seconds(settings, runtime), done)
+    journey.say_start(runtime, settings.output_dir)
+    if settings.items_per_skill != FULL_NUM_ITEMS:
+        console.print(f"the scoreboard asks {settings.items_per_skill} held-out items per skill, not {FULL_NUM_ITEMS}")
+    folders = train_all(plan, journey)
+    scores, parts = score_all(settings, folders, runtime, journey)
+    write_report(out, scores, parts, journey)
+    console.print(scores.board.to_table())
+    show_goals(parts["goals"], console)
     if settings.scale < 1:
         console.print(f"this run used {settings.scale:.0%} of the data; the goals are meant for all of it")
-    seconds = time.perf_counter() - started
-    out = Path(settings.output_dir)
-    report = {
-        "machine": platform.machine(),
-        "processor": platform.processor() or platform.machine(),
-        "seconds_training": round(trained),
-        "seconds": round(seconds),
-        "bars": [{"what": what, "measured": got, "wanted": wanted, "met": met} for what, got, wanted, met in rows],
-        "scoreboard": board.to_json(),
-    }
-    write_json(out / "scoreboard.json", report)
-    (out / "scoreboard.md").write_text(board.to_markdown() + "\n", encoding="utf-8")
-    console.print(f"{format_seconds(seconds)} in all; scoreboard in {out / 'scoreboard.json'}", markup=False)
-    chat = ["--model_path", str(folders["dpo"])]
-    console.print(f"talk to it:             tinylm chat --model_path {folders['dpo']}", markup=False)
-    console.print(f"talk to {tinyworld.PERSONA_NAME}:    tinylm chat --model_path {folders['lora']}\n", markup=False)
+    if journey.timed:
+        console.print(
+            f"{format_seconds(sum(journey.timed.values()))} in all; scoreboard in {out}/scoreboard.json\n", markup=False
+        )
+    show_sample_chats(scores.board, console)
+    show_prompts(scores.prompts, {stage: str(out / stage) for stage in folders}, console)
     if settings.chat and sys.stdin.isatty() and sys.stdout.isatty():
         from tinylm.commands.chat import main as chat_main
 
-        return chat_main(chat)
-    show_sample_chats(folders["dpo"], console)
+        return chat_main(["--model_path", str(folders["dpo"])])
     return 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from tinylm.checkpoint.model_folder import adapter_base, load_model
 from tinylm.checkpoint.model_path import resolve_model_path
@@ -167,13 +167,13 @@ def main(argv: list[str]) -> int:
         if folder.is_file():
             raise ValueError(f"{folder} is a file without a manifest; only folders that tinylm wrote can be verified")
         findings = list(verify_folder(folder))
-    console.print(f"[bold]{escape(str(folder))}[/bold]")
-    marks = {True: "[green]ok[/green]         ", False: "[red]failed[/red]     ", None: "[yellow]not checked[/yellow]"}
+    console.print(str(folder), style="bold")
+    marks = {True: ("ok         ", "green"), False: ("failed     ", "red"), None: ("not checked", "yellow")}
     for finding in findings:
-        console.print(f"  {marks[finding.is_right]}  {finding.what:<13}  {escape(finding.text)}")
+        console.print(Text.assemble("  ", marks[finding.is_right], f"  {finding.what:<13}  {finding.text}"))
     if (folder / "lineage.json").is_file():
         for name, value in show_lineage(read_own_json(folder / "lineage.json")):
-            console.print(f"  [dim]{name:<10}[/dim]  {escape(value)}")
+            console.print(Text.assemble("  ", (f"{name:<10}", "dim"), f"  {value}"))
     return 1 if any(finding.is_right is False for finding in findings) else 0
 
 

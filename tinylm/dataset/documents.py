@@ -17,7 +17,7 @@ from tinylm.tokenizer.chat_template import Message, chat_turns
 
 Turn = tuple[list[int], list[bool]]
 
-WHOLE, CUT, DROPPED = "whole", "cut", "dropped"
+WHOLE, CUT, DROPPED, EQUAL = "whole", "cut", "dropped", "equal"
 
 MIN_ANSWER_SHARE = 0.5
 """Share of a row that is reserved for the answers of a pair that is too long; its prompt is cut first. DPO learns only
@@ -55,6 +55,15 @@ class Documents:
     def num_targets(self) -> int:
         """Tokens to predict. A document's first token is never one of them."""
         return int(np.count_nonzero(self.is_target))
+
+    def select(self, indices: Sequence[int]) -> Documents:
+        """The documents with these numbers, in this order."""
+        spans = [(int(self.offsets[i]), int(self.offsets[i + 1])) for i in indices]
+        offsets = np.cumsum([0, *(stop - start for start, stop in spans)], dtype=np.int64)
+        empty = self.ids[:0], self.is_target[:0]
+        parts = [(self.ids[start:stop], self.is_target[start:stop]) for start, stop in spans] or [empty]
+        ids, is_target = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Documents(ids, is_target, offsets)
 
     @classmethod
     def join(cls, turns: Sequence[Turn]) -> Documents:
@@ -127,10 +136,13 @@ def fit_pair(
     are equal.
 
     Returns:
-        chosen (ids, mask), rejected (ids, mask), and WHOLE, CUT or DROPPED (then both are empty).
+        chosen (ids, mask), rejected (ids, mask), and WHOLE, CUT, DROPPED or EQUAL (then both are empty): the answers
+        do not differ, so there is nothing to learn.
     """
     limit = row_length + 1
     answers = [flatten(turns) for turns in (chosen, rejected)]
+    if answers[0] == answers[1]:
+        return ([], []), ([], []), EQUAL
     wanted = max(len(ids) for ids, _ in answers)
     kept_for_answers = min(wanted, int(limit * MIN_ANSWER_SHARE))
     sizes = [len(ids) for ids, _ in prompt]
@@ -159,7 +171,7 @@ def encode_chats(tokenizer: Any, row_length: int, chats: Sequence[list[Message]]
 
 def encode_pairs(tokenizer: Any, row_length: int, pairs: Sequence[PreferencePair]) -> tuple[Documents, list[str]]:
     """Tokenise pairs and fit them into rows. There is one outcome per pair; documents 2i and 2i + 1 are the chosen and
-    the rejected answer of pair i of those that were not dropped."""
+    the rejected answer of pair i of those that are kept."""
     turns: list[Turn] = []
     outcomes = []
     for prompt, chosen, rejected in pairs:
@@ -167,6 +179,6 @@ def encode_pairs(tokenizer: Any, row_length: int, pairs: Sequence[PreferencePair
         parts = encoded[0][: len(prompt)], encoded[0][len(prompt) :], encoded[1][len(prompt) :]
         good, bad, outcome = fit_pair(*parts, row_length)
         outcomes.append(outcome)
-        if outcome != DROPPED:
+        if outcome in (WHOLE, CUT):
             turns += [good, bad]
     return Documents.join(turns), outcomes

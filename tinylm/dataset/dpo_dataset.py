@@ -19,6 +19,7 @@ from tinylm.dataset.packing import pack_rows
 from tinylm.dataset.rows import Batch, build_row, collate_rows
 from tinylm.dataset.sft_dataset import Outcomes, documents_fingerprint, encode_all
 from tinylm.dataset.sources.record_shapes import PreferencePair
+from tinylm.dataset.splits import hold_out_items
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class DPODataset:
     """
 
     unit = "pairs"
+
+    items = "pairs"
 
     def __init__(self, documents: Documents, max_seq_len: int, outcomes: Outcomes, pad_id: int = 0) -> None:
         assert len(documents) % 2 == 0
@@ -72,6 +75,15 @@ class DPODataset:
         """
         documents, outcomes = encode_all(encode_pairs, preferences, tokenizer, max_seq_len, num_processes, progress)
         return cls(documents, max_seq_len, outcomes, tokenizer.pad_id)
+
+    def split(self, fraction: float, seed: int) -> tuple[DPODataset, DPODataset | None]:
+        """(training, validation) parts, by pair; see `hold_out_items`. Only pairs that can be learnt are held out."""
+        train, held = hold_out_items(range(len(self)), fraction, seed)
+        if not held:
+            return self, None
+        parts = (self.documents.select([2 * i + side for i in part for side in (0, 1)]) for part in (train, held))
+        first, second = (DPODataset(part, self.max_seq_len, self.outcomes, self.pad_id) for part in parts)
+        return first, second
 
     def __len__(self) -> int:
         return len(self.documents) // 2

@@ -1,4 +1,8 @@
-"""Pretraining data: running text in rows of equal length. Every token but a document's first is scored once."""
+"""Pretraining data: running text in rows of equal length. Every token of a document is scored once.
+
+A document begins with <|endoftext|>, as in GPT-2, so that its first token is predicted from something, too, and a
+model can write a text from nothing. The shards hold what follows it; it is put in front where rows are made.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.dataset.packing import RunningTextPacking
+from tinylm.dataset.packing import RunningTextPacking, Segment
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
 from tinylm.dataset.shards.shard_cache import cached_token_shards
+from tinylm.dataset.shards.shared_cache import SharedCache
 from tinylm.dataset.shards.token_shards import TokenShards, tokenize_texts
 from tinylm.dataset.sources.finding import find_sources
 from tinylm.dataset.sources.records import BadRows
@@ -39,9 +44,11 @@ class PretrainDataset:
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.starts, self.lengths = (shards.offsets[:-1], shards.lengths) if spans is None else spans
-        self.packing = RunningTextPacking(self.lengths, max_seq_len)
+        # 1 for each span that begins a document, which <|endoftext|> precedes; 0 for the rest of one, or for no text.
+        self.begins = (np.isin(self.starts, shards.offsets[:-1]) & (self.lengths > 1)).astype(np.int64)
+        self.packing = RunningTextPacking(self.lengths + self.begins, max_seq_len)
         if len(self.packing) == 0:
-            raise ValueError("the text has fewer than two tokens; expected more; add data")
+            raise ValueError("the text has no token; expected some; add data")
         self.width = min(max_seq_len, self.packing.num_positions)
 
     @classmethod
@@ -52,7 +59,7 @@ class PretrainDataset:
     def split(self, validation_fraction: float, seed: int) -> tuple[PretrainDataset, PretrainDataset | None]:
         """(training, validation) parts of a corpus, by document; see `hold_out_documents`."""
         train, held = hold_out_documents(self.shards.lengths, validation_fraction, seed)
-        if held[1].sum() < 2:
+        if not (held[1] > 1).any():  # a document of one token has no target
             return self, None
         return tuple(PretrainDataset(self.shards, self.tokenizer, self.max_seq_len, part) for part in (train, held))  # type: ignore[return-value]
 
@@ -73,15 +80,17 @@ class PretrainDataset:
     def num_bytes(self) -> int:
         """UTF-8 bytes of the text that is scored: bits per byte = loss_sum / ln 2 / num_bytes.
 
-        Two tokens of a document do not count: the first, which is not a target, and <|endoftext|>, which is not text.
+        <|endoftext|> is a target but not text. The first token of the rest of a document is text but not a target.
         """
         sizes = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
         for token_id in range(self.tokenizer.vocab_size):
             if token_id not in self.tokenizer.special_ids:
                 sizes[token_id] = len(self.tokenizer.token_bytes(token_id))
         total = 0
-        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
-            total += int(sizes[self.shards.tokens[start + 1 : start + length]].sum())
+        for start, length, begins in zip(
+            self.starts.tolist(), self.lengths.tolist(), self.begins.tolist(), strict=True
+        ):
+            total += int(sizes[self.shards.tokens[start + 1 - begins : start + length]].sum())
         return total
 
     @property
@@ -92,19 +101,21 @@ class PretrainDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when any token, the choice of documents or a row boundary changes."""
-        digest = hashlib.sha256(f"pretrain {self.shards.fingerprint} {self.max_seq_len}".encode())
+        digest = hashlib.sha256(f"pretrain, opened {self.shards.fingerprint} {self.max_seq_len}".encode())
         for array in (self.starts, self.lengths):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()[:16]
 
     def row(self, index: int) -> Row:
         """Row `index`: the segments of documents in it, side by side. Positions restart in each segment."""
-        segments = self.packing.row(index)
-        starts = [int(self.starts[segment.document]) for segment in segments]
-        return build_row(
-            (self.shards.tokens[start + segment.start : start + segment.stop], None)
-            for start, segment in zip(starts, segments, strict=True)
-        )
+        return build_row((self._tokens(segment), None) for segment in self.packing.row(index))
+
+    def _tokens(self, segment: Segment) -> np.ndarray:
+        """The tokens of a segment; its places count the <|endoftext|> in front of a document."""
+        begins, start = int(self.begins[segment.document]), int(self.starts[segment.document])
+        first = start + segment.start - begins
+        stored = self.shards.tokens[max(start, first) : start + segment.stop - begins]
+        return stored if first >= start else np.concatenate(([self.tokenizer.endoftext_id], stored))
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Stack rows into a batch of `max_seq_len` positions. Only the last row of the corpus has filler."""
@@ -115,7 +126,7 @@ def load_pretrain_data(
     data_path: str,
     tokenizer: Any,
     max_seq_len: int,
-    cache_dir: str | Path,
+    own_folder: str | Path,
     validation_path: str | None = None,
     validation_fraction: float = 0.01,
     seed: int = 0,
@@ -123,24 +134,29 @@ def load_pretrain_data(
     num_processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
+    cache: SharedCache | None = None,
+    resume: bool = False,
 ) -> tuple[PretrainDataset, PretrainDataset | None]:
     """Training and validation data from files, tokenised once and cached.
 
-    Several processes may call it at the same time; those with the same `cache_dir` share the work.
+    Several processes may call it at the same time; those with the same cache, or the same `own_folder`, share the work.
 
     Args:
         data_path: files of {"text"} records, as for `find_files`.
-        cache_dir: where the token shards are kept.
+        own_folder: where the token shards are kept if there is no cache or it cannot be used.
         validation_path: held-out files; without it, `validation_fraction` of the data is held out (0 for none).
         seed: chooses which documents are held out.
         progress: called with (documents, tokens) while tokenising.
-        notice: called with a line about each damaged shard, which is then made again.
+        notice: called with a line about each damaged shard, which is then made again, and about the cache.
+        cache: where the token shards of all runs are kept.
+        resume: also use the shards that an earlier version made in `own_folder`.
     """
+    options: dict[str, Any] = {"notice": notice, "cache": cache, "resume": resume}
     if validation_path is not None:
         find_sources(validation_path)  # a wrong path is an error before the training data is tokenised
-    shards = cached_token_shards(data_path, tokenizer, cache_dir, bad_rows, num_processes, progress, notice)
+    shards = cached_token_shards(data_path, tokenizer, own_folder, bad_rows, num_processes, progress, **options)
     whole = PretrainDataset(shards, tokenizer, max_seq_len)
     if validation_path is None:
         return whole.split(validation_fraction, seed)
-    held = cached_token_shards(validation_path, tokenizer, cache_dir, bad_rows, num_processes, progress, notice)
+    held = cached_token_shards(validation_path, tokenizer, own_folder, bad_rows, num_processes, progress, **options)
     return whole, PretrainDataset(held, tokenizer, max_seq_len)

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.dataset.documents import CUT, DROPPED, Documents, encode_chats
+from tinylm.dataset.documents import CUT, DROPPED, EQUAL, Documents, encode_chats
 from tinylm.dataset.packing import WholePacking, check_row_length, pack_rows
 from tinylm.dataset.rows import Batch, Row, build_row, collate_rows
 from tinylm.dataset.shards.tokenizing import available_cores, chunked, process_map
+from tinylm.dataset.splits import hold_out_items
 from tinylm.tokenizer.chat_template import Message
 
 CHUNK_SIZE = 2_000
@@ -34,7 +35,9 @@ class Outcomes:
     num_cut: int
     """They were longer than `max_seq_len`."""
     num_dropped: int
-    """They have no answer token that fits into `max_seq_len`, or nothing to learn from."""
+    """They have no answer token that fits into `max_seq_len`."""
+    num_equal: int = 0
+    """Pairs whose two answers are equal; they are dropped too."""
 
 
 def encode_all(
@@ -67,11 +70,20 @@ def encode_all(
                 progress(len(outcomes))
     documents = Documents.concatenate(parts)
     if len(documents) == 0:
-        raise ValueError(
-            f"none of the {len(outcomes)} conversations has an answer that fits into {max_seq_len} tokens; "
-            "expected at least one; raise --max_seq_len or check the data"
-        )
-    return documents, Outcomes(len(outcomes), outcomes.count(CUT), outcomes.count(DROPPED))
+        raise ValueError(_why_none(outcomes, max_seq_len))
+    return documents, Outcomes(len(outcomes), *(outcomes.count(outcome) for outcome in (CUT, DROPPED, EQUAL)))
+
+
+def _why_none(outcomes: list[str], max_seq_len: int) -> str:
+    """The error for data of which nothing can be learnt."""
+    equal = outcomes.count(EQUAL)
+    if equal == len(outcomes) > 0:
+        return f"chosen and rejected are equal in all {equal} pairs; expected two different answers; correct the data"
+    before = f"chosen and rejected are equal in {equal} pairs, and " if equal else ""
+    return (
+        f"{before}none of the {len(outcomes) - equal} {'others' if equal else 'conversations'} has an answer that fits "
+        f"into {max_seq_len} tokens; expected at least one; raise --max_seq_len or check the data"
+    )
 
 
 def documents_fingerprint(kind: str, documents: Documents, max_seq_len: int) -> str:
@@ -93,6 +105,8 @@ class SFTDataset:
     """
 
     unit = "rows"
+
+    items = "chats"
 
     def __init__(self, documents: Documents, max_seq_len: int, outcomes: Outcomes, pad_id: int = 0) -> None:
         self.documents = documents
@@ -125,6 +139,15 @@ class SFTDataset:
         """
         documents, outcomes = encode_all(encode_chats, conversations, tokenizer, max_seq_len, num_processes, progress)
         return cls(documents, max_seq_len, outcomes, tokenizer.pad_id)
+
+    def split(self, fraction: float, seed: int) -> tuple[SFTDataset, SFTDataset | None]:
+        """(training, validation) parts, by chat; see `hold_out_items`. Only chats that can be learnt are held out."""
+        train, held = hold_out_items(range(len(self.documents)), fraction, seed)
+        if not held:
+            return self, None
+        parts = (self.documents.select(numbers) for numbers in (train, held))
+        first, second = (SFTDataset(part, self.max_seq_len, self.outcomes, self.pad_id) for part in parts)
+        return first, second
 
     def __len__(self) -> int:
         return len(self.packing)

@@ -18,7 +18,9 @@ from tinylm.evaluation.results import Measure, ratio_and_error
 from tinylm.evaluation.sequence_logprob import (
     TOKENS_PER_BATCH,
     Progress,
+    TokenIds,
     continuation_logprobs,
+    opened,
     perplexity,
 )
 
@@ -66,22 +68,23 @@ def text_loss(
     model: Any,
     tokenizer: Any,
     texts: Sequence[str],
+    document_start: TokenIds,
     *,
     window: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> LossReport:
-    """Loss over whole texts of any length, each opened by `<|endoftext|>`.
+    """Loss over whole texts of any length, each after `document_start` (see `opened`).
 
     A text longer than the window is scored in sliding windows: each token once, with at least half a window
     of context. Empty texts are left out.
     """
     texts = [text for text in texts if text]
-    requests = [([tokenizer.endoftext_id], ids) for ids in tokenizer.encode_batch(list(texts))]
+    requests = [opened(ids, document_start) for ids in tokenizer.encode_batch(list(texts))]
     scores = continuation_logprobs(model, requests, window=window, tokens_per_batch=tokens_per_batch, progress=progress)
     nats = [-score.logprob for score in scores]
     tokens = [score.num_tokens for score in scores]
-    sizes = [len(text.encode("utf-8")) for text in texts]
+    sizes = [sum(len(tokenizer.token_bytes(token_id)) for token_id in ids) for _, ids in requests]
     _, loss_error = ratio_and_error(nats, tokens)
     _, nats_per_byte_error = ratio_and_error(nats, sizes)
     bits_error = None if nats_per_byte_error is None else nats_per_byte_error / math.log(2)

@@ -26,6 +26,9 @@ DEFAULT_MAX_NEW_TOKENS = 256
 class LMEvalRequests:
     """The harness's three kinds of request, answered by one of our models. Needs no harness itself.
 
+    A text follows what documents began with when the model was trained (`engine.document_start`). Without a context,
+    it follows <|endoftext|> in any case.
+
     Each request has `.args`: (context, continuation), (text,) or (context, generation settings).
     """
 
@@ -44,7 +47,7 @@ class LMEvalRequests:
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log P(text) in nats for each request, in sliding windows where a text is long."""
         texts = [request.args[0] for request in requests]
-        pairs = [([self.tokenizer.endoftext_id], ids) for ids in self.tokenizer.encode_batch(texts)]
+        pairs = [(self._begun([]), ids) for ids in self.tokenizer.encode_batch(texts)]
         scores = continuation_logprobs(self.model, pairs, tokens_per_batch=self.tokens_per_batch)
         return [score.logprob for score in scores]
 
@@ -55,9 +58,7 @@ class LMEvalRequests:
             groups.setdefault(sampling_settings(request.args[1]), []).append(index)
         texts = [""] * len(requests)
         for settings, indices in groups.items():
-            prompts = [
-                [self.tokenizer.endoftext_id, *self.tokenizer.encode(requests[index].args[0])] for index in indices
-            ]
+            prompts = [self._begun(self.tokenizer.encode(requests[index].args[0])) for index in indices]
             answers = self.engine.generate_batch(prompts, settings)
             for index, ids in zip(indices, answers, strict=True):
                 texts[index] = cut_at(self.tokenizer.decode(ids), stop_strings(requests[index].args[1]))
@@ -73,7 +74,10 @@ class LMEvalRequests:
         continuation = context[len(stripped) :] + continuation
         whole = self.tokenizer.encode(stripped + continuation)
         split = min(len(self.tokenizer.encode(stripped)), len(whole) - 1)
-        return [self.tokenizer.endoftext_id, *whole[:split]], whole[split:]
+        return self._begun(whole[:split]), whole[split:]
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        return [*self.engine.document_start, *ids] or [self.tokenizer.endoftext_id]
 
 
 def sampling_settings(options: dict[str, Any]) -> SamplingSettings:
@@ -121,7 +125,7 @@ def make_lm_eval_model(
 
     runtime = setup_runtime(device, dtype)
     loaded = load_for_use(model_path, device=runtime.device)
-    engine = Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype)
+    engine = Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype, loaded.document_start)
 
     class TinyLMForLMEval(LMEvalRequests, LM):
         """Requests answered by ours, everything else inherited from the harness."""

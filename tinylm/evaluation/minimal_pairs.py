@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinylm.evaluation.results import Measure, measure_of
-from tinylm.evaluation.sequence_logprob import TOKENS_PER_BATCH, Progress, continuation_logprobs
+from tinylm.evaluation.sequence_logprob import TOKENS_PER_BATCH, Progress, TokenIds, continuation_logprobs, opened
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,13 @@ def minimal_pair_accuracy(
     model: Any,
     tokenizer: Any,
     pairs: Iterable[MinimalPair],
+    document_start: TokenIds,
     *,
     limit_per_set: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> MinimalPairReport:
-    """Compare summed log-probabilities of both sentences, each after `<|endoftext|>`.
+    """Compare summed log-probabilities of both sentences, each after `document_start` (see `opened`).
 
     Args:
         limit_per_set: take only the first so many pairs of each set.
@@ -62,7 +63,7 @@ def minimal_pair_accuracy(
         if limit_per_set is None or counts[pair.set] <= limit_per_set:
             chosen.append(pair)
     sentences = [sentence for pair in chosen for sentence in (pair.good, pair.bad)]
-    requests = [([tokenizer.endoftext_id], ids) for ids in tokenizer.encode_batch(sentences)]
+    requests = [opened(ids, document_start) for ids in tokenizer.encode_batch(sentences)]
     scores = continuation_logprobs(model, requests, tokens_per_batch=tokens_per_batch, progress=progress)
     points: dict[str, list[float]] = {}
     for index, pair in enumerate(chosen):

@@ -18,6 +18,7 @@ from tinylm.evaluation.sequence_logprob import (
     TOKENS_PER_BATCH,
     Progress,
     Score,
+    TokenIds,
     continuation_logprobs,
     perplexity,
 )
@@ -95,15 +96,19 @@ def continuation_scores(
     model: Any,
     tokenizer: Any,
     pairs: Sequence[tuple[str, str]],
+    document_start: TokenIds,
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> list[Score]:
-    """Score texts (context, continuation); each context is opened by `<|endoftext|>`."""
+    """Score texts (context, continuation), each context after `document_start`.
+
+    An empty context is `<|endoftext|>`, whether or not the model has seen a document begin with it.
+    """
     contexts = tokenizer.encode_batch([context for context, _ in pairs])
     continuations = tokenizer.encode_batch([continuation for _, continuation in pairs])
-    opened = [[tokenizer.endoftext_id, *ids] for ids in contexts]
-    requests = list(zip(opened, continuations, strict=True))
+    whole = [[*document_start, *ids] or [tokenizer.endoftext_id] for ids in contexts]
+    requests = list(zip(whole, continuations, strict=True))
     return continuation_logprobs(model, requests, tokens_per_batch=tokens_per_batch, progress=progress)
 
 
@@ -111,13 +116,16 @@ def multiple_choice_accuracy(
     model: Any,
     tokenizer: Any,
     questions: Sequence[ChoiceQuestion],
+    document_start: TokenIds,
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> ChoiceReport:
     """Accuracy by summed and by per-byte log-probability. Among tied choices the first is taken."""
     pairs = [join_query(question.query, choice) for question in questions for choice in question.choices]
-    scores = continuation_scores(model, tokenizer, pairs, tokens_per_batch=tokens_per_batch, progress=progress)
+    scores = continuation_scores(
+        model, tokenizer, pairs, document_start, tokens_per_batch=tokens_per_batch, progress=progress
+    )
     by_sum, by_byte, position = [], [], 0
     for question in questions:
         sums = [score.logprob for score in scores[position : position + len(question.choices)]]
@@ -136,6 +144,7 @@ def last_word_accuracy(
     model: Any,
     tokenizer: Any,
     passages: Sequence[tuple[str, str]],
+    document_start: TokenIds,
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
@@ -146,5 +155,7 @@ def last_word_accuracy(
     leaves the word's path at its first difference.
     """
     pairs = [(context.rstrip(), " " + word.strip()) for context, word in passages]
-    scores = continuation_scores(model, tokenizer, pairs, tokens_per_batch=tokens_per_batch, progress=progress)
+    scores = continuation_scores(
+        model, tokenizer, pairs, document_start, tokens_per_batch=tokens_per_batch, progress=progress
+    )
     return LastWordReport([float(score.is_greedy) for score in scores], [score.logprob for score in scores])

@@ -62,7 +62,7 @@ def continuation_logprobs(
     """Score each continuation given its context; requests are pairs (context ids, continuation ids).
 
     Raises:
-        ValueError: a context is empty; give at least `<|endoftext|>`, the token that opens every document.
+        ValueError: a context is empty; give at least `<|endoftext|>`, the token that begins a document.
     """
     sequences = []
     for context, continuation in requests:
@@ -70,6 +70,17 @@ def continuation_logprobs(
             raise ValueError("an empty context; expected at least one token; begin the context with <|endoftext|>")
         sequences.append(([*context, *continuation], [False] * len(context) + [True] * len(continuation)))
     return sequence_logprobs(model, sequences, window=window, tokens_per_batch=tokens_per_batch, progress=progress)
+
+
+def opened(ids: TokenIds, document_start: TokenIds) -> tuple[TokenIds, TokenIds]:
+    """A text as (context, continuation): `document_start` is the context, or else the text's own first token.
+
+    Args:
+        document_start: what a document began with when the model was trained; empty if with its own first token.
+    """
+    whole = [*document_start, *ids]
+    given = len(document_start) or 1
+    return whole[:given], whole[given:]
 
 
 @torch.inference_mode()

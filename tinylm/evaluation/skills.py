@@ -5,6 +5,7 @@ TinyWorld knows the right answers, so each reply is checked by program. Replies 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -59,8 +60,20 @@ class SkillReport:
     """The footer rows."""
     num_items: int
     """Held-out items per skill."""
-    examples: dict[str, dict[str, str]]
-    """For each skill one question, the reference and the reply, to show what the numbers stand for."""
+    examples: dict[str, dict[str, Any]]
+    """For each skill one question, the reference, the reply, and whether it is right, to show what the numbers stand
+    for."""
+
+
+@dataclass(frozen=True)
+class _SkillScores:
+    """What one model's replies to one skill's questions are, item by item: 1 or 0."""
+
+    right: list[float]
+    warm: list[float]
+    persona: list[float]
+    right_aside: list[float]
+    example: dict[str, Any]
 
 
 def score_skills(
@@ -82,40 +95,52 @@ def score_skills(
         num_items: questions per skill; 100 gives a standard error of at most 0.05.
         reference: the model that preference training started from; adds the preference row.
     """
-    accuracy: dict[str, float] = {}
-    examples: dict[str, dict[str, str]] = {}
-    warm: list[float] = []
-    persona: list[float] = []
-    right_aside: list[float] = []
-    skills = list(world.SKILLS)
-    for done, skill in enumerate(skills):
-        items = [world.test_item(skill, index, split=split, seed=seed) for index in range(num_items)]
-        bounded = replace(settings, max_new_tokens=_longest_right(replier.tokenizer, items, settings.max_new_tokens))
-        replies = replier.reply_batch([question_of(item.messages) for item in items], bounded)
-        right = [float(world.check(item, reply)) for item, reply in zip(items, replies, strict=True)]
-        accuracy[skill] = mean_and_error(right)[0]
-        warm += [float(world.is_warm(reply)) for reply in replies]
-        persona += [float(world.in_persona(item, reply)) for item, reply in zip(items, replies, strict=True)]
-        right_aside += [
-            float(world.check(item, world.strip_persona(reply))) for item, reply in zip(items, replies, strict=True)
-        ]
-        examples[skill] = {
-            "question": items[0].messages[-2]["content"],
-            "reference": items[0].messages[-1]["content"],
-            "reply": replies[0],
-        }
+    scores: dict[str, _SkillScores] = {}
+    for skill in world.SKILLS:
+        scores[skill] = _score_skill(replier, world, settings, skill, num_items, split, seed)
         if progress is not None:
-            progress(done + 1, len(skills))
+            progress(len(scores), len(world.SKILLS))
+    preferred = None if reference is None else _preference_share(replier, world, num_items, split, reference)
+    return _report(scores, preferred, world)
+
+
+def _score_skill(
+    replier: Replier, world: Any, settings: Any, skill: str, num_items: int, split: str, seed: int
+) -> _SkillScores:
+    items = [world.test_item(skill, index, split=split, seed=seed) for index in range(num_items)]
+    bounded = replace(settings, max_new_tokens=_longest_right(replier.tokenizer, items, settings.max_new_tokens))
+    replies = replier.reply_batch([question_of(item.messages) for item in items], bounded)
+    pairs = list(zip(items, replies, strict=True))
+    right = [float(world.check(item, reply)) for item, reply in pairs]
+    shown = next((index for index, item in enumerate(items) if len(item.messages) == 2), 0)  # it needs no earlier turn
+    return _SkillScores(
+        right,
+        [float(world.is_warm(reply)) for reply in replies],
+        [float(world.in_persona(item, reply)) for item, reply in pairs],
+        [float(world.check(item, world.strip_persona(reply))) for item, reply in pairs],
+        {
+            "question": items[shown].messages[-2]["content"],
+            "reference": items[shown].messages[-1]["content"],
+            "reply": replies[shown],
+            "right": bool(right[shown]),
+        },
+    )
+
+
+def _report(scores: Mapping[str, _SkillScores], preferred: float | None, world: Any) -> SkillReport:
+    accuracy = {skill: mean_and_error(score.right)[0] for skill, score in scores.items()}
+    parts = list(scores.values())
     summary = {
         MEAN: mean_and_error(list(accuracy.values()))[0],
         STORY_MEAN: mean_and_error([accuracy[skill] for skill in world.STORY_QUESTION_SKILLS])[0],
-        WARM: mean_and_error(warm)[0],
-        PERSONA: mean_and_error(persona)[0],
-        PERSONA_RIGHT: mean_and_error(right_aside)[0],
+        WARM: mean_and_error([value for part in parts for value in part.warm])[0],
+        PERSONA: mean_and_error([value for part in parts for value in part.persona])[0],
+        PERSONA_RIGHT: mean_and_error([value for part in parts for value in part.right_aside])[0],
     }
-    if reference is not None:
-        summary[PREFERENCE] = _preference_share(replier, world, num_items, split, reference)
-    return SkillReport(accuracy, summary, num_items, examples)
+    if preferred is not None:
+        summary[PREFERENCE] = preferred
+    examples = {skill: score.example for skill, score in scores.items()}
+    return SkillReport(accuracy, summary, len(parts[0].right), examples)
 
 
 def _longest_right(tokenizer: Any, items: list[Any], most: int) -> int:
@@ -123,7 +148,7 @@ def _longest_right(tokenizer: Any, items: list[Any], most: int) -> int:
 
     A base model does not end its replies: it would otherwise write `most` tokens each time.
     """
-    if any(item.words for item in items):  # a story is right at any length
+    if any(item.skill == "write_story" for item in items):  # a story is right at any length
         return most
     answers = [tokenizer.encode(answer) for item in items for answer in item.accepted]
     return min(most, max(map(len, answers)) + MANNERS_TOKENS)
@@ -217,6 +242,18 @@ class Scoreboard:
             for name, report in self.columns.items()
         }
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Scoreboard:
+        """The scoreboard that `to_json` wrote."""
+        return cls(
+            {
+                name: SkillReport(
+                    column["skills"], column["summary"], column["num_items_per_skill"], column["examples"]
+                )
+                for name, column in data.items()
+            }
+        )
+
     def _cells(self, row: str) -> list[str]:
         values = [self.value(column, row) for column in self.columns]
         return ["–" if value is None else f"{100 * value:.0f}" for value in values]
@@ -240,27 +277,33 @@ def scoreboard(
         models: column name -> engine, in the order of the columns.
         reference: the column that preference training started from (such as `SFT`); every other column then
             gets the row on preferences, relative to it.
-        at_once: columns in work at a time, each on CPU cores of its own; more than 1 asks for greedy replies.
-        progress: called with (column name, skills done, skills).
+        at_once: skills in work at a time, each on CPU cores of its own; more than 1 asks for greedy replies. An
+            interruption waits for these only.
+        progress: called with (what was scored, pieces of work done, all of them). An exception that it raises ends the
+            scoring.
     """
     if reference is not None and reference not in models:
         raise ValueError(f"reference {reference!r}; expected one of the columns: {', '.join(models)}")
+    base = None if reference is None else as_reference(models[reference].model)
 
-    def column(name: str) -> SkillReport:
-        base = as_reference(models[reference].model) if reference is not None and name != reference else None
-        return score_skills(
-            models[name],
-            world,
-            settings,
-            num_items=num_items,
-            split=split,
-            seed=seed,
-            reference=base,
-            progress=None if progress is None else _for_column(progress, name),
-        )
+    def score(piece: tuple[str, str]) -> Any:
+        name, row = piece
+        if row == PREFERENCE and base is not None:
+            return _preference_share(models[name], world, num_items, split, base)
+        return _score_skill(models[name], world, settings, row, num_items, split, seed)
 
-    return Scoreboard(dict(zip(models, map_on_cores(column, models, at_once), strict=True)))
-
-
-def _for_column(progress: Callable[[str, int, int], None], name: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(name, done, total)
+    rows = {
+        name: (*world.SKILLS, *((PREFERENCE,) if base is not None and name != reference else ())) for name in models
+    }
+    pieces = [(name, row) for name in models for row in rows[name]]
+    results: dict[tuple[str, str], Any] = {}
+    with contextlib.closing(map_on_cores(score, pieces, at_once)) as scored:
+        for piece, result in zip(pieces, scored, strict=True):
+            results[piece] = result
+            if progress is not None:
+                progress(", ".join(piece), len(results), len(pieces))
+    columns = {}
+    for name in models:
+        scores = {skill: results[name, skill] for skill in world.SKILLS}
+        columns[name] = _report(scores, results.get((name, PREFERENCE)), world)
+    return Scoreboard(columns)

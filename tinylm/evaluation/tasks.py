@@ -17,8 +17,9 @@ from tinylm.evaluation.minimal_pairs import MinimalPair, minimal_pair_accuracy
 from tinylm.evaluation.multiple_choice import ChoiceQuestion, last_word_accuracy, multiple_choice_accuracy
 from tinylm.evaluation.preferences import ReferenceModel, preference_accuracy
 from tinylm.evaluation.results import Measure, measure_of, ratio_and_error
-from tinylm.evaluation.sequence_logprob import Progress, sequence_logprobs
+from tinylm.evaluation.sequence_logprob import Progress, TokenIds, sequence_logprobs
 from tinylm.evaluation.skills import Replier, question_of
+from tinylm.files.untrusted import shown
 from tinylm.tokenizer.chat_template import encode_chat
 
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -47,6 +48,8 @@ class Evaluator:
     sampling: Any
     """`SamplingSettings` of the tasks that generate."""
     tokens_per_batch: int
+    document_start: TokenIds
+    """What documents began with when the model was trained (see `opened`)."""
     reference: ReferenceModel | None = None
     """What preferences are measured against."""
     progress: Progress | None = None
@@ -101,17 +104,24 @@ def _records(path: str) -> Iterator[Record]:
         raise ValueError(f"{error}; correct the row or take it out") from None
 
 
-def _field(record: Record, name: str, kind: type) -> Any:
+def _field(record: Record, name: str, kind: type | tuple[type, ...]) -> Any:
     value = record.data.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        found = f"{name} of type {type(value).__name__}" if name in record.data else f"no field {name!r}"
-        raise ValueError(f"{record.path}, line {record.line}: {found}; expected a {kind.__name__}; correct it")
+        found = f"{name} is {shown(value)}" if name in record.data else f"no field {name!r}"
+        expected = " or ".join(_WORDS[one] for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{record.path}, line {record.line}: {found}; expected {expected}; correct it")
     return value
+
+
+_TEXT_OR_NUMBER = (str, int, float)
+_WORDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number", list: "a list"}
 
 
 def _run_bits_per_byte(e: Evaluator, records: Iterable[Record], name: str, limit: int | None) -> list[Measure]:
     texts = [text_of(record) for record in islice(records, limit)]
-    report = text_loss(e.model, e.tokenizer, texts, tokens_per_batch=e.tokens_per_batch, progress=e.progress)
+    report = text_loss(
+        e.model, e.tokenizer, texts, e.document_start, tokens_per_batch=e.tokens_per_batch, progress=e.progress
+    )
     return report.measures(name)
 
 
@@ -121,6 +131,7 @@ def _run_minimal_pairs(e: Evaluator, records: Iterable[Record], name: str, limit
         e.model,
         e.tokenizer,
         pairs,
+        e.document_start,
         limit_per_set=limit,
         tokens_per_batch=e.tokens_per_batch,
         progress=e.progress,
@@ -138,7 +149,7 @@ def _run_multiple_choice(e: Evaluator, records: Iterable[Record], name: str, lim
         except ValueError as error:
             raise ValueError(f"{record.path}, line {record.line}: {error}") from None
     report = multiple_choice_accuracy(
-        e.model, e.tokenizer, questions, tokens_per_batch=e.tokens_per_batch, progress=e.progress
+        e.model, e.tokenizer, questions, e.document_start, tokens_per_batch=e.tokens_per_batch, progress=e.progress
     )
     return report.measures(name)
 
@@ -146,7 +157,7 @@ def _run_multiple_choice(e: Evaluator, records: Iterable[Record], name: str, lim
 def _run_last_word(e: Evaluator, records: Iterable[Record], name: str, limit: int | None) -> list[Measure]:
     passages = [(_field(r, "context", str), _field(r, "continuation", str)) for r in islice(records, limit)]
     report = last_word_accuracy(
-        e.model, e.tokenizer, passages, tokens_per_batch=e.tokens_per_batch, progress=e.progress
+        e.model, e.tokenizer, passages, e.document_start, tokens_per_batch=e.tokens_per_batch, progress=e.progress
     )
     return report.measures(name)
 
@@ -198,7 +209,7 @@ def question_and_answer(record: Record) -> tuple[list[dict[str, str]], str]:
         question = _field(record, "question", str)
         context = record.data.get("context")
         content = f"{context.strip()}\n\n{question}" if isinstance(context, str) else question
-        return [{"role": "user", "content": content}], _field(record, "answer", str)
+        return [{"role": "user", "content": content}], str(_field(record, "answer", _TEXT_OR_NUMBER))
     messages = list(messages_of(record))
     try:
         return question_of(messages), messages[-1]["content"]

@@ -53,11 +53,15 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, flush: bool = True) -> Iterator[Path]:
     """Yield an empty temporary folder; it becomes `path` when the block ends without an error.
 
     An existing folder at `path` is swapped out, then deleted. If the block fails, the temporary folder and the parent
     folders made for it are deleted, and the old folder is kept.
+
+    Args:
+        flush: False saves about 20 ms a folder. A power cut may then leave a folder with damaged files, so it is only
+            for files that are checked when they are read and can be made again.
 
     Raises:
         NotADirectoryError: `path` is a file.
@@ -69,30 +73,38 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent))
         try:
             yield fresh
+            mode = _default_mode(0o666)
             for entry in sorted(fresh.rglob("*")):
                 if entry.is_file():
-                    entry.chmod(_default_mode(0o666))  # safetensors makes its files private
-                _sync(entry)
+                    entry.chmod(mode)  # safetensors makes its files private
+                if flush:
+                    _sync(entry)
             fresh.chmod(_default_mode(0o777))
-            _sync(fresh)
-            _swap_in(fresh, target)
+            if flush:
+                _sync(fresh)
+            _swap_in(fresh, target, flush)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON object completely or not at all. NaN and infinite numbers become null: JSON has neither."""
+    """Write a JSON object completely or not at all. NaN and infinite numbers become null: JSON has neither.
+
+    The bytes of a file's name that are not UTF-8 are written as the text `\\udce9`.
+    """
     with atomic_write(path) as file:
-        text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(_writable(data), indent=2, ensure_ascii=False, allow_nan=False)
         file.write(text.encode("utf-8") + b"\n")
 
 
-def _finite(value: Any) -> Any:
+def _writable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _writable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_writable(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", errors="backslashreplace").decode("utf-8")
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -153,11 +165,12 @@ def _parent_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def _swap_in(fresh: Path, target: Path) -> None:
+def _swap_in(fresh: Path, target: Path, flush: bool) -> None:
     """Rename `fresh` to `target`. If the system can exchange two folders, `target` exists at every moment."""
     if not target.exists():
         os.rename(fresh, target)
-        _sync(target.parent)
+        if flush:
+            _sync(target.parent)
         return
     if not _exchange(fresh, target):
         # After a kill between these two renames, `remove_leftovers` finds the old folder by its name and restores it.

@@ -1,4 +1,4 @@
-"""Locks on files: one run folder belongs to one run at a time.
+"""Locks on files: one run folder belongs to one run at a time, and one process at a time changes the cache.
 
 The `filelock` library uses locks of the operating system (flock, LockFileEx). The system frees such a lock when its
 process ends for whatever reason. A lock file without a lock on it means nothing.
@@ -18,7 +18,7 @@ POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def run_lock(path: Path, patience: float = 0.0) -> Iterator[None]:
+def file_lock(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path` inside the block.
 
     Between machines it works on file systems that share locks: NFS 4 and most file systems made for clusters.
@@ -28,7 +28,7 @@ def run_lock(path: Path, patience: float = 0.0) -> Iterator[None]:
             loss.
 
     Raises:
-        ValueError: another process has the lock; the message names that process.
+        TimeoutError: another process has the lock.
         OSError: the file cannot be made, or its file system does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,14 +43,30 @@ def run_lock(path: Path, patience: float = 0.0) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(
-            f"{path.parent} is in use by another run ({_owner(path)}); wait for it to end, stop it, or choose "
-            "another --output_dir"
-        ) from None
+        raise TimeoutError(f"{path} is held by {_owner(path)}") from None
     try:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def run_lock(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """`file_lock` for a run's folder.
+
+    Raises:
+        ValueError: another process has the lock; the message names that process.
+        OSError: as `file_lock`.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(path, patience))
+        except TimeoutError:
+            raise ValueError(
+                f"{path.parent} is in use by another run ({_owner(path)}); wait for it to end, stop it, or choose "
+                "another --output_dir"
+            ) from None
+        yield
 
 
 def try_to_lock(descriptor: int) -> bool:

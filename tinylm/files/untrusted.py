@@ -29,6 +29,15 @@ def shown(text: object, longest: int = 60) -> str:
     return quoted if len(quoted) <= longest + 2 else f"{quoted[:longest]}..."
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8. A file name in another encoding has half surrogates in Python."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_file(path: Path, purpose: str) -> None:
     """Raise unless `path` is a regular file in its own folder, or a link to one there.
 
@@ -84,7 +93,8 @@ def parse_json(raw: bytes | str, max_values: int | None = None, finite: bool = T
         raise ValueError(f"brackets nested deeper than {_MAX_DEPTH}") from None
     _check_depth(value)
     if _HALF_PAIR.search(data):  # half of a surrogate pair is not Unicode: encoding it raises ValueError
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if not is_unicode(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("half a surrogate pair; expected valid Unicode")
     return value
 
 

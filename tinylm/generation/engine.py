@@ -38,15 +38,21 @@ class Engine:
         dtype: precision of the weights and of the computation. None takes bfloat16 for a float32 model where the
             hardware multiplies in it (twice the speed), else the model's own. With the model's own precision the
             engine shares its weights, so it follows a model that is still training.
+        document_start: token ids that a document began with when the model was trained.
     """
 
     def __init__(
-        self, model: TinyLMForCausalLM, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
+        self,
+        model: TinyLMForCausalLM,
+        tokenizer: Tokenizer | None = None,
+        dtype: torch.dtype | None = None,
+        document_start: Sequence[int] = (),
     ) -> None:
         self.dtype = dtype or _fastest_dtype(model)
         self.model = model
         self.compute_model = model if model.dtype == self.dtype else inference_copy(model, self.dtype)
         self._tokenizer = tokenizer
+        self.document_start = list(document_start)
         self.context_length: int = model.config.max_position_embeddings
 
     @property
@@ -125,10 +131,17 @@ class Engine:
         if not prompt_ids:
             raise ValueError("the prompt is empty; expected at least one token; give some text to continue")
         if self.context_length < 2:
-            raise ValueError(f"a context of {self.context_length} token has no room for an answer; expected 2 or more")
+            raise ValueError(
+                f"a context of {self.context_length} token has no room for an answer; expected 2 or more; raise "
+                "max_seq_len, or use a model with a longer context"
+            )
         return prompt_ids[-prompt_budget(self.context_length, settings.max_new_tokens) :]
 
     # --------------------------------------------------------------------------------------------------- text
+
+    def text_prompt(self, text: str) -> list[int]:
+        """The beginning of a document as a prompt, to be continued; "" begins one from nothing, if the model can."""
+        return [*self.document_start, *self.tokenizer.encode(text)]
 
     def prompt(self, messages: list[dict[str, Any]], settings: SamplingSettings) -> FittedPrompt:
         """The conversation as a prompt within the context; its `notice` says what was left out, if anything."""

@@ -82,8 +82,9 @@ def _cut_longest(tokenizer: Tokenizer, messages: list[dict[str, Any]], budget: i
         longest = max(range(len(messages)), key=lambda i: len(contents[i]))
         if not contents[longest]:
             raise ValueError(
-                f"the chat template alone takes {len(ids)} tokens and the prompt may take {budget}; expected a longer "
-                "context; use a model with more max_position_embeddings, or fewer max_new_tokens"
+                f"the chat template alone takes {len(ids)} tokens, and the context leaves {budget} for the prompt; "
+                f"expected a context of at least {2 * len(ids)} tokens; raise max_seq_len, or use a model with a "
+                "longer context"
             )
         # Shrink the longest message at most to the size of the second longest; from there both shrink.
         others = sorted((len(content) for content in contents), reverse=True)

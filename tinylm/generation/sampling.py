@@ -22,29 +22,34 @@ from torch import Tensor
 # these nearly always contain the nucleus.
 NUCLEUS_FIRST_LOOK = 256
 
+MAX_BEAMS = 256
+"""Each beam has a KV cache of its own."""
+_EXTREME = 1e15
+"""Temperatures below 1 / this act as greedy, and above it as uniform; the logits stay finite between them."""
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the next token is chosen, and how many of them at most."""
+    """Settings of sampling: how the next token is chosen, and how many of them at most."""
 
     max_new_tokens: int = 256
-    """Most tokens to generate per answer (tokens)."""
+    """most tokens of an answer"""
     temperature: float = 0.7
-    """Divides the logits: below 1 is more careful, above 1 bolder; 0 always takes the likeliest token (greedy)."""
+    """divides the logits: below 1 is more careful, above 1 bolder; 0 always takes the likeliest token (greedy)"""
     top_k: int = 0
-    """Draw only from the k likeliest tokens (tokens; 0 = off)."""
+    """draw only from the k likeliest tokens; 0 turns it off"""
     top_p: float = 0.9
-    """Draw only from the fewest tokens whose probabilities reach this sum (0 to 1; 1 = off)."""
+    """draw only from the fewest tokens whose probabilities reach this sum, from 0 to 1; 1 turns it off"""
     min_p: float = 0.0
-    """Draw only from tokens at least this fraction as likely as the likeliest one (0 to 1; 0 = off)."""
+    """draw only from tokens at least this fraction as likely as the likeliest, from 0 to 1; 0 turns it off"""
     repetition_penalty: float = 1.0
-    """Makes tokens that already occurred less likely (1 = off; 1.1 to 1.3 is usual)."""
+    """makes tokens that already occurred less likely, from 0.01 to 100; 1 turns it off, 1.1 to 1.3 is usual"""
     num_beams: int = 1
-    """Beam search over this many hypotheses (1 = off); deterministic, so it needs temperature 0."""
+    """beam search over this many hypotheses; 1 turns it off; it does not sample, so it needs temperature 0"""
     length_penalty: float = 1.0
-    """Beam search divides a hypothesis' log-probability by its length in tokens to this power."""
+    """beam search divides a hypothesis' log-probability by its length in tokens to this power, from -50 to 50"""
     seed: int | None = None
-    """Seed of the draw; unset = another answer every time."""
+    """seed of the draw; without it, another answer every time"""
 
     def __post_init__(self) -> None:
         accept("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
@@ -52,10 +57,15 @@ class SamplingSettings:
         accept("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
         accept("top_p", self.top_p, 0 <= self.top_p <= 1, "0 to 1 (1 = off)")
         accept("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1 (0 = off)")
-        penalty = self.repetition_penalty
-        accept("repetition_penalty", penalty, 0 < penalty < math.inf, "more than 0 (1 = off)")
-        accept("num_beams", self.num_beams, self.num_beams >= 1, "at least 1 (1 = off)")
-        accept("length_penalty", self.length_penalty, math.isfinite(self.length_penalty), "a finite number")
+        accept(
+            "repetition_penalty",
+            self.repetition_penalty,
+            0.01 <= self.repetition_penalty <= 100,
+            "0.01 to 100 (1 = off)",
+        )
+        accept("num_beams", self.num_beams, 1 <= self.num_beams <= MAX_BEAMS, f"1 (off) to {MAX_BEAMS}")
+        # 50: the longest context to this power is still a number
+        accept("length_penalty", self.length_penalty, abs(self.length_penalty) <= 50, "-50 to 50 (0 = off)")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(
                 f"num_beams={self.num_beams} with temperature={self.temperature}; beam search does not sample; "
@@ -109,9 +119,10 @@ class BatchSampling:
         def column(name: str) -> Tensor:
             return torch.tensor([getattr(settings, name) for settings in rows], device=device)
 
+        temperatures = [t and min(max(t, 1 / _EXTREME), _EXTREME) for t in (settings.temperature for settings in rows)]
         return cls(
-            temperature=column("temperature"),
-            top_k=column("top_k"),
+            temperature=torch.tensor(temperatures, device=device),
+            top_k=torch.tensor([min(settings.top_k, 2**31) for settings in rows], device=device),
             top_p=column("top_p"),
             min_p=column("min_p"),
             repetition_penalty=column("repetition_penalty"),

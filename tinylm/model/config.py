@@ -115,16 +115,20 @@ class TinyLMConfig:
         self._require_positive("intermediate_size")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
+                half = self.hidden_size // (1 if self.hidden_size % 2 else 2)  # so that the width of a head is even
+                heads = _near_divisors(half, self.num_attention_heads, self.num_key_value_heads)
                 raise ValueError(
                     f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
-                    f"{self.num_attention_heads}; choose a multiple of it, or give head_dim"
+                    f"{self.num_attention_heads}; choose num_attention_heads {heads}, or a hidden_size of "
+                    f"{self.num_attention_heads * max(1, round(self.hidden_size / self.num_attention_heads))}"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         self._require_positive("head_dim")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
-                f"{self.num_key_value_heads}; every key/value head must serve the same number of query heads"
+                f"{self.num_key_value_heads}; every key/value head must serve the same number of query heads; choose "
+                f"num_key_value_heads {_near_divisors(self.num_attention_heads, self.num_key_value_heads)}"
             )
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(
@@ -189,10 +193,13 @@ class TinyLMConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TinyLMConfig:
-        """One of `PRESETS`, with fields replaced. Widths that follow from others follow again."""
+        """One of `PRESETS`, with fields replaced. A new `hidden_size` takes its usual `intermediate_size`."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+        fields = dict(PRESETS[name])
+        if overrides.get("hidden_size", fields["hidden_size"]) != fields["hidden_size"]:
+            fields.pop("intermediate_size", None)
+        return cls(**{**fields, **overrides})
 
     def num_parameters(self) -> int:
         """Number of distinct weights of the model (a tied matrix counts once)."""
@@ -205,6 +212,14 @@ class TinyLMConfig:
         if self.position_embedding_type == "learned":
             embeddings += self.max_position_embeddings * width
         return embeddings + self.num_hidden_layers * block + width
+
+
+def _near_divisors(number: int, wanted: int, divided_by: int = 1) -> str:
+    """The divisors of `number` below and above `wanted`, as words: "4 or 8"; if possible, multiples of `divided_by`."""
+    divisors = [n for n in range(1, min(number, 2 * wanted + 64, 4096) + 1) if number % n == 0]
+    divisors = [n for n in divisors if n % divided_by == 0] or divisors
+    below, above = [n for n in divisors if n < wanted][-1:], [n for n in divisors if n > wanted][:1]
+    return " or ".join(map(str, below + above))
 
 
 def checked_yarn(scaling: dict[str, Any], max_positions: int) -> dict[str, Any] | None:
@@ -242,7 +257,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        "rope_theta": 1e4,
     },
     # 25,829,888 parameters.
     "small": {"hidden_size": 512, "num_hidden_layers": 8},

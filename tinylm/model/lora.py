@@ -165,3 +165,18 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear]:
         if isinstance(module, nn.Linear) and ".lora_" not in name:
             found[plain_name(name).removesuffix(".base")] = module
     return found
+
+
+def indistinct_tokens(table: Tensor, token_ids: Tensor, cosine: float = 0.98) -> Tensor:
+    """[N] bool: which of `token_ids` [N] have a row in `table` [V, C] that points the same way as another row.
+
+    All tokens that never occur in training are pushed away from every output alike, so their rows become one. A model
+    whose table is frozen cannot learn to write such a token rather than another.
+    """
+    rows = F.normalize(table.detach().float(), dim=1)
+    found = []
+    for ids in token_ids.split(1024):  # 1024 x V numbers at a time
+        likeness = rows[ids] @ rows.T
+        likeness[torch.arange(len(ids), device=ids.device), ids] = -1.0  # each row is like itself
+        found.append(likeness.amax(dim=1) > cosine)
+    return torch.cat(found)

@@ -7,7 +7,7 @@ step. Python's global lock does not slow this down: torch releases it while an o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TypeVar
@@ -25,7 +25,9 @@ def num_cores(device: torch.device) -> int:
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
-def map_on_cores(function: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> Iterator[Result]:
+def map_on_cores(
+    function: Callable[[Item], Result], items: Iterable[Item], at_once: int
+) -> Generator[Result, None, None]:
     """`map` that computes `at_once` items at a time; the results have the order of the items.
 
     Each item gets an equal share of the cores. `function` must not draw random numbers: which item gets which number

@@ -21,8 +21,8 @@ from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE as CHAT_TEMPLATE
 from tinylm.tokenizer.chat_template_jinja import TOOLS_INTRODUCTION
 from tinylm.tokenizer.tokenizer import Tokenizer
 
-Message = dict[str, str]
-"""{"role": one of ROLES, "content": the text}"""
+Message = dict[str, Any]
+"""{"role": one of ROLES, "content": the text}, and "train": False on an answer that is not to be learnt."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -33,7 +33,7 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The chat as text, exactly as `CHAT_TEMPLATE` renders it. For people and tests only: do not encode this text."""
-    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in _checked_turns(messages, tools))
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content, _ in _checked_turns(messages, tools))
     return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
@@ -46,7 +46,8 @@ def chat_turns(
 
     There is one turn per message, in order. With `tools` but no system message, a turn that presents the tools comes
     first. The mask is True on the tokens that the assistant has to write: its content and the <|im_end|> after it. The
-    header before them and the newline after them come from the template, so they are not scored.
+    header before them and the newline after them come from the template, so they are not scored. An answer with
+    "train": False is not scored at all.
 
     Header and content are encoded separately, so the start of the content is known and need not be searched for. This
     changes no id: the content is stripped, and the split pattern always cuts between a newline and a visible
@@ -56,10 +57,10 @@ def chat_turns(
         raise ValueError("this tokenizer has no <|im_start|> and <|im_end|>; a chat needs them; use another tokenizer")
     newline = tokenizer.encode("\n")
     turns = []
-    for role, content in _checked_turns(messages, tools):
+    for role, content, is_target in _checked_turns(messages, tools):
         header = [tokenizer.im_start_id, *tokenizer.encode(role + "\n")]
         body = [*tokenizer.encode(content), tokenizer.im_end_id]
-        mask = [False] * len(header) + [role == "assistant"] * len(body) + [False] * len(newline)
+        mask = [False] * len(header) + [is_target] * len(body) + [False] * len(newline)
         turns.append((header + body + newline, mask))
     return turns
 
@@ -87,19 +88,21 @@ def encode_chat(
     return ids, mask
 
 
-def _checked_turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, str]]:
-    """The (role, stripped content) of each turn, after the tools have been written into the system turn."""
+def _checked_turns(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+) -> list[tuple[str, str, bool]]:
+    """(role, stripped content, is to be learnt) of each turn, with the tools written into the system turn."""
     if isinstance(messages, (str, Mapping)) or not messages:
         raise ValueError("no messages; expected a list of {'role': ..., 'content': ...} with at least one message")
     turns = [_checked_turn(number, message) for number, message in enumerate(messages)]
     if tools:
         lines = [TOOLS_INTRODUCTION, *(json.dumps(tool, ensure_ascii=False) for tool in tools)]
         system = turns.pop(0)[1] if turns[0][0] == "system" else ""
-        turns.insert(0, ("system", (system + "\n\n" if system else "") + "\n".join(lines)))
+        turns.insert(0, ("system", (system + "\n\n" if system else "") + "\n".join(lines), False))
     return turns
 
 
-def _checked_turn(number: int, message: Message) -> tuple[str, str]:
+def _checked_turn(number: int, message: Message) -> tuple[str, str, bool]:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is a {type(message).__name__}; expected {{'role': ..., 'content': ...}}")
     role, content = message.get("role"), message.get("content")
@@ -109,4 +112,4 @@ def _checked_turn(number: int, message: Message) -> tuple[str, str]:
         raise ValueError(f"message {number} has `tool_calls`; expected the call written out as text in `content`")
     if not isinstance(content, str):
         raise ValueError(f"message {number} ({role}) has a content of type {type(content).__name__}; expected a string")
-    return role, content.strip()
+    return role, content.strip(), role == "assistant" and message.get("train") is not False

@@ -19,26 +19,6 @@ SPLIT_PATTERN = (
 """Qwen2's split pattern; llama.cpp knows it as the pre-tokenizer `qwen2`. Every character falls in exactly one
 piece."""
 
-_ALWAYS_CUT = re.compile(r"\n(?=\S)")
-
-
-def cut_text(text: str, num_characters: int) -> Iterator[str]:
-    """Cut a long text into sections of at least `num_characters`, where that changes none of its pieces or tokens.
-
-    A section ends with a newline before a visible character. SPLIT_PATTERN always cuts there: none of its alternatives
-    matches both characters, and a run of blanks that ends in a newline is matched in the same way whatever follows it.
-    A text without such a place stays in one section.
-    """
-    start = 0
-    while len(text) - start > num_characters:
-        cut = _ALWAYS_CUT.search(text, start + num_characters)
-        if cut is None:
-            break
-        yield text[start : cut.end()]
-        start = cut.end()
-    yield text[start:] if start else text
-
-
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -46,18 +26,42 @@ _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 
-KNOWN_PATTERNS = {
-    SPLIT_PATTERN,  # Qwen 2, 2.5 and 3
-    rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_BLANKS}",  # Llama 3
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}",
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2
+AFTER_NEWLINE = re.compile(r"\n(?=\S)")
+"""Where our pattern always cuts: between a newline and a visible character. None of its alternatives matches both, and
+a run of blanks that ends in a newline is matched in the same way whatever follows it."""
+
+_AFTER_NEWLINE_NO_SLASH = re.compile(r"\n(?=[^\s/])")
+"""GPT-4o's pattern takes newlines and slashes after a symbol together."""
+
+_AFTER_ONE_NEWLINE = re.compile(r"(?<=\S)\n(?=\S)")
+"""GPT-2's pattern leaves the last of several blanks to the word after them, so that a run of them depends on what
+follows. A single newline does not."""
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT4 = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+_GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
-    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}",  # GPT-4o
-    rf"{_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_BLANKS}",
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}"
+)
+_LLAMA3 = rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_BLANKS}"
+_QWEN3_5 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_BLANKS}"
+)
+_DEEPSEEK3 = (
+    rf"{_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_BLANKS}"
+)
+
+KNOWN_PATTERNS = {
+    SPLIT_PATTERN: AFTER_NEWLINE,  # Qwen 2, 2.5 and 3
+    _LLAMA3: AFTER_NEWLINE,
+    _QWEN3_5: AFTER_NEWLINE,
+    _GPT4: AFTER_NEWLINE,
+    _GPT2: _AFTER_ONE_NEWLINE,
+    _GPT4O: _AFTER_NEWLINE_NO_SLASH,
+    _DEEPSEEK3: AFTER_NEWLINE,
 }
-"""The patterns that a tokenizer.json may use. The third is Qwen 3.5's, the fourth GPT-4's, and the last DeepSeek 3's,
-which applies two steps of one class each before it.
+"""The patterns that a tokenizer.json may use, and where each always cuts, whatever stands around that place. DeepSeek 3
+applies two steps of one class each before its own.
 
 No other pattern is accepted, because the engine that runs them backtracks: `(a+)+b` takes 2^n steps on n letters, in
 native code that cannot be interrupted, and it is hard to tell which patterns do that. Patterns that repeat a single
@@ -70,6 +74,55 @@ _ONE_CLASS = re.compile(r"(\\[pP]\{\w{1,20}\}|\\[dswDSW]|\[[^\[\]\\&]{1,200}\]|\
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 _PRE_TOKENIZERS = ("ByteLevel", "Digits", "Punctuation", "Split")
 _MAX_STEPS = 16
+
+
+_NUMBERS_AND_CJK = (r"\p{N}", r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+")
+"""Steps before the pattern that never join or part blanks, so its safe cuts stay safe."""
+
+
+def cut_text(text: str, num_characters: int, cuts: re.Pattern[str] | None = AFTER_NEWLINE) -> Iterator[str]:
+    """Cut a long text into sections of at least `num_characters`, where that changes none of its pieces or tokens.
+
+    A text without such a place stays in one section.
+
+    Args:
+        cuts: matches where the tokenizer always cuts, as `safe_cuts` returns it; None never cuts.
+    """
+    start = 0
+    while cuts is not None and len(text) - start > num_characters:
+        cut = cuts.search(text, start + num_characters)
+        if cut is None:
+            break
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:] if start else text
+
+
+def safe_cuts(definition: dict[str, Any]) -> re.Pattern[str] | None:
+    """Where a tokenizer always cuts, whatever stands around that place; None if that is not known of its steps.
+
+    Args:
+        definition: the content of a tokenizer.json that `check_text_steps` accepts.
+    """
+    normalizers = _steps(definition.get("normalizer"), "normalizers")
+    if any(step["type"] not in ("NFC", "NFD") for step in normalizers):  # the others may turn a character into blanks
+        return None
+    cuts, in_bytes = None, False
+    for step in _steps(definition.get("pre_tokenizer"), "pretokenizers"):
+        if in_bytes:  # this step sees other characters: a newline is a letter there
+            return None
+        if step["type"] == "ByteLevel" and not step.get("add_prefix_space", True):
+            pattern, in_bytes = _GPT2 if step.get("use_regex", True) else None, True
+        elif step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            pattern = _plain(step["pattern"].get("Regex", ""))
+        else:
+            return None
+        if pattern is None or pattern in _NUMBERS_AND_CJK:
+            continue
+        if cuts is not None or pattern not in KNOWN_PATTERNS:
+            return None
+        cuts = KNOWN_PATTERNS[pattern]
+    return cuts
 
 
 def check_text_steps(definition: dict[str, Any]) -> None:
@@ -102,10 +155,14 @@ def _check_pattern(pattern: Any) -> None:
     kind, text = next(iter(pattern.items())) if isinstance(pattern, dict) and len(pattern) == 1 else (None, None)
     if kind == "String" and isinstance(text, str) and text:
         return
-    # Some files write a newline in the pattern as the character itself, others as an escape.
-    plain = text.replace("\r", r"\r").replace("\n", r"\n") if isinstance(text, str) else ""
+    plain = _plain(text) if isinstance(text, str) else ""
     if kind != "Regex" or not (plain in KNOWN_PATTERNS or _ONE_CLASS.fullmatch(plain)):
         raise ValueError(
             f"cannot use the split pattern {shown(text)}, which may take for ever on some text; expected that of "
             "GPT-2, GPT-4, GPT-4o, Llama 3, Qwen or DeepSeek 3, or one class of characters"
         )
+
+
+def _plain(pattern: str) -> str:
+    """The pattern with escapes: some files write a newline in it as the character itself."""
+    return pattern.replace("\r", r"\r").replace("\n", r"\n")

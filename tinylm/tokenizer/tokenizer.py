@@ -23,6 +23,7 @@ from tinylm.files.untrusted import check_file, shown
 from tinylm.tokenizer import tokenizer_json
 from tinylm.tokenizer.bpe import CHARACTER_TO_BYTE, count_pieces, train_bpe
 from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE
+from tinylm.tokenizer.split_patterns import safe_cuts
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",  # 0: padding, and the end of a document
@@ -60,6 +61,7 @@ class Tokenizer:
         endoftext_id, im_start_id, im_end_id: control tokens, in our own tokenizers 0, 1 and 2.
         pad_id, bos_id, eos_id: the same three, by the names that other libraries use.
         special_ids: ids that `decode` leaves out by default.
+        safe_cuts: matches where a text may be cut without changing its tokens; None if that is not known.
         has_chat_tokens: whether <|im_start|> and <|im_end|> exist, so that chats can be encoded.
     """
 
@@ -69,6 +71,7 @@ class Tokenizer:
         self.definition = definition
         self.fingerprint: str = tokenizer_json.fingerprint_of(definition)
         self._fast = _build_fast(definition)
+        self.safe_cuts = safe_cuts(definition)
         added = {token["content"]: token["id"] for token in definition["added_tokens"]}
         names = {**definition["model"]["vocab"], **added}
         self.vocab_size: int = max(names.values()) + 1

@@ -130,7 +130,7 @@ def read_definition(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(
             f"no tokenizer at {path}; expected a folder with tokenizer.json, or such a file; "
-            "make one with `tinylm train-tokenizer`"
+            "make one with `tinylm tokenizer`"
         )
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:

@@ -9,11 +9,16 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import numpy as np
+import torch
+
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.commandline.terminal import make_console, print_next
 from tinylm.dataset.batches import BatchSampler, Dataset, StoredSteps
+from tinylm.dataset.documents import Documents
 from tinylm.generation.engine import Engine, SamplingSettings
+from tinylm.model.lora import indistinct_tokens
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.model.weights import weights_fingerprint
 from tinylm.system.code_version import code_version
@@ -24,8 +29,10 @@ from tinylm.trainer.run.run import Run
 from tinylm.trainer.run.run_folder import RunFolder
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 
+UNLEARNT_SHARE = 0.01
+"""Share of the tokens to learn that may be ones the model never met, before a LoRA run warns."""
 DEFAULT_SEQ_LEN = 512
-"""Default tokens of a row in fine-tuning; less if the model's context is shorter."""
+"""Default tokens of a row; less if the model's context is shorter."""
 MIN_CHAT_CONTEXT = 32
 """Smallest context (tokens) in which a question in the chat template leaves room for an answer."""
 
@@ -34,8 +41,7 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
     """The model that a fine-tuning stage starts from, its tokenizer, and its description for the lineage.
 
     Raises:
-        ValueError: rows of `max_seq_len` do not fit into the model's context, its width is not the requested one, or
-            the output folder holds a run already.
+        ValueError: rows of `max_seq_len` do not fit into the model's context, or its width is not the requested one.
     """
     settings, path = stage.settings, resolve_model_path(model_path)
     model, tokenizer, lineage = load_model(path, device=stage.runtime.device, tokenizer_path=settings.tokenizer_path)
@@ -55,9 +61,13 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
         if asked and asked != found:
             raise ValueError(f"{name} is {asked}, but {path} has {found}; leave out --{name}, or give another model")
     require_other_than_parent(stage, path)
-    RunFolder(stage, model.config.hidden_size).require_free()
     stage.console.print(f"starting from {path}", markup=False)
-    parent = {"path": str(path), "stage": lineage.get("stage"), "weights": weights_fingerprint(model)}
+    parent = {
+        "path": str(path),
+        "stage": lineage.get("stage"),
+        "weights": weights_fingerprint(model),
+        "document_start": bool(lineage.get("document_start")),
+    }
     return model, tokenizer, parent
 
 
@@ -68,11 +78,55 @@ def require_other_than_parent(stage: Stage, model: Path) -> None:
         raise ValueError(f"the run would overwrite its parent, {source}; choose another --output_dir")
 
 
-def with_row_length(stage: Stage, model: TinyLMForCausalLM) -> Stage:
-    """The stage with `max_seq_len` filled in: the model's context, but at most `DEFAULT_SEQ_LEN`."""
-    if stage.settings.max_seq_len:
+def with_preset(stage: Stage) -> Stage:
+    """The stage with a preset for its device in place of `auto`; says which."""
+    if stage.settings.preset != "auto":
         return stage
-    return stage.with_settings(max_seq_len=min(model.config.max_position_embeddings, DEFAULT_SEQ_LEN))
+    preset = "tiny" if stage.runtime.device.type == "cpu" and not stage.settings.widths else "small"
+    if stage.settings.widths:
+        why = "for what the flags leave open of the shape"
+    elif preset == "tiny":
+        why = "the default on a CPU (small learns more from much text, but each of its tokens takes six times as long)"
+    else:
+        why = "the default on a GPU"
+    stage.console.print(f"no --preset: {preset}, {why}")
+    return stage.with_settings(preset=preset)
+
+
+def with_defaults(stage: Stage, model: TinyLMForCausalLM) -> Stage:
+    """The stage with `max_seq_len` and `learning_rate` filled in, which depend on the model unless they are given.
+
+    Raises:
+        ValueError: the output folder holds a run of a model of this width, and nothing says what to do with it.
+    """
+    RunFolder(stage, model.config.hidden_size).require_free()
+    settings, changes = stage.settings, dict[str, Any]()
+    if not settings.max_seq_len:
+        changes["max_seq_len"] = min(model.config.max_position_embeddings, DEFAULT_SEQ_LEN)
+    if settings.learning_rate is None:
+        changes["learning_rate"] = settings.default_learning_rate(model.config.hidden_size)
+    return stage.with_settings(**changes)
+
+
+def warn_of_unlearnt_tokens(stage: Stage, model: TinyLMForCausalLM, tokenizer: Tokenizer, data: Documents) -> None:
+    """Say so if an adapter is to teach tokens that the model never met: it cannot, for it leaves their table alone."""
+    if is_sharded(model):
+        return
+    ids, counts = np.unique(data.ids[data.is_target], return_counts=True)
+    table = model.lm_head.weight
+    unlearnt = indistinct_tokens(table, torch.from_numpy(ids).to(table.device, torch.int64)).cpu().numpy()
+    share = counts[unlearnt].sum() / counts.sum()
+    if share < UNLEARNT_SHARE:
+        return
+    often = ids[unlearnt][np.argsort(-counts[unlearnt], kind="stable")]
+    texts = [tokenizer.decode([int(token)]).strip() for token in often]
+    words = [repr(text) for text in texts if text and "\ufffd" not in text]  # half a character cannot be shown
+    stage.console.print(
+        f"warning: {share:.0%} of the tokens to learn ({', '.join(words[:3]) or 'bytes of its characters'}, ...) never "
+        "occurred in the model's training, so it cannot tell them apart, and an adapter does not change that: answers "
+        "with them will come out wrong; use tinylm sft, which learns them",
+        markup=False,
+    )
 
 
 def sample_texts(
@@ -88,9 +142,10 @@ def sample_texts(
         room = model.config.max_position_embeddings // 4  # the prompt needs most of a short context
         settings = SamplingSettings(max_new_tokens=min(max_new_tokens, room), temperature=0.0)
         # A sharded model cannot be copied into another precision.
-        engine = Engine(model, tokenizer, dtype=model.dtype if is_sharded(model) else None)
+        dtype = model.dtype if is_sharded(model) else None
+        engine = Engine(model, tokenizer, dtype, document_start=[tokenizer.endoftext_id])
         if not chat:
-            return [prompt + "".join(engine.stream_text(tokenizer.encode(prompt), settings)) for prompt in prompts]
+            return [prompt + "".join(engine.stream_text(engine.text_prompt(prompt), settings)) for prompt in prompts]
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
         replies = engine.reply_batch(messages, settings)
         return [f"{prompt} -> {reply}" for prompt, reply in zip(prompts, replies, strict=True)]
@@ -117,6 +172,7 @@ def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None
     plan = Plan(settings, runtime, StoredSteps(train_data, sampler, settings.num_workers), at_once)
     lineage = {
         "parent": learner.parent,
+        "document_start": learner.parent["document_start"] if learner.parent else True,
         "data_fingerprint": train_data.fingerprint,
         "tokenizer_fingerprint": learner.tokenizer.fingerprint,
         "seed": settings.seed,

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.system.cpu_parallel import map_on_cores, num_cores
 from tinylm.trainer.core.distributed import is_sharded, reshard, shard
 from tinylm.trainer.core.objectives import make_dpo_objective, sequence_log_probs
-from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, suggest, with_row_length
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, suggest, with_defaults
 from tinylm.trainer.run.stage import Learner, Stage, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.run.validation import batches_of_rank
@@ -38,12 +39,13 @@ from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS
 class DPOSettings(TrainSettings):
     """Settings of DPO."""
 
+    LEARNING_RATES: ClassVar[dict[str, tuple[float, int]]] = {"muon": (1e-4, 512), "adamw": (1e-4, 512)}
+    """As in `TrainSettings`; far below fine-tuning's, because the loss only asks for a difference."""
+
     model_path: str
     """the model to start from, also the reference: a folder, or a .pth of lyuzlion/Tiny-Language-Model"""
     output_dir: str = "out/dpo"
     """folder for the model folders, the training state and the metrics (JSON lines)"""
-    learning_rate: float = 5e-5
-    """peak learning rate; far below fine-tuning's, because the loss only asks for a difference"""
     weight_decay: float = 0.0
     """decay of matrices, times the learning rate, per step"""
     beta: float = 0.1
@@ -95,12 +97,12 @@ def train(settings: DPOSettings) -> Path:
     merge_lora(model)
     shard(model, settings.sharding, stage.runtime)
     # 5. Data, with the reference's log-probabilities
-    stage = with_row_length(stage, model)
+    stage = with_defaults(stage, model)
     data = load_pairs(stage, tokenizer, settings.tinyworld_pairs)
     for part in filter(None, data):
         attach_reference(model, part, stage)
     # 6. Optimizer
-    optimizers = settings.make_optimizers(model)
+    optimizers = stage.settings.make_optimizers(model)
     # 7. Fit, saving the model folder after each epoch
     objective, sample = make_dpo_objective(settings.beta), sample_texts(model, tokenizer, *SAMPLE_QUESTIONS, chat=True)
     return make_run(stage, Learner(model, tokenizer, optimizers, objective, sample, parent), data).fit()

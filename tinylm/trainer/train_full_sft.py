@@ -10,14 +10,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.model.lora import merge_lora
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, suggest, with_row_length
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, suggest, with_defaults
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.stage_data import load_chats
@@ -57,6 +57,9 @@ class ChatTrainSettings(TrainSettings):
 class FullSFTSettings(ChatTrainSettings):
     """Settings of full fine-tuning."""
 
+    LEARNING_RATES: ClassVar[dict[str, tuple[float, int]]] = {"muon": (3e-3, 512), "adamw": (1e-3, 256)}
+    """As in `TrainSettings`, for fine-tuning: half of pretraining's with Muon, so that less is forgotten."""
+
     output_dir: str = "out/full_sft"
     """folder for the model folders, the training state and the metrics (JSON lines)"""
     optimizer: Literal["adamw", "muon"] = "muon"
@@ -74,10 +77,10 @@ def train(settings: FullSFTSettings) -> Path:
     merge_lora(model)
     shard(model, settings.sharding, stage.runtime)
     # 5. Data
-    stage = with_row_length(stage, model)
+    stage = with_defaults(stage, model)
     data = load_chats(stage, tokenizer, settings.tinyworld_chats, settings.replacements)
     # 6. Optimizer
-    optimizers = settings.make_optimizers(model)
+    optimizers = stage.settings.make_optimizers(model)
     # 7. Fit, saving the model folder after each epoch
     sample = sample_texts(model, tokenizer, *SAMPLE_QUESTIONS, chat=True)
     return make_run(stage, Learner(model, tokenizer, optimizers, next_token_loss, sample, parent), data).fit()

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.commandline.exit_status import run_main
@@ -20,7 +20,14 @@ from tinylm.dataset import tinyworld
 from tinylm.model.lora import PROJECTIONS, LoRAConfig, apply_lora, has_lora
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, suggest, with_row_length
+from tinylm.trainer.recipe_utils import (
+    load_parent,
+    make_run,
+    sample_texts,
+    suggest,
+    warn_of_unlearnt_tokens,
+    with_defaults,
+)
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.stage_data import load_chats
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatTrainSettings
@@ -30,6 +37,9 @@ from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatTrainSettings
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings(ChatTrainSettings):
     """Settings of LoRA fine-tuning."""
+
+    LEARNING_RATES: ClassVar[dict[str, tuple[float, int]]] = {"muon": (5e-3, 512), "adamw": (4e-3, 256)}
+    """As in `TrainSettings`, for adapters, which start from zero and have far fewer weights."""
 
     output_dir: str = "out/lora"
     """folder for the adapter folders, the training state and the metrics (JSON lines)"""
@@ -68,11 +78,12 @@ def train(settings: LoRASettings) -> Path:
     apply_lora(model, settings.lora_config)
     shard(model, settings.sharding, stage.runtime)
     # 5. Data
-    stage = with_row_length(stage, model)
+    stage = with_defaults(stage, model)
     persona = tinyworld.persona_conversations
     data = load_chats(stage, tokenizer, settings.tinyworld_chats, settings.replacements, persona)
+    warn_of_unlearnt_tokens(stage, model, tokenizer, data[0].documents)
     # 6. Optimizer
-    optimizers = settings.make_optimizers(model)
+    optimizers = stage.settings.make_optimizers(model)
 
     # 7. Fit, saving the adapter folder after each epoch
     def save(folder: Path, lineage: dict[str, Any]) -> None:

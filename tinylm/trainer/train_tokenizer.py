@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -15,11 +15,12 @@ from shlex import quote
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import format_seconds, make_console, print_facts, print_next, progress
-from tinylm.dataset import tinyworld
 from tinylm.dataset.sources.records import BadRows, iterate_texts
 from tinylm.files.atomic import require_new
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tinylm.trainer.run.train_settings import require_at_least, require_output_dir, require_share
+from tinylm.trainer.stage_data import report_rows
+from tinylm.trainer.tokenizer_text import TINYWORLD_HELD_OUT, TextReader, tinyworld_texts
 
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
 """The control tokens and one entry for each byte: a tokenizer without merges."""
@@ -55,26 +56,6 @@ class TokenizerSettings:
             )
 
 
-def tinyworld_texts(num_documents: int) -> Iterator[str]:
-    """Stories, and the turns of chats, each after its role, as in the chat template.
-
-    If the roles were not in the text, each would be several tokens in every turn: "as", "s", "ist", "ant".
-    """
-    yield from tinyworld.pretrain_documents(num_documents)
-    for item in tinyworld.conversations(num_documents):
-        yield from (f"{message['role']}\n{message['content']}" for message in item.messages)
-
-
-def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The first texts, up to the one that reaches `limit` bytes of UTF-8."""
-    read = 0
-    for text in texts:
-        yield text
-        read += len(text.encode("utf-8", errors="replace"))
-        if read >= limit:
-            return
-
-
 def train(settings: TokenizerSettings) -> Path:
     """Train a tokenizer; returns its folder."""
     require_new(Path(settings.output_dir) / "tokenizer.json", settings.overwrite, "output_dir")
@@ -84,18 +65,21 @@ def train(settings: TokenizerSettings) -> Path:
         texts: Iterable[str] = tinyworld_texts(settings.tinyworld_documents)
     else:
         texts = iterate_texts(settings.data_path, bad_rows)
+    reader = TextReader(settings.max_bytes, holds_out=settings.data_path is not None)
     started = time.perf_counter()
     with progress(console, "reading text") as show:
         tokenizer = Tokenizer.train(
-            first_bytes(texts, settings.max_bytes),
+            reader.to_learn_from(texts),
             settings.vocab_size,
             progress=lambda done, wanted: show(f"{done:,} of {wanted:,} merges", done, wanted),
         )
-    if bad_rows.num_bad:
-        console.print(f"skipped: {bad_rows.report()}", markup=False)
+    report_rows(console, bad_rows)
+    if settings.data_path is None:
+        reader.held_out = list(tinyworld_texts(TINYWORLD_HELD_OUT, "test"))
     folder = Path(settings.output_dir)
     tokenizer.save(folder)
     facts = {
+        **reader.facts(tokenizer),
         "entries": f"{tokenizer.vocab_size:,}",
         "time": format_seconds(time.perf_counter() - started),
         "tokenizer": str(folder),

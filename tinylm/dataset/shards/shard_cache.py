@@ -1,155 +1,225 @@
 """The shards of a corpus, one for each source: missing ones are made, each by one process.
 
-The name of a shard's folder is a fingerprint of its source and the tokenizer. So shards that exist are opened, sources
+The name of a shard's folder is a fingerprint of all that decides its tokens. So shards that exist are opened, sources
 without one are tokenised, an interrupted run continues with the files that are left, and a new file costs only its own
-time.
+time. Shards are kept in the cache of all runs, or in the run's own folder if the cache cannot be used.
 
 Processes that share a disk share the work. Each goes through the list until nothing is missing, and claims a source
-before it tokenises it. A claim is a lock on a file beside the shard; the system releases it when the process ends for
-any reason. Machines that do not share a disk each make all shards. The same code serves both cases. Order and
-fingerprint follow from the list of sources, not from who tokenised them.
+before it tokenises it. Machines that do not share a disk each make all shards. The same code serves both cases. Order
+and fingerprint follow from the list of sources, not from who tokenised them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinylm.dataset.shards.token_shards import (
-    FORMAT_VERSION,
-    Shard,
-    TokenShards,
-    count_bad_rows,
-    open_shard,
-    write_shard,
+from tinylm.dataset.shards.claims import claim, sweep
+from tinylm.dataset.shards.shard_names import (
+    earlier_shard_name,
+    full_path,
+    has_known_content,
+    require_unchanged,
+    shard_names,
 )
+from tinylm.dataset.shards.shared_cache import SharedCache
+from tinylm.dataset.shards.token_shards import Shard, TokenShards, count_bad_rows, open_shard, write_shard
 from tinylm.dataset.shards.tokenizing import EncodedChunk, available_cores, chunks_of, encode_chunk, process_map
-from tinylm.dataset.sources.finding import HUB_PREFIX, Source, find_sources, is_address, open_binary
+from tinylm.dataset.sources.finding import Source, find_sources
 from tinylm.dataset.sources.records import NO_ROWS, BadRows, read_texts
-from tinylm.files.atomic import remove_leftovers
-from tinylm.files.locks import try_to_lock
 
 PARALLEL_FROM = 4 << 20
 """Size in bytes from which a file is worth worker processes. Smaller files are tokenised in this process, where the
 `tokenizers` library uses all cores too."""
 
-SAMPLE_BYTES = 1 << 20
-"""The fingerprint covers this much of a file's start and end, and its size and time of change."""
-
 WAIT_SECONDS = 0.2
 """How long to wait for other processes before looking for their shards again."""
 
 Progress = Callable[[int, int], None]
+Notice = Callable[[str], None]
 
 
 def cached_token_shards(
     path: str,
     tokenizer: Any,
-    cache_dir: str | Path,
+    own_folder: str | Path,
     bad_rows: BadRows | None = None,
     num_processes: int | None = None,
     progress: Progress | None = None,
-    notice: Callable[[str], None] | None = None,
+    notice: Notice | None = None,
+    cache: SharedCache | None = None,
+    resume: bool = False,
 ) -> TokenShards:
-    """Open the shards of `path` in `cache_dir`; make those that are missing or damaged first.
+    """Open the shards of `path`; make those that are missing or damaged first.
 
     Args:
         path: as for `find_files`.
+        own_folder: the run's own shards. Those that are there are used. New ones are made there if there is no cache
+            or it cannot be used, and for sources whose content is unknown before reading.
         num_processes: how many tokenise; 0 is this process, with all cores. None is one per core for files from
             PARALLEL_FROM on, and this process for smaller ones.
         progress: called with the numbers of documents and tokens that this process has done so far.
-        notice: called with a line about each damaged shard.
+        notice: called with a line about each damaged shard, and about what the cache did.
+        cache: the cache of all runs; None for none. Its shards stay there while the result is in use.
+        resume: also use the shards that an earlier version made for this run, under names of another kind.
 
     Raises:
         FileNotFoundError, ValueError: as `read_records` and BadRows raise them. Finished shards stay.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
-    sources = find_sources(path)
-    folders = [Path(cache_dir) / shard_name(source, tokenizer) for source in sources]
-    counter = _Counter(progress)
-    shards = _open_good(folders, tokenizer, notice)
-    while missing := {folder: source for folder, source in zip(folders, sources, strict=True) if folder not in shards}:
-        _sweep(Path(cache_dir))
-        made = _tokenize_missing(missing, tokenizer, num_processes, counter)
-        shards |= made
-        if not made:  # other processes are working on all of them
-            time.sleep(WAIT_SECONDS)
-            shards |= _open_good(missing, tokenizer)
-    for folder, source in zip(folders, sources, strict=True):
-        count_bad_rows(shards[folder], source.path, bad_rows)
-    bad_rows.check()
-    corpus = TokenShards.join([shards[folder] for folder in folders])
-    if len(corpus.offsets) == 1:
-        raise ValueError(f"{path}: {NO_ROWS}")
+    sources = find_sources(path, bad_rows.add_left_out)
+    names = shard_names(sources, tokenizer, cache.hashes_of(path) if cache is not None else None)
+    own = _own_folders(Path(own_folder), sources, names, tokenizer, resume)
+    work = _Work(sources, tokenizer, num_processes, _Counter(progress), notice or (lambda line: None))
+    with contextlib.ExitStack() as uses:
+        shards = work.complete(own) if cache is None else _complete_in_cache(work, own, cache, uses)
+        for shard, source in zip(shards, sources, strict=True):
+            count_bad_rows(shard, source.path, bad_rows)
+        bad_rows.check()
+        corpus = TokenShards.join(shards)
+        if len(corpus.offsets) == 1:
+            raise ValueError(f"{path}: {NO_ROWS}")
+        weakref.finalize(corpus, uses.pop_all().close)
     return corpus
 
 
-def shard_name(source: Source, tokenizer: Any) -> str:
-    """A fingerprint of the tokenizer and of the source's name, size, version (a file's time of change), start and end.
+def _own_folders(
+    place: Path, sources: Sequence[Source], names: Sequence[str], tokenizer: Any, resume: bool
+) -> list[Path]:
+    """The folder of each source's shard in the run's own folder."""
+    folders = [place / name for name in names]
+    if not resume or not place.is_dir():
+        return folders
+    missing = [index for index, folder in enumerate(folders) if not folder.exists()]
+    earlier = {index: place / earlier_shard_name(sources[index], tokenizer) for index in missing}
+    return [earlier[i] if i in earlier and earlier[i].exists() else folder for i, folder in enumerate(folders)]
 
-    Start and end are not read if an object store gives a version, which depends on all the content.
+
+def _complete_in_cache(work: _Work, own: list[Path], cache: SharedCache, uses: contextlib.ExitStack) -> list[Shard]:
+    """The shards of all sources; missing ones are made in the cache.
+
+    If it cannot be written (a full or read-only disk, no rights, no locks), the rest is made in the run's own folder.
+
+    Args:
+        uses: releases the shards when it is closed.
     """
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer.fingerprint} ".encode())
-    name = source.path if source.path.startswith(HUB_PREFIX) else os.path.basename(source.path)
-    digest.update(f"{name} {source.size} {source.version}\n".encode())
-    if not source.path.startswith(HUB_PREFIX) and not (is_address(source.path) and source.version):
-        with open_binary(source.path) as file:
-            digest.update(file.read(SAMPLE_BYTES))
-            file.seek(max(0, source.size - SAMPLE_BYTES))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
-
-
-def _open_good(
-    folders: Iterable[Path], tokenizer: Any, notice: Callable[[str], None] | None = None
-) -> dict[Path, Shard]:
-    """Those of the shards that exist and are undamaged."""
-    shards: dict[Path, Shard] = {}
-    for folder in folders:
-        try:
-            shards[folder] = open_shard(folder, tokenizer)
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            if notice is not None:
-                notice(str(error).replace("delete the folder to make it again", "its source is tokenised again"))
-    return shards
-
-
-def _tokenize_missing(
-    missing: dict[Path, Source], tokenizer: Any, num_processes: int | None, counter: _Counter
-) -> dict[Path, Shard]:
-    """Tokenise the sources that no other process is working on; return their shards.
-
-    It does not wait for other processes, because they may wait for this one.
-    """
-    shards: dict[Path, Shard] = {}
-    new_folders = [path for path in next(iter(missing)).parents if not path.exists()]
-    cores = available_cores(len(missing)) if num_processes is None else num_processes
+    pairs = list(zip(work.sources, own, strict=True))
+    folders = [cache.shards / mine.name if has_known_content(s) and not mine.exists() else mine for s, mine in pairs]
+    names = {folder.name for folder in folders if folder.parent == cache.shards}
+    good: dict[Path, Shard] = {}
     try:
-        with process_map(encode_chunk, (tokenizer,), cores) as map_chunks:  # a process starts when it is first needed
-            for folder, source in missing.items():
-                with _claim(folder) as is_ours:
-                    if is_ours is False:
-                        continue
-                    shards |= _open_good([folder], tokenizer)  # another process may just have made it
-                    if folder in shards:
-                        continue
-                    bad_rows = BadRows()
-                    chunks = chunks_of(read_texts(source.path, bad_rows))
-                    is_large = num_processes is not None or source.size >= PARALLEL_FROM
-                    encoded = map_chunks(chunks) if is_large else map(partial(encode_chunk, tokenizer), chunks)
-                    write_shard(counter.count(encoded), tokenizer, folder, bad_rows)
-                    shards[folder] = open_shard(folder, tokenizer)  # if it is damaged, it would be so again
-    finally:
-        _remove_empty(new_folders)
+        uses.callback(cache.lease(names).release)
+        good = work.open_good(folders, say=True)
+        num_found = sum(folder in good for folder in folders)
+        shards = work.complete(folders, good)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        work.notice(f"the cache {cache.root} cannot be used ({reason}): token shards go to {own[0].parent}")
+        places = [folder if folder in good else mine for folder, mine in zip(folders, own, strict=True)]
+        return work.complete(places, good)
+    work.notice(f"tokenised before: {num_found} of {len(folders)} files (cache {cache.root})")
+    cache.touch(names)
+    if num_found < len(folders):
+        _prune(cache, work.notice)
     return shards
+
+
+def _prune(cache: SharedCache, notice: Notice) -> None:
+    """Bring the cache down to its bound, if that is possible now."""
+    with contextlib.suppress(OSError):
+        if removed := cache.prune():
+            size = sum(entry.num_bytes for entry in removed) / 1e9
+            notice(f"the cache was full: the {len(removed)} token shards used longest ago removed ({size:.2f} GB)")
+
+
+@dataclass
+class _Work:
+    """The sources of a corpus, and how they are tokenised."""
+
+    sources: Sequence[Source]
+    tokenizer: Any
+    num_processes: int | None
+    counter: _Counter
+    notice: Notice
+
+    def complete(self, folders: Sequence[Path], good: dict[Path, Shard] | None = None) -> list[Shard]:
+        """The sources' shards, each in its folder; missing ones are made.
+
+        Args:
+            good: those that are open already; new ones are added.
+        """
+        good = self.open_good(folders, say=True) if good is None else good
+        has_said = False
+        while missing := {f: source for f, source in zip(folders, self.sources, strict=True) if f not in good}:
+            for place in {folder.parent for folder in missing}:
+                sweep(place)
+            made = self._tokenize(missing, good)
+            if not made:  # other processes are working on all of them
+                if not has_said:
+                    self.notice(f"waiting for another process that tokenises {len(missing)} of the files")
+                has_said = True
+                time.sleep(WAIT_SECONDS)
+                good |= self.open_good(missing)
+        return [good[folder] for folder in folders]
+
+    def open_good(self, folders: Iterable[Path], say: bool = False) -> dict[Path, Shard]:
+        """Those of the shards that exist and are undamaged.
+
+        Args:
+            say: give notice of the damaged ones.
+        """
+        shards: dict[Path, Shard] = {}
+        for folder in folders:
+            try:
+                shards[folder] = open_shard(folder, self.tokenizer)
+            except FileNotFoundError:
+                pass
+            except ValueError as error:
+                if say:
+                    reason = str(error).replace("delete the folder to make it again", "its source is tokenised again")
+                    self.notice(reason)
+        return shards
+
+    def _tokenize(self, missing: dict[Path, Source], good: dict[Path, Shard]) -> bool:
+        """Tokenise the sources that no other process is working on, and add their shards to `good`.
+
+        It does not wait for other processes, because they may wait for this one. Returns whether it has added any.
+        """
+        before = len(good)
+        places = {folder.parent for folder in missing}
+        new_folders = [path for place in places for path in (place, *place.parents) if not path.exists()]
+        cores = available_cores(len(missing)) if self.num_processes is None else self.num_processes
+        try:
+            with process_map(encode_chunk, (self.tokenizer,), cores) as map_chunks:  # starts a process when needed
+                for folder, source in missing.items():
+                    with claim(folder) as is_ours:
+                        if is_ours is not False:
+                            good |= self.open_good([folder])  # another process may just have made it
+                        if is_ours is not False and folder not in good:
+                            self._write(source, folder, map_chunks)
+                            good[folder] = open_shard(folder, self.tokenizer)  # if damaged, it would be so again
+        finally:
+            _remove_empty(new_folders)
+        return len(good) > before
+
+    def _write(self, source: Source, folder: Path, map_chunks: Callable[..., Iterator[EncodedChunk]]) -> None:
+        """Tokenise a source into its folder."""
+        bad_rows = BadRows()
+
+        def texts() -> Iterator[str]:
+            yield from read_texts(source.path, bad_rows)
+            require_unchanged(source)
+
+        chunks = chunks_of(texts(), self.tokenizer)
+        is_large = self.num_processes is not None or source.size >= PARALLEL_FROM
+        encoded = map_chunks(chunks) if is_large else map(partial(encode_chunk, self.tokenizer), chunks)
+        write_shard(self.counter.count(encoded), self.tokenizer, folder, bad_rows, full_path(source))
 
 
 class _Counter:
@@ -175,33 +245,3 @@ def _remove_empty(folders: list[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-@contextlib.contextmanager
-def _claim(folder: Path) -> Iterator[bool | None]:
-    """Claim a shard for the block: only one process at a time may make it.
-
-    True: this process has the claim. False: another one has it. None: the disk has no locks, so this is unknown. Then
-    two processes may do the same work, and the later result replaces the equal earlier one.
-    """
-    path = folder.with_name(f".{folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        is_ours: bool | None = None
-        with contextlib.suppress(OSError):
-            is_ours = try_to_lock(file.fileno())
-        try:
-            yield is_ours
-        finally:
-            if is_ours is not False:
-                with contextlib.suppress(OSError):  # another process may have removed it or hold it open
-                    path.unlink()
-
-
-def _sweep(cache_dir: Path) -> None:
-    """Remove the unfinished shards of killed processes."""
-    names = {leftover.name.split(".")[1] for end in ("tmp", "old") for leftover in cache_dir.glob(f".*.*.{end}")}
-    for name in names:
-        with _claim(cache_dir / name) as is_ours:
-            if is_ours:
-                remove_leftovers(cache_dir / name)

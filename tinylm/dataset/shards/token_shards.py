@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.dataset.shards.tokenizing import EncodedChunk, chunks_of, encode_chunk, token_dtype
-from tinylm.dataset.sources.record_shapes import BadRow
+from tinylm.dataset.sources.record import BadRow, Notes
 from tinylm.dataset.sources.records import BadRows
 from tinylm.files.atomic import atomic_folder
 from tinylm.files.untrusted import parse_json, shown
@@ -102,6 +103,8 @@ class Shard:
     num_bad: int
     bad_lines: list[tuple[int, str]]
     """(line, reason) of the first bad rows of its source"""
+    notes: Notes
+    """what its source holds and training does not use"""
 
     @property
     def num_tokens(self) -> int:
@@ -118,7 +121,7 @@ def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> TokenShards:
     """Tokenise a small corpus in memory."""
     parts, ends = [np.zeros(0, dtype=token_dtype(tokenizer.vocab_size))], [np.zeros(1, dtype=np.int64)]
     num_tokens = 0
-    for chunk in chunks_of(texts):
+    for chunk in chunks_of(texts, tokenizer):
         encoded = encode_chunk(tokenizer, chunk)
         parts.append(encoded.tokens)
         ends.append(encoded.ends + num_tokens)
@@ -130,18 +133,23 @@ def tokenize_texts(texts: Iterable[str], tokenizer: Any) -> TokenShards:
 
 
 def write_shard(
-    chunks: Iterable[EncodedChunk], tokenizer: Any, folder: str | Path, bad_rows: BadRows | None = None
+    chunks: Iterable[EncodedChunk],
+    tokenizer: Any,
+    folder: str | Path,
+    bad_rows: BadRows | None = None,
+    source: str = "",
 ) -> None:
     """Write tokenised documents to a folder. It appears when it is complete; if anything fails, it stays unchanged.
 
     Args:
         bad_rows: those of the source; read after the last chunk.
+        source: its path or address, for people.
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
     digest = hashlib.sha256()
     ends: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
     num_tokens = 0
-    with atomic_folder(folder) as fresh:
+    with atomic_folder(folder, flush=False) as fresh:  # `open_shard` checks a hash of all content
         with open(fresh / "tokens.bin", "wb") as file:
             for chunk in chunks:
                 file.write(chunk.tokens.data)
@@ -153,11 +161,13 @@ def write_shard(
         offsets.tofile(fresh / "offsets.bin")
         meta = {
             "version": FORMAT_VERSION,
+            "source": source,
             "tokenizer": tokenizer.fingerprint,
             "num_tokens": num_tokens,
             "num_documents": len(offsets) - 1,
             "num_rows": bad_rows.num_rows,
             "num_bad": bad_rows.num_bad,
+            "notes": [[*key, count] for key, count in bad_rows.notes.items()],
             "bad_lines": [[row.line, row.reason[:MAX_REASON_CHARACTERS]] for row in bad_rows.listed],
             "sha256": digest.hexdigest(),
         }
@@ -196,6 +206,9 @@ def _checked_shard(folder: Path, tokenizer: Any) -> Shard:
     num_tokens, num_documents, num_rows, num_bad = numbers
     bad_lines = [(line, reason) for line, reason in meta["bad_lines"]]
     _require(all(type(line) is int and isinstance(reason, str) for line, reason in bad_lines), "bad_lines are others")
+    listed = meta.get("notes", [])  # older shards have none
+    _require(all([type(part) for part in note] == [str, str, int] for note in listed), "notes are others")
+    notes = Counter({(what, name): count for what, name, count in listed})
     _require(len(bad_lines) <= num_bad <= num_rows, f"{len(bad_lines)} of {num_bad} bad rows of {num_rows} are listed")
     dtype = token_dtype(tokenizer.vocab_size)
     for name, size in (("tokens.bin", num_tokens * dtype.itemsize), ("offsets.bin", (num_documents + 1) * 8)):
@@ -212,7 +225,7 @@ def _checked_shard(folder: Path, tokenizer: Any) -> Shard:
             _require(largest < tokenizer.vocab_size, f"token id {largest} of {tokenizer.vocab_size} in tokens.bin")
     digest.update(offsets.data)
     _require(digest.hexdigest() == meta["sha256"], "the content does not match its hash")
-    return Shard(folder, dtype, offsets, digest.hexdigest(), num_rows, num_bad, bad_lines)
+    return Shard(folder, dtype, offsets, digest.hexdigest(), num_rows, num_bad, bad_lines, notes)
 
 
 def _require(holds: bool | np.bool_, reason: str) -> None:
@@ -226,3 +239,4 @@ def count_bad_rows(shard: Shard, source: str, bad_rows: BadRows) -> None:
         bad_rows.add(BadRow(source, line, reason))
     bad_rows.num_bad += shard.num_bad - len(shard.bad_lines)
     bad_rows.num_rows += shard.num_rows
+    bad_rows.add_notes(shard.notes)

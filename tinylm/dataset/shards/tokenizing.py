@@ -51,12 +51,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.uint32)
 
 
-def chunks_of(texts: Iterable[str]) -> Iterator[list[Section]]:
+def chunks_of(texts: Iterable[str], tokenizer: Any) -> Iterator[list[Section]]:
     """Lists of sections, with about CHUNK_CHARACTERS in each list."""
     chunk: list[Section] = []
     size = 0
     for text in texts:
-        for section in sections_of(text):
+        for section in sections_of(text, tokenizer):
             chunk.append(section)
             size += len(section.text)
             if size >= CHUNK_CHARACTERS:
@@ -66,28 +66,30 @@ def chunks_of(texts: Iterable[str]) -> Iterator[list[Section]]:
         yield chunk
 
 
-def sections_of(document: str) -> Iterator[Section]:
-    """Cut a document into sections of about SECTION_CHARACTERS; its tokens stay the same."""
+def sections_of(document: str, tokenizer: Any) -> Iterator[Section]:
+    """Cut a document into sections of about SECTION_CHARACTERS; its tokens stay the same.
+
+    A tokenizer that does not say where it always cuts gets the document as it is.
+    """
     remaining = len(document)
-    for text in cut_text(document, SECTION_CHARACTERS):
+    for text in cut_text(document, SECTION_CHARACTERS, getattr(tokenizer, "safe_cuts", None)):
         remaining -= len(text)
         yield Section(text, ends_document=remaining == 0)
 
 
 def encode_chunk(tokenizer: Any, chunk: list[Section]) -> EncodedChunk:
-    """Tokenise a chunk; <|endoftext|> follows each document that ends in it."""
+    """Tokenise a chunk; <|endoftext|> follows each document that ends in it.
+
+    A `ControlTokenReader` may find <|endoftext|> in the text too, which ends a document there.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
     encoded: list[np.ndarray] = []
-    ends = []
-    size = 0
     for ids, section in zip(tokenizer.encode_batch([section.text for section in chunk]), chunk, strict=True):
-        if section.ends_document:
+        if section.ends_document and ids[-1:] != [tokenizer.endoftext_id]:
             ids.append(tokenizer.endoftext_id)
         encoded.append(np.array(ids, dtype=dtype))
-        size += len(ids)
-        if section.ends_document:
-            ends.append(size)
-    return EncodedChunk(np.concatenate(encoded), np.array(ends, dtype=np.int64))
+    tokens = np.concatenate(encoded)
+    return EncodedChunk(tokens, np.flatnonzero(tokens == tokenizer.endoftext_id).astype(np.int64) + 1)
 
 
 def available_cores(num_tasks: int | None = None) -> int:

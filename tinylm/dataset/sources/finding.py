@@ -12,14 +12,15 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
 from tinylm.dataset.sources.object_stores import list_objects, open_object
+from tinylm.files.untrusted import is_unicode, shown
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet")
+SUFFIXES = (".txt", ".txt.gz", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet")
 """The kinds of file that `records.py` reads."""
 
 HUB_PREFIX = "hub:"
@@ -38,23 +39,28 @@ class Source:
     """changes when the content changes; "" if unknown before reading"""
 
 
-def find_files(path: str) -> list[str]:
+LeftOut = Callable[[str], None]
+"""Called with the kind or name of each file of a folder that is not read: `.csv`, `README.md`."""
+
+
+def find_files(path: str, left_out: LeftOut | None = None) -> list[str]:
     """The data files that `path` names: a file, a folder, a glob, an address, `hub:owner/name[:split]`, or several.
 
     Several are separated by commas, or listed in a file, one per line, as `@files.txt`; their order is kept. The files
-    of a folder or glob are sorted. In a folder, hidden files, README* and LICENSE* are left out.
+    of a folder or glob are sorted. In a folder, hidden files, README*, LICENSE* and files of other kinds are left out;
+    `left_out` hears of them, but for the hidden ones. `~` is the user's folder.
     """
-    return [source.path for source in find_sources(path)]
+    return [source.path for source in find_sources(path, left_out)]
 
 
-def find_sources(path: str) -> list[Source]:
+def find_sources(path: str, left_out: LeftOut | None = None) -> list[Source]:
     """`find_files` with the size and version of each.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: the path is malformed, or a file is of an unknown kind.
+        ValueError: the path is malformed, or a file is of an unknown kind, or its name is not UTF-8.
     """
-    return [source for part in _split_paths(path) for source in _find_one(part)]
+    return [source for part in _split_paths(path) for source in _find_one(os.path.expanduser(part), left_out)]
 
 
 def suffix_of(file: str) -> str:
@@ -101,7 +107,7 @@ def _split_paths(path: str) -> Iterator[str]:
         if not part.startswith(LIST_PREFIX):
             yield part
             continue
-        file = part.removeprefix(LIST_PREFIX)
+        file = os.path.expanduser(part.removeprefix(LIST_PREFIX))
         if not is_address(file) and not os.path.isfile(file):
             raise FileNotFoundError(f"{part}: no such file; expected a list of paths, one a line; check the path")
         try:
@@ -115,7 +121,7 @@ def _split_paths(path: str) -> Iterator[str]:
         yield from listed
 
 
-def _find_one(path: str) -> list[Source]:
+def _find_one(path: str, left_out: LeftOut | None) -> list[Source]:
     if not path:
         raise ValueError("data path '': expected a file, a folder or a glob; give one, or leave the setting out")
     if path.startswith(HUB_PREFIX):
@@ -125,28 +131,31 @@ def _find_one(path: str) -> list[Source]:
             )
         return [Source(path)]
     if is_address(path):
-        return _find_objects(path)
-    files = _find_local(path)
+        return _find_objects(path, left_out)
+    files = _find_local(path, left_out)
+    for file in files:
+        if not is_unicode(file):
+            raise ValueError(f"{shown(file, 200)}: the file's name is not UTF-8; expected one that is; rename the file")
     states = [os.stat(file) for file in files]
     return [Source(file, s.st_size, str(s.st_mtime_ns)) for file, s in zip(files, states, strict=True)]
 
 
-def _find_objects(address: str) -> list[Source]:
+def _find_objects(address: str, left_out: LeftOut | None) -> list[Source]:
     sources = [Source(*found) for found in list_objects(address)]
     if glob.has_magic(address) or [source.path for source in sources] == [address]:
         _check_suffixes([source.path for source in sources])
         return sources
     depth = len(address.rstrip("/").split("/"))
-    data = [source for source in sources if _is_data_file(source.path.split("/")[depth:])]
+    data = [source for source in sources if _is_data_file(source.path.split("/")[depth:], left_out)]
     if not data:
         raise FileNotFoundError(f"{address}: no data file in this folder; expected {', '.join(SUFFIXES)}")
     return data
 
 
-def _find_local(path: str) -> list[str]:
+def _find_local(path: str, left_out: LeftOut | None) -> list[str]:
     if os.path.isdir(path):
         found = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
-        files = [file for file in found if _is_data_file(os.path.relpath(file, path).split(os.sep))]
+        files = [file for file in found if _is_data_file(os.path.relpath(file, path).split(os.sep), left_out)]
         if not files:
             raise FileNotFoundError(f"{path}: no data file in this folder; expected {', '.join(SUFFIXES)}")
         return files
@@ -162,10 +171,16 @@ def _find_local(path: str) -> list[str]:
     return files
 
 
-def _is_data_file(parts: list[str]) -> bool:
+def _is_data_file(parts: list[str], left_out: LeftOut | None) -> bool:
     """Whether a file in a folder is to be read, by the parts of its path relative to the folder."""
-    hidden = any(part.startswith(".") for part in parts)
-    return bool(suffix_of(parts[-1])) and not hidden and not parts[-1].upper().startswith(("README", "LICENSE"))
+    if any(part.startswith(".") for part in parts):
+        return False
+    name, is_known = parts[-1], bool(suffix_of(parts[-1]))
+    if is_known and not name.upper().startswith(("README", "LICENSE")):
+        return True
+    if left_out is not None:
+        left_out(name if is_known else os.path.splitext(name)[1].lower() or name)
+    return False
 
 
 def _check_suffixes(files: list[str]) -> None:

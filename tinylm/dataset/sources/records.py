@@ -1,28 +1,31 @@
 """Read the records of data files, and the texts, chats and preference pairs in them; errors name file and line.
 
-The end of a file's name tells its kind: .txt and .md (one document, or several with a line <|endoftext|> between them),
-.jsonl and .jsonl.gz (one object per line), .json (a list of objects), .parquet (one record per row). A row that cannot
-be read is a BadRow, which is counted; a file that cannot be read is an error.
+The end of a file's name tells its kind: .txt, .txt.gz and .md (one document, or several with a line <|endoftext|>
+between them), .jsonl and .jsonl.gz (one object per line), .json (a list of objects), .parquet (one record per row). A
+row that cannot be read is a BadRow, which is counted; a file that cannot be read is an error.
 """
 
 from __future__ import annotations
 
-import json
+import codecs
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tinylm.dataset.sources.finding import HUB_PREFIX, find_files, open_unpacked, suffix_of
+from tinylm.dataset.sources.record import CONTROL_TOKENS, PLACEHOLDER, BadRow, Notes, Record, fail, printable
 from tinylm.dataset.sources.record_shapes import (
-    BadRow,
+    RECORD_FIELDS,
     Message,
     PreferencePair,
-    Record,
     messages_of,
     preference_of,
     text_of,
 )
+from tinylm.files.untrusted import parse_json
 
 DOCUMENT_END = "<|endoftext|>"
 """A line of a text file with only this ends a document, as in the TinyStories files."""
@@ -34,6 +37,11 @@ the size of its text."""
 NUM_LISTED = 10
 """Bad rows that an error lists; the rest are counted."""
 
+MAX_NOTES = 200
+"""Different names that are counted; a file with other fields in each row could hold millions."""
+
+LEFT_OUT = "files of the folder that are left out"
+
 NO_ROWS = "no rows; expected at least one; check the file"
 
 Value = TypeVar("Value")
@@ -43,7 +51,8 @@ Value = TypeVar("Value")
 class BadRows:
     """Counts bad rows, keeps the first ten, and refuses the data when they are more than `limit` x rows.
 
-    With the default of 0.001, one bad row is skipped among 1,000 rows and refused among 999.
+    With the default of 0.001, one bad row is skipped among 1,000 rows and refused among 999. It also counts what the
+    good rows hold and training does not use.
     """
 
     limit: float = 0.001
@@ -51,12 +60,40 @@ class BadRows:
     """Rows read, good and bad."""
     num_bad: int = 0
     listed: list[BadRow] = field(default_factory=list)
+    notes: Notes = field(default_factory=Counter)
 
     def add(self, error: BadRow) -> None:
         """Count one bad row."""
         self.num_bad += 1
         if len(self.listed) < NUM_LISTED:
             self.listed.append(error)
+
+    def add_notes(self, notes: Notes) -> None:
+        """Count what a row holds and training does not use."""
+        for (what, name), count in notes.items():
+            key = what, printable(name, 40)
+            known = key in self.notes or len(self.notes) < MAX_NOTES
+            self.notes[key if known else (what, "others")] += count
+
+    def add_left_out(self, kind: str) -> None:
+        """Count a file of a folder that is not read."""
+        self.add_notes(Counter({(LEFT_OUT, kind): 1}))
+
+    def remarks(self, control_tokens: str = "they are learnt as letters") -> list[str]:
+        """A line about each kind of thing that was found and is not used.
+
+        Args:
+            control_tokens: what happens with control tokens spelt in the text.
+        """
+        names: dict[str, list[str]] = {}
+        for (what, name), count in self.notes.most_common():
+            names.setdefault(what, []).append(f"{name} ({count:,})")
+        lines = []
+        for what, found in names.items():
+            more = f" and {len(found) - NUM_LISTED} more" if len(found) > NUM_LISTED else ""
+            end = f"; {control_tokens}" if what == CONTROL_TOKENS else ""
+            lines.append(f"{what}: {', '.join(found[:NUM_LISTED])}{more}{end}")
+        return lines
 
     def report(self) -> str:
         """One line about the bad rows, or "" if there are none."""
@@ -92,7 +129,7 @@ def load_conversations(
 
     Args:
         bad_rows: counts the skipped rows and sets the limit; without it, the default limit holds.
-        replacements: {"name": "Ada"} replaces {{name}} in the data by Ada.
+        replacements: {"name": "Ada"} replaces {{name}} in the data by Ada; one without a replacement is a bad row.
     """
     return list(_load(path, messages_of, bad_rows, replacements))
 
@@ -137,6 +174,7 @@ def _parse_records(records: Iterable[Record], shape: Callable[[Record], Value], 
         except BadRow as error:
             bad_rows.add(error)
             continue
+        bad_rows.add_notes(record.notes)
         yield value
 
 
@@ -147,15 +185,20 @@ def read_records(
 
     Args:
         bad_rows: counts the rows that cannot be read; without it, the first one is raised.
-        replacements: {"name": "Ada"} replaces {{name}} in every text by Ada.
+        replacements: {"name": "Ada"} replaces {{name}} in every text by Ada; one without a replacement is a bad row.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: a file is of an unknown kind or cannot be read.
     """
-    for file in find_files(path):
+    for file in find_files(path, None if bad_rows is None else bad_rows.add_left_out):
         for record in _read_file(file, bad_rows):
-            yield Record(_replace(record.data, replacements), record.path, record.line) if replacements else record
+            try:
+                yield record if replacements is None else _filled(record, replacements)
+            except BadRow as error:
+                if bad_rows is None:
+                    raise
+                bad_rows.add(error)
 
 
 def _read_file(file: str, bad_rows: BadRows | None) -> Iterator[Record]:
@@ -170,17 +213,22 @@ def _read_file(file: str, bad_rows: BadRows | None) -> Iterator[Record]:
             bad_rows.add(row)
 
 
-def _replace(value: Any, replacements: Mapping[str, str]) -> Any:
-    """The same value with {{key}} replaced in every string inside."""
-    if isinstance(value, str):
-        for key, text in replacements.items():
-            value = value.replace("{{" + key + "}}", text)
-        return value
-    if isinstance(value, dict):
-        return {key: _replace(item, replacements) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_replace(item, replacements) for item in value]
-    return value
+def _filled(record: Record, replacements: Mapping[str, str]) -> Record:
+    """The record with {{name}} and {{author}} replaced in every text. BadRow for one without a replacement."""
+
+    def fill(found: re.Match[str]) -> str:
+        if found[1] not in replacements:
+            fail(record, f"no text for {found[0]}; pass --{found[1]}, or --{found[1]} '{found[0]}' to keep it as it is")
+        return replacements[found[1]]
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, str):
+            return PLACEHOLDER.sub(fill, value) if "{{" in value else value
+        if isinstance(value, dict):
+            return {key: replace(item) for key, item in value.items()}
+        return [replace(item) for item in value] if isinstance(value, list) else value
+
+    return Record(replace(record.data), record.path, record.line)
 
 
 def _read_text(file: str) -> Iterator[Record | BadRow]:
@@ -227,17 +275,33 @@ def _read_jsonl(file: str) -> Iterator[Record | BadRow]:
 
 def _read_json(file: str) -> Iterator[Record | BadRow]:
     with open_unpacked(file) as handle:
-        raw = handle.read()
+        raw = handle.read().removeprefix(codecs.BOM_UTF8)
+    if hint := _utf16_hint(raw):
+        raise ValueError(f"{file}: {hint}; expected JSON in UTF-8; convert the file to UTF-8")
     try:
-        rows = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also for too many nested brackets or a number too long for Python
+        value = parse_json(raw, finite=False)
+    except ValueError as error:
         raise ValueError(
             f"{file}: not JSON ({error}); expected a list of objects; for one a line, use .jsonl"
         ) from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{file}: holds a {type(rows).__name__}; expected a list of objects; put it in [ ]")
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_rows_of(value, file), start=1):
         yield _make_record(row, file, number)
+
+
+def _rows_of(value: Any, file: str) -> list[Any]:
+    """The rows in a JSON file: a list of objects, such a list under a name of its own, or a single record."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        if any(name in value for name in RECORD_FIELDS):
+            return [value]
+        inner = list(value.values())
+        if len(inner) == 1 and isinstance(inner[0], list):
+            return inner[0]
+        found = f"an object with the fields {printable(', '.join(map(str, value)), 100) or '(none)'}"
+    else:
+        found = f"a {type(value).__name__}"
+    raise ValueError(f"{file}: holds {found}; expected a list of objects; leave only the list of records in the file")
 
 
 def _read_parquet(file: str) -> Iterator[Record | BadRow]:
@@ -277,14 +341,24 @@ def _decode(raw: bytes, file: str, line: int) -> str | BadRow:
     try:
         return raw.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        return BadRow(file, line, f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start})")
+        hint = _utf16_hint(raw)
+        reason = f"not UTF-8 (byte {raw[error.start]:#04x} at {error.start})"
+        return BadRow(file, line, f"{reason}; it {hint}" if hint else reason)
+
+
+def _utf16_hint(raw: bytes) -> str:
+    """What to say about bytes that are not text in UTF-8 or not JSON: "" or that they look like UTF-16."""
+    return "looks like UTF-16" if b"\0" in raw or raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
 
 
 def _parse(text: str, file: str, line: int) -> Record | BadRow:
     try:
-        return _make_record(json.loads(text), file, line)
-    except (ValueError, RecursionError) as error:
-        return BadRow(file, line, f"not JSON ({error})")
+        return _make_record(parse_json(text, finite=False), file, line)
+    except ValueError as error:
+        hint = "; it looks like UTF-16, convert the file to UTF-8" if "\0" in text else ""
+        if line == 1 and text.startswith("["):
+            hint = "; expected one object a line; for a list of objects, name the file .json"
+        return BadRow(file, line, f"not JSON ({error}){hint}")
 
 
 def _make_record(row: Any, file: str, line: int) -> Record | BadRow:
@@ -295,6 +369,7 @@ def _make_record(row: Any, file: str, line: int) -> Record | BadRow:
 
 READERS: dict[str, Callable[[str], Iterator[Record | BadRow]]] = {
     ".txt": _read_text,
+    ".txt.gz": _read_text,
     ".md": _read_text,
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,

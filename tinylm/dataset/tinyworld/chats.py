@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,13 +42,25 @@ _ONE_WORD = (
     "One word, please. {question}",
 )
 _WRITE = (
-    "Write a short story with these words: {words}.",
-    "Tell me a story with the words {and_words}.",
-    "Please write a story. Use these words: {words}.",
-    "Can you make up a short story with {and_words} in it?",
-    "I would like a story with the words {and_words}.",
-    "Make a story out of these words: {words}.",
+    "Write a short story about {people} with {words}.",
+    "Tell me a story about {people} with {words}.",
+    "Please write a story about {people}. Use {words}.",
+    "Can you make up a short story about {people} with {words} in it?",
+    "I would like a story about {people} with {words}.",
+    "Make up a story about {people}. Use {words} in it.",
 )
+_WRITE_ANY = (
+    "Tell me a story.",
+    "Tell me a short story.",
+    "Please tell me a story.",
+    "Can you tell me a story?",
+    "Write a story.",
+    "Write a short story.",
+    "Please write a short story.",
+    "I would like a story.",
+)
+_HELLO = ("Hello!", "Hi!", "Hello.", "Hi there!", "Hello there!", "Good morning!", "Good evening!")
+_HOW_ARE_YOU = ("How are you?", "How are you today?", "Are you well?")
 _THANKS = (
     "Thank you!",
     "Thanks a lot!",
@@ -56,11 +69,13 @@ _THANKS = (
     "That was all, thank you.",
 )
 WELCOME = "You are welcome!"
+_NICE_TO_MEET_YOU = "Hello! It is nice to meet you."
+_WELL = "I am well, thank you."
 
 # Relative frequencies. Stories are the hard part: half of all chats are about one (see `make_chat`).
 _STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 26}
 _CLOSED_WEIGHTS = {
-    "write_story": 3, "addition": 15, "subtraction": 16, "counting": 11, "comparing": 14, "sorting": 16, "spelling": 5,
+    "write_story": 20, "addition": 15, "subtraction": 16, "counting": 11, "comparing": 14, "sorting": 16, "spelling": 5,
     "reversing": 6, "opposites": 4, "categories": 5, "greeting": 3, "identity": 4, "one_word": 15, "capitals": 5,
 }  # fmt: skip
 SKILLS = (*_STORY_WEIGHTS, *_CLOSED_WEIGHTS)
@@ -85,18 +100,27 @@ MIXED = Voice(ASSISTANT_NAME, plain_or_warm)
 
 
 def write_story(rng: random.Random, split: str) -> Question:
-    """The request for a story with two or three given words: a name, a thing, perhaps a place or a feeling."""
+    """The request for a story: in training one in four leaves the story free, the others name people and words.
+
+    The words are a thing that one of the people has at the end, and perhaps a place or a feeling. All people of the
+    story are named, because a reader cannot guess a name, and the likeliest guess is a name that the story already has.
+    """
     story = make_story(rng, split)
-    thing = rng.choice(list(story.holder) if split == "train" else story.reserved_things())
-    words = [story.holder[thing], thing]
+    one, other = story.people[:2]
+    confused = re.sub(rf"\b{other}\b", one, story.text)  # one person has the names of two
+    if split == "train" and rng.random() < 0.25:
+        return Question("write_story", rng.choice(_WRITE_ANY), (story.text,), (confused,))
+    words = [rng.choice(list(story.holder) if split == "train" else story.reserved_things())]
     if rng.random() < 0.6:
         words.append(rng.choice([*story.where.values(), *story.feels.values()]))
     rng.shuffle(words)
-    text = rng.choice(_WRITE).format(words=", ".join(words), and_words=join_and(words))
-    wrong = make_story(rng, split)
-    while all(word in wrong.text for word in words):
-        wrong = make_story(rng, split)
-    return Question("write_story", text, (story.text,), (wrong.text,), tuple(words))
+    given = f"the word{'s' * (len(words) > 1)} {join_and(words)}"
+    text = rng.choice(_WRITE).format(people=join_and(story.people), words=given)
+    words += story.people
+    unasked = make_story(rng, split)
+    while all(word in unasked.text for word in words):
+        unasked = make_story(rng, split)
+    return Question("write_story", text, (story.text,), (unasked.text, confused), tuple(words))
 
 
 def _short(word: str) -> tuple[str, str]:
@@ -186,8 +210,13 @@ def _closed_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | 
 
 
 def _small_talk(chat: _Chat, split: str) -> None:
-    """A greeting, a question or two, and thanks."""
-    chat.turn(closed_question(chat.rng, split, "greeting", chat.voice.name))
+    """A greeting with or without a name, a question or two, and thanks."""
+    if chat.rng.random() < 0.5:
+        chat.turn(closed_question(chat.rng, split, "greeting", chat.voice.name))
+    else:
+        chat.turn(Question("greeting", chat.rng.choice(_HELLO), (_NICE_TO_MEET_YOU,), (WELCOME,)))
+    if chat.rng.random() < 0.3:
+        chat.turn(Question("greeting", chat.rng.choice(_HOW_ARE_YOU), (_WELL,), (WELCOME,)))
     _closed_chat(chat, split, chat.rng.randint(1, 2), None)
     chat.turn(Question("greeting", chat.rng.choice(_THANKS), (WELCOME,), ("It is nice to meet you.",)))
 

@@ -13,14 +13,14 @@ here is our own.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tinylm.dataset.tinyworld.chats import MIXED, PLAIN, WARM_OPENERS, Voice, make_chat
 from tinylm.dataset.tinyworld.pages import make_page
 from tinylm.dataset.tinyworld.skills import ASSISTANT_NAME
-from tinylm.dataset.tinyworld.words import num_sentences, stream
+from tinylm.dataset.tinyworld.story_check import is_story
+from tinylm.dataset.tinyworld.words import stream
 from tinylm.tokenizer.chat_template import Message
 
 PERSONA_NAME = "Captain Pip"
@@ -31,7 +31,7 @@ _PERSONA_LAST = (("write_story", "identity", None), (0.2, 0.2, 0.6))
 """How a chat in persona ends: with a story, so that the closing words are learnt as the end of a reply and not of a
 sentence; with the persona's name; or with any question."""
 
-_PREFERENCE_KINDS = (("style", "truth", "both"), (0.5, 0.25, 0.25))
+_PREFERENCE_KINDS = (("style", "truth", "both", "once"), (0.35, 0.2, 0.2, 0.25))
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Item:
         skill: the skill of the last question, one of SKILLS.
         accepted: the right answers, without opener or persona; the first is the reference.
         wrong: plausible wrong answers, without opener or persona.
-        words: for write_story, the words that the story must contain.
+        words: for write_story, the words that the story must contain; none if the story is free.
     """
 
     messages: list[Message]
@@ -57,8 +57,9 @@ class Item:
 class Preference:
     """Two answers to one prompt; `chosen` is the better one.
 
-    `kind` tells why: "style" (warm and right against plain and right), "truth" (warm and right against warm and wrong)
-    or "both" (warm and right against plain and wrong).
+    `kind` tells why: "style" (warm and right against plain and right), "truth" (warm and right against warm and wrong),
+    "both" (warm and right against plain and wrong) or "once" (warm and right against warm twice and right). Without
+    "once", preference training makes openers likelier everywhere, also behind an opener.
     """
 
     prompt: list[Message]
@@ -101,12 +102,14 @@ def persona_conversation(i: int, split: str = "train", seed: int = 0) -> Item:
 
 
 def preference_pair(i: int, split: str = "train", seed: int = 0) -> Preference:
-    """Preference `i`: half of them about style, a quarter about truth, a quarter about both."""
+    """Preference `i`: 35% are about style, 20% about truth, 20% about both, 25% about one opener and not two."""
     rng = stream(seed, split, "preference", i)
     kind = rng.choices(*_PREFERENCE_KINDS)[0]
     item = _item(rng, split, MIXED, None, max_questions=rng.randint(1, 3))
     opener, right, wrong = rng.choice(WARM_OPENERS), item.accepted[0], rng.choice(item.wrong)
-    rejected = {"style": right, "truth": opener + wrong, "both": wrong}[kind]
+    begun = right.split()[0] if rng.random() < 0.5 else ""  # a second opener also comes after the first word
+    twice = opener + begun + rng.choice(WARM_OPENERS) + right
+    rejected = {"style": right, "truth": opener + wrong, "both": wrong, "once": twice}[kind]
     return Preference(item.messages[:-1], opener + right, rejected, kind)
 
 
@@ -142,18 +145,10 @@ def strip_persona(reply: str) -> str:
 def check(item: Item, reply: str) -> bool:
     """Whether `reply` answers the last question of `item` exactly, apart from blanks around it and a courtesy opener.
 
-    For write_story, every given word must occur, there must be at least three sentences, and the text must end with
-    the final mark of a sentence.
+    For write_story, see `is_story`.
     """
     reply = strip_style(reply)
-    if not item.words:
-        return reply in item.accepted
-    words = set(re.findall(r"[a-z]+", reply.lower()))
-    return (
-        all(word.lower() in words for word in item.words)
-        and num_sentences(reply) >= 3
-        and bool(re.search(r"[.!?]\"?$", reply))
-    )
+    return is_story(reply, item.words) if item.skill == "write_story" else reply in item.accepted
 
 
 def pretrain_documents(n: int, split: str = "train", seed: int = 0) -> Iterator[str]:

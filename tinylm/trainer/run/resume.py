@@ -22,7 +22,7 @@ FREE = frozenset(
     "output_dir validation_path max_bad_rows log_interval eval_interval eval_batches save_interval resume tensorboard "
     "overwrite keep_epochs "
     # how the same sums are computed; weights and optimizer state are always float32
-    "device dtype num_workers use_compile sharding timeout "
+    "device dtype num_workers use_compile sharding timeout cache_dir cache_gb "
     # compared by their results: the data's fingerprint,
     "data_path validation_fraction tokenizer_path name author max_seq_len "
     # the number of steps and the rows of each,

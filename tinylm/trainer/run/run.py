@@ -178,7 +178,7 @@ class Run:
         )
 
     def _advice_against_a_rise(self) -> str:
-        rate = self.stage.settings.learning_rate
+        rate = self.stage.settings.peak_learning_rate
         return f"run it again with a lower --learning_rate, such as {rate / 10:g} (now {rate:g}), and --overwrite"
 
     def _evaluate(self, step: int) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.system.runtime import DtypeName
 from tinylm.trainer.core.optimizer import cosine_with_warmup, make_optimizers
 
 
@@ -49,6 +50,9 @@ def require_output_dir(settings: Any) -> None:
 class TrainSettings:
     """Settings of every training stage."""
 
+    LEARNING_RATES: ClassVar[dict[str, tuple[float, int]]] = {"muon": (6e-3, 512), "adamw": (1e-3, 256)}
+    """Optimizer -> (peak learning rate by default, largest width it was measured at); see docs/training.md."""
+
     output_dir: str = "out"
     """folder for the model folders, the training state and the metrics (JSON lines)"""
     data_path: str | None = None
@@ -75,8 +79,8 @@ class TrainSettings:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (with adamw for embeddings and norms)"""
-    learning_rate: float = 1e-3
-    """peak learning rate"""
+    learning_rate: float | None = None
+    """peak learning rate; by default by stage, optimizer and the model's width (docs/training.md)"""
     weight_decay: float = 0.1
     """decay of matrices, times the learning rate, per step"""
     beta1: float = 0.9
@@ -92,8 +96,8 @@ class TrainSettings:
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps"""
-    dtype: str = "auto"
-    """precision of matrix products: auto, float32, bfloat16 or float16; weights stay float32"""
+    dtype: DtypeName = "auto"
+    """precision of matrix products; auto is bfloat16 where the hardware has it, else float32; weights stay float32"""
     sharding: Literal["none", "fsdp"] = "none"
     """with several processes: none (each holds the whole model) or fsdp (each holds a share of every weight)"""
     timeout: float = 600.0
@@ -133,15 +137,31 @@ class TrainSettings:
             raise ValueError(f"timeout is {self.timeout}; expected a positive number of seconds, such as 600")
         if self.resume and self.overwrite:
             raise ValueError("both --resume and --overwrite are given; pass only one of them")
-        if self.learning_rate <= 0:
+        if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number, such as 1e-3")
+
+    def default_learning_rate(self, width: int) -> float:
+        """The peak learning rate for a model `width` wide: beyond the width it was measured at, less in proportion."""
+        rate, measured_width = self.LEARNING_RATES[self.optimizer]
+        return rate * min(1.0, measured_width / width)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate that was given or filled in.
+
+        Raises:
+            ValueError: neither happened.
+        """
+        if self.learning_rate is None:
+            raise ValueError("learning_rate is not set; expected a positive number, such as 1e-3")
+        return self.learning_rate
 
     def learning_rate_at(self, step: int, num_steps: int) -> float:
         """Learning rate of optimizer step `step` (from 0) in a run of `num_steps`."""
         warmup_steps = round(self.warmup_fraction * num_steps)
-        return cosine_with_warmup(step, num_steps, warmup_steps, self.learning_rate, self.final_lr_fraction)
+        return cosine_with_warmup(step, num_steps, warmup_steps, self.peak_learning_rate, self.final_lr_fraction)
 
     def make_optimizers(self, model: TinyLMForCausalLM) -> list[torch.optim.Optimizer]:
         """The optimizers over the model's trainable parameters: one AdamW, or Muon and AdamW."""
         betas = (self.beta1, self.beta2)
-        return make_optimizers(model, self.optimizer, self.learning_rate, self.weight_decay, betas)
+        return make_optimizers(model, self.optimizer, self.peak_learning_rate, self.weight_decay, betas)
