@@ -100,6 +100,7 @@ def test_values_keep_their_type() -> None:
         (["--learning_rate", "nan", "--data_path", "x"], "learning_rate is 'nan'; expected a number"),
         (["--learning_rate", "1e999", "--data_path", "x"], "learning_rate is inf; expected a number"),
         (["--fp16"], "did you mean --dtype?"),
+        (["--model_path", "x"], "unknown flag --model_path; see"),
         ([__file__], f"did you mean --data_path {__file__}?"),
         (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
         (["--epochs", "x", "--data_path", "x"], "epochs is 'x'; expected a whole number"),

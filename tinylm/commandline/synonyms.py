@@ -86,5 +86,5 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """
     known, word = list(known), word.lower()
     others = [name for names in (_FLAGS, _COMMANDS) for name, words in names.items() if word in words.split()]
-    matches = [name for name in others if name in known] or difflib.get_close_matches(word, known, n=1)
+    matches = [name for name in others if name in known] or difflib.get_close_matches(word, known, n=1, cutoff=0.7)
     return f"did you mean {prefix}{matches[0]}? " if matches else ""

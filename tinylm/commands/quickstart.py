@@ -211,11 +211,11 @@ class Journey:
     def say_start(self, runtime: Runtime, output_dir: str) -> None:
         """One line: what will happen, and how long it will take."""
         device = f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}"
-        left = (
-            "nothing is left to do" if len(self.done) == len(SHARES) else f"about {format_seconds(self.seconds_left)}"
-        )
+        is_open = len(self.done) < len(SHARES)
+        left = f"about {format_seconds(self.seconds_left)}" if is_open else "nothing is left to do"
         self.console.print(f"{', '.join(SHARES)} in {output_dir}: {left} ({device})", markup=False)
-        self.console.print("Ctrl-C stops it; the same command continues where it stopped\n")
+        if is_open:
+            self.console.print("Ctrl-C stops it; the same command continues where it stopped")
 
     def run(self, step: str, function: Callable[[], Any]) -> Any:
         """Do a step, under a heading that says how far the whole is."""

@@ -24,6 +24,7 @@ class ControlTokenReader:
         self.special_ids = tokenizer.special_ids
         self.endoftext_id = tokenizer.endoftext_id
         self.pad_id = tokenizer.pad_id
+        self.safe_cuts = tokenizer.safe_cuts
         self.fingerprint = hashlib.sha256(f"control tokens {tokenizer.fingerprint}".encode()).hexdigest()[:16]
         self._ids = {tokenizer.token_bytes(i).decode("utf-8", "replace"): i for i in sorted(tokenizer.special_ids)}
         names = sorted(self._ids, key=len, reverse=True)  # of two that begin alike, the longer one
