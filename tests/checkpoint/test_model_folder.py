@@ -380,12 +380,15 @@ def test_pth_export_writes_exactly_the_originals_names(tmp_path):
     state = torch.load(tmp_path / "out.pth", weights_only=True)
     expected = original_state(model)
     assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
+    untied = {"hidden_size": 66, "num_attention_heads": 6, "head_dim": 16, "tie_word_embeddings": False}
     for changes, message in (
-        ({"num_key_value_heads": 4}, "num_key_value_heads is 4"),
-        ({"qk_norm": True}, "qk_norm is set"),
+        ({"num_key_value_heads": 4}, r"num_key_value_heads 4 \(there 2\)$"),
+        ({"qk_norm": True}, r"load this model: qk_norm true \(there false\)$"),
         ({"position_embedding_type": "learned"}, "position_embedding_type 'learned'"),
-        ({"rope_theta": 1e4}, "^rope_theta is 10000.0; the original project.s code has 1000000.0"),
-        ({"rms_norm_eps": 1e-6}, "^rms_norm_eps is 1e-06; the original project.s code has 1e-05"),
+        ({"rope_theta": 1e4}, r"load this model: rope_theta 10000 \(there 1e\+06\)$"),
+        ({"rms_norm_eps": 1e-6}, r"load this model: rms_norm_eps 1e-06 \(there 1e-05\)$"),
+        ({"intermediate_size": 96}, r"load this model: intermediate_size 96 \(there 192\)$"),
+        (untied, r"load this model: head_dim 16 \(there 11\), tie_word_embeddings false \(there true\)$"),
     ):
         with pytest.raises(ValueError, match=message):
             export_pth(small_model(**changes), tmp_path / "no.pth")

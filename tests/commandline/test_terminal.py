@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from tinylm.commandline.terminal import format_count, format_seconds, make_console, print_facts, progress
+from tinylm.commandline import terminal as module
+from tinylm.commandline.terminal import (
+    closed_pipe_calls,
+    fit_words,
+    format_count,
+    format_seconds,
+    lines_of_words,
+    make_console,
+    print_facts,
+    progress,
+)
 
 
 def terminal(**options) -> Console:
@@ -100,14 +112,83 @@ def test_the_bar_knows_how_much_there_is(monkeypatch):
         assert (bars[0].tasks[0].completed, bars[0].tasks[0].total) == (3, 12)
 
 
-def test_progress_is_silent_in_a_pipe_and_beside_the_main_process():
-    pipe = Console(file=io.StringIO())
+def test_progress_in_a_pipe_is_a_line_when_it_is_due(monkeypatch):
+    """And none beside the main process."""
+    pipe = Console(file=io.StringIO(), width=400)
     with progress(pipe, "tokenising") as show:
         show("3 of 12", 3, 12)
+        show(["4 of 12 größe", "[b]x"], 4, 12, is_due=True)
+    assert pipe.file.getvalue() == "tokenising 4 of 12 größe · [b]x\n"
     quiet = terminal(quiet=True)
     with progress(quiet, "tokenising") as show:
-        show("3 of 12")
-    assert pipe.file.getvalue() == quiet.file.getvalue() == ""
+        show("3 of 12", is_due=True)
+    assert quiet.file.getvalue() == ""
+
+
+def test_a_pipe_gets_a_sign_of_life_whatever_happens(monkeypatch):
+    """A line after 10 seconds and then one every 30 seconds; a line that was due counts."""
+    monkeypatch.setattr(module, "FIRST_SIGN", 0.05)
+    monkeypatch.setattr(module, "NEXT_SIGN", 0.2)
+    pipe = Console(file=io.StringIO(), width=400)
+    with progress(pipe, "lesen") as show:
+        wait_until(lambda: "lesen 0s so far" in pipe.file.getvalue())
+        show(["7 of 9", "größe"], 7, 9)
+        wait_until(lambda: "lesen 7 of 9 · 0s so far · größe" in pipe.file.getvalue())
+        before = time.monotonic()
+        show(["8 of 9"], is_due=True)
+        count = pipe.file.getvalue().count("\n")
+        wait_until(lambda: pipe.file.getvalue().count("\n") > count)
+        assert time.monotonic() - before >= 0.2
+    lines = pipe.file.getvalue()
+    time.sleep(0.3)
+    assert pipe.file.getvalue() == lines, "it has ended"
+
+
+def wait_until(is_so) -> None:
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_line_keeps_its_first_words():
+    """Step, bar and time left vanished behind metrics in a window of 80 columns."""
+    words = ["123/2300", "3m05s left", "loss 2.125", "preference accuracy 0.65", "reward margin 0.3", "120 tok/s"]
+    assert fit_words(words, 80) == "123/2300 · 3m05s left · loss 2.125 · preference accuracy 0.65"
+    assert fit_words(words, 24) == "123/2300 · 3m05s left" and fit_words(words, 7) == "123/..."
+    assert fit_words([], 80) == ""
+    lines = lines_of_words(["dpo 6/10", *words], 40)
+    assert max(map(len, lines)) <= 40 and " ".join(" ".join(lines).split()).replace(" · ", " ") == " ".join(
+        ["dpo 6/10", *words]
+    )
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with progress(console, "pretrain", clock=False) as show:
+        show(words, 123, 2300)
+    assert "123/2300 · 3m05s left · loss 2.125" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("in_a_thread", [True, False])
+def test_a_closed_pipe_is_an_error_of_its_own(monkeypatch, in_a_thread):
+    """rich raises SystemExit(1); the status of a closed pipe is 141. The thread's error comes out of the main one."""
+    monkeypatch.setattr(module, "FIRST_SIGN", 0.01 if in_a_thread else 60)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file, pytest.raises(BrokenPipeError):  # noqa: PT012
+        console = make_console(file=file)
+        with progress(console, "lesen") as show:
+            if in_a_thread:
+                wait_until(lambda: console.quiet)
+            else:
+                show("größe", is_due=True)
+    called = []
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        console = make_console(file=file)
+        with closed_pipe_calls(console, lambda: called.append(1)):
+            console.print("one")
+            console.print("two")
+    assert called == [1]
 
 
 def test_only_the_main_process_prints(capsys):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,8 +16,9 @@ from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.commands.export import main as export
 from tinylm.commands.merge import main as merge
+from tinylm.commands.verify import main as verify
 from tinylm.generation.engine import Engine
-from tinylm.model.lora import LoRAConfig, apply_lora, has_lora, lora_parameters
+from tinylm.model.lora import LoRAConfig, apply_lora, has_lora, lora_parameters, unload_lora
 
 
 @pytest.fixture
@@ -34,7 +39,9 @@ def stages(tmp_path, model, tokenizer):
 def test_merge_writes_base_and_adapter_as_one_model(stages, capsys):
     folder, adapted = stages
     assert merge(["--model_path", str(folder / "lora"), "--output_dir", str(folder / "merged")]) == 0
-    assert capsys.readouterr().out == f"merged model: {folder / 'merged'}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"merged model: {folder / 'merged'}", f"next  talk to it: tinylm chat --model_path {folder / 'merged'}"
+    ]  # fmt: skip
     merged, _, lineage = load_model(folder / "merged")
     ids = torch.tensor([[5, 900, 17, 42]])
     torch.testing.assert_close(merged(ids), adapted(ids), rtol=1e-4, atol=1e-4)
@@ -47,15 +54,76 @@ def test_merge_writes_base_and_adapter_as_one_model(stages, capsys):
         merge(["--model_path", str(folder / "sft"), "--output_dir", str(folder / "merged")])
 
 
+def test_a_merged_model_names_what_adapter_and_base_were_made_of(stages, capsys):
+    """verify said: data TinyWorld (fingerprint None), seed None."""
+    folder, adapted = stages
+    settings = {"data_path": "größe.jsonl", "lora_rank": 2}
+    facts = {"stage": "lora", "step": 7, "epoch": 0, "finished": True, "data_fingerprint": "abc", "seed": 3}
+    place, base = folder / "lora" / "lora_32_epoch0", folder / "sft" / "full_sft_32_epoch10"
+    save_adapter(adapted, place, base, {**facts, "settings": settings, "parent": {"path": str(base)}})
+    assert merge(["--model_path", str(place), "--output_dir", str(folder / "merged")]) == 0
+    capsys.readouterr()
+    assert verify([str(folder / "merged")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"ok parent {place}, unchanged" in said and "stage merged trained 7 steps, epoch 0, finished" in said
+    assert "data größe.jsonl (fingerprint abc), seed 3 settings --data_path 'größe.jsonl' --lora_rank 2" in said
+    assert f"base {base} stage full_sft" in said and "None" not in said
+    unload_lora(adapted)
+    with torch.no_grad():
+        next(adapted.parameters()).add_(1.0)
+    save_model(base, adapted, load_model(base)[1], {"stage": "full_sft"})  # the adapter has lost its base
+    assert verify([str(folder / "merged")]) == 1
+    assert "failed       parent" in capsys.readouterr().out
+
+
+def test_what_is_finished_is_replaced_only_on_request(stages, monkeypatch):
+    folder, _ = stages
+    words = ["--model_path", str(folder / "lora"), "--output_dir", str(folder / "merged")]
+    (folder / "merged").mkdir()  # an empty folder is no model
+    merge(words)
+    with pytest.raises(ValueError, match="merged/config.json exists already; pass --overwrite to replace it, or"):
+        merge(words)
+    assert merge([*words, "--overwrite"]) == 0
+    monkeypatch.setattr("tinylm.commands.export.unlike_the_original", lambda config: [])
+    monkeypatch.setattr("tinylm.commands.export.export_pth", lambda model, path: path.write_bytes(b"x"))
+    words = ["--model_path", str(folder / "lora"), "--output", str(folder / "größe.pth")]
+    export(words)
+    with pytest.raises(ValueError, match=r"größe.pth exists already; pass --overwrite to replace .* --output$"):
+        export(words)
+    assert export([*words, "--overwrite"]) == 0
+
+
+def test_a_model_that_cannot_be_a_pth_is_told_what_opens_it(tmp_path, model, tokenizer):
+    """There is no other format to choose, but the folder itself opens in transformers: the line can be typed."""
+    config = replace(model.config, qk_norm=True, rope_theta=1e4)
+    base = type(model)(config)
+    save_model(tmp_path / "a größe", base, tokenizer, {})
+    with pytest.raises(ValueError) as error:
+        export(["--model_path", str(tmp_path / "a größe"), "--output", str(tmp_path / "x.pth")])
+    assert "rope_theta 10000 (there 1e+06), qk_norm true (there false); transformers opens the folder" in str(
+        error.value
+    )
+    command = shlex.split(str(error.value).rpartition("unconverted: ")[2])
+    assert command[:2] == ["python", "-c"]
+    done = subprocess.run(
+        [sys.executable, *command[1:]], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0 and "generated_text" in done.stdout, done.stderr
+    save_adapter(apply_lora(base, LoRAConfig(rank=2)), tmp_path / "ad", tmp_path / "a größe")
+    with pytest.raises(ValueError, match="run tinylm merge --model_path .*/ad, whose result transformers opens"):
+        export(["--model_path", str(tmp_path / "ad"), "--output", str(tmp_path / "x.pth")])
+
+
 def test_export_folds_the_adapter_in(stages, monkeypatch, capsys):
     folder, adapted = stages
     exported = []
+    monkeypatch.setattr("tinylm.commands.export.unlike_the_original", lambda config: [])
     monkeypatch.setattr("tinylm.commands.export.export_pth", lambda model, path: exported.append((model, path)))
     assert export(["--model_path", str(folder / "lora"), "--output", str(folder / "x.pth")]) == 0
     [(model, path)] = exported
     ids = torch.tensor([[5, 900, 17, 42]])
     torch.testing.assert_close(model(ids), adapted(ids), rtol=1e-4, atol=1e-4)
-    assert path == str(folder / "x.pth") and not has_lora(model)
+    assert path == folder / "x.pth" and not has_lora(model)
     assert f"{folder / 'lora' / 'lora_32_epoch0'} written to" in capsys.readouterr().out
 
 

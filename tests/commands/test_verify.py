@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -37,7 +39,9 @@ def family(tmp_path, tokenizer):
     save_model(tmp_path / "parent", model, tokenizer, {"stage": "pretrain", "parent": None, **facts})
     parent = {"path": str(tmp_path / "parent"), "weights": weights_fingerprint(model)}
     lineage = {"stage": "full_sft", "parent": parent, "step": 7, "epoch": 0, "finished": True, "seed": 3, **facts}
-    lineage |= {"data_fingerprint": "abc", "settings": {"data_path": "chats.jsonl", "max_steps": 0, "beta1": 0.9}}
+    settings = {"data_path": "größe/two chats.jsonl", "max_steps": 0, "beta1": 0.9, "target_modules": ["q", "v"]}
+    settings |= {"use_compile": True, "resume": True, "tensorboard": False, "name": None}
+    lineage |= {"data_fingerprint": "abc", "settings": settings}
     save_model(tmp_path / "child", seeded_model(), tokenizer, lineage)
     return tmp_path
 
@@ -46,20 +50,34 @@ def findings(capsys, folder) -> tuple[int, dict[str, str], str]:
     """(exit status, mark by what was looked at, the whole text)."""
     status = verify.main([str(folder)])
     text = capsys.readouterr().out
-    marks = {}
-    for line in text.splitlines():
-        mark, *rest = line.split()
-        if mark in ("right", "WRONG", "open"):
-            marks[rest[0]] = mark
+    found = re.findall(r"^  (ok|failed|not checked) +(\S+)", text, flags=re.MULTILINE)
+    marks = {what: mark for mark, what in found}
     return status, marks, text
 
 
 def test_a_whole_model_and_its_lineage(family, capsys):
     status, marks, text = findings(capsys, family / "child")
     assert status == 0
-    assert marks == dict.fromkeys(("files", "weights", "tokenizer", "parent", "code"), "right")
-    assert "7 steps, epoch 0, finished" in text and "chats.jsonl (fingerprint abc), seed 3" in text
-    assert "--data_path chats.jsonl --beta1 0.9" in text and "max_steps" not in text
+    assert marks == dict.fromkeys(("files", "weights", "tokenizer", "parent", "code"), "ok")
+    assert "7 steps, epoch 0, finished" in text and "größe/two chats.jsonl (fingerprint abc), seed 3" in text
+    (line,) = [line for line in text.splitlines() if line.split()[0] == "settings"]
+    flags = [
+        "--data_path",
+        "größe/two chats.jsonl",
+        "--beta1",
+        "0.9",
+        "--target_modules",
+        "q,v",
+        "--use_compile",
+        "true",
+    ]
+    assert shlex.split(line)[1:] == flags  # as a shell reads them
+
+
+def test_one_step_is_one_step(family, capsys):
+    path = family / "child" / "lineage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "step": 1}))
+    assert "1 step, epoch 0" in findings(capsys, family / "child")[2]
 
 
 @pytest.mark.parametrize(
@@ -72,23 +90,23 @@ def test_one_flipped_bit_in_any_file_is_found(family, capsys, name):
     data[place] ^= 1
     path.write_bytes(data)
     status, marks, _ = findings(capsys, family / "child")
-    assert status == 1 and marks["files"] == "WRONG"
+    assert status == 1 and marks["files"] == "failed"
 
 
 def test_a_parent_that_has_changed_or_gone(family, capsys, tokenizer):
     save_model(family / "parent", seeded_model(1), tokenizer, {})
     status, marks, text = findings(capsys, family / "child")
-    assert status == 1 and marks["parent"] == "WRONG" and "has other weights now" in text
+    assert status == 1 and marks["parent"] == "failed" and "has other weights now" in text
     shutil.rmtree(family / "parent")
     status, marks, _ = findings(capsys, family / "child")
-    assert status == 0 and marks["parent"] == "open"
+    assert status == 0 and marks["parent"] == "not checked"
 
 
 def test_another_tokenizer_and_other_code(family, capsys):
     path = family / "child" / "lineage.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_fingerprint": "f" * 16, "code": "0" * 16}))
     status, marks, text = findings(capsys, family / "child")
-    assert (marks["tokenizer"], marks["code"]) == ("WRONG", "open") and "trained with ffffffffffffffff" in text
+    assert (marks["tokenizer"], marks["code"]) == ("failed", "not checked") and "trained with ffffffffffffffff" in text
 
 
 def test_an_adapter(family, capsys):
@@ -96,7 +114,7 @@ def test_an_adapter(family, capsys):
     parent = {"path": str(family / "parent"), "weights": weights_fingerprint(model)}
     save_adapter(model, family / "adapter", "../parent", {"stage": "lora", "parent": parent, **code_version()})
     status, marks, text = findings(capsys, family / "adapter")
-    assert status == 0 and marks["files"] == marks["weights"] == marks["parent"] == "right", text
+    assert status == 0 and marks["files"] == marks["weights"] == marks["parent"] == "ok", text
     (family / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
     assert findings(capsys, family / "adapter")[0] == 1
 
@@ -105,10 +123,10 @@ def test_states(tmp_path, capsys):
     for step in (3, 6):
         save_state(tmp_path, {"step": step})
     status, marks, text = findings(capsys, tmp_path)
-    assert status == 0 and "from step 6" in text and set(marks.values()) == {"right"}
+    assert status == 0 and "from step 6" in text and set(marks.values()) == {"ok"}
     (tmp_path / "step_00000006" / "state.json").write_text("{}")
     status, marks, text = findings(capsys, tmp_path)
-    assert status == 1 and marks["step_00000006"] == "WRONG" and marks["resume"] == "right" and "from step 3" in text
+    assert status == 1 and marks["step_00000006"] == "failed" and marks["resume"] == "ok" and "from step 3" in text
 
 
 def test_the_code_version_sees_every_file(monkeypatch, tmp_path):
@@ -140,4 +158,4 @@ def test_a_strangers_lineage_is_no_crash(family, capsys, odd):
     path = family / "child" / "lineage.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **odd}))
     status, marks, _ = findings(capsys, family / "child")
-    assert status == 1 and marks["files"] == "WRONG"
+    assert status == 1 and marks["files"] == "failed"

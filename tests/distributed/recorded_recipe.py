@@ -54,6 +54,7 @@ def record_steps(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def fit(*arguments: Any, on_step: Sequence[Callable[[loop.StepReport], None]], **options: Any) -> None:
+        drawn.clear()  # the plan has drawn a row, to measure its memory
         train(*arguments, on_step=(record, *on_step, get_lost), **options)
 
     BatchSampler.steps = steps  # type: ignore[assignment, method-assign]

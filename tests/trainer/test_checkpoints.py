@@ -14,6 +14,7 @@ from trainer_parts import Rows
 from tinylm.checkpoint.training_state import load_training_state
 from tinylm.system.runtime import Runtime
 from tinylm.trainer.run import checkpoints as module
+from tinylm.trainer.run import run_folder
 
 
 def test_the_scaler_of_fp16_continues(tmp_path):
@@ -52,11 +53,11 @@ def test_a_run_that_torchrun_has_restarted_resumes_by_itself_and_waits(tmp_path,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     waited = []
-    monkeypatch.setattr(module, "run_lock", lambda path, wait: waited.append(wait) or contextlib.nullcontext())
-    run = make_run(tmp_path, max_steps=5, timeout=70.0)
+    monkeypatch.setattr(run_folder, "run_lock", lambda path, wait: waited.append(wait) or contextlib.nullcontext())
+    run = make_run(tmp_path, max_steps=5, timeout=70.0, overwrite=True)
     run.fit()
     assert run.progress.step == starts_at and waited == [35.0 if starts_at else 0.0]
-    assert ("starting over" in said(run)) == (starts_at == 0)
+    assert ("removed the earlier run" in said(run)) == (starts_at == 0)
 
 
 def test_only_the_main_process_saves_and_discards(tmp_path, monkeypatch):
@@ -87,24 +88,10 @@ def test_processes_with_states_of_different_steps_are_refused(tmp_path, monkeypa
         run.checkpoints.restore()
 
 
-@pytest.mark.parametrize(("max_steps", "what"), [(2, "a finished"), (9, "an unfinished")])
-def test_starting_over_a_finished_run_is_not_called_unfinished(tmp_path, max_steps, what):
-    interrupt_at(make_run(tmp_path, max_steps=9), 4) if max_steps == 9 else make_run(tmp_path, max_steps=2).fit()
-    again = make_run(tmp_path, max_steps=1)
-    again.fit()
-    (note,) = [line for line in said(again).splitlines() if line.startswith("note: ")]
-    hint = " (--resume continues it)" if max_steps == 9 else ""
-    assert note == f"note: {tmp_path} holds {what} pretrain run; starting over{hint}"
-    (tmp_path / "other").mkdir()
-    beside = make_run(tmp_path, ranks=(1, 2))
-    beside.checkpoints.note_unfinished()
-    assert said(beside) == ""
-
-
 def test_the_lineage_names_the_best_loss_so_far(tmp_path):
     run = make_run(tmp_path, max_steps=4)
     losses = iter([1.25, 1.75])
-    run.validate = lambda data: {"validation_loss": next(losses)}
+    run.validate = lambda *_: {"validation_loss": next(losses)}
     run.fit()
     lineage = json.loads((run.checkpoints.last_folder / "lineage.json").read_text())
     assert lineage["best_validation_loss"] == 1.25 and lineage["finished"]

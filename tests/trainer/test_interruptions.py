@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import itertools
 import json
 import os
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from run_parts import make_run, records, said
+from run_parts import interrupt_at, make_run, records, said
 from trainer_parts import Rows, assert_same_bits, read_bytes, small_model, weights_of
 
 from tinylm.checkpoint import training_state
 from tinylm.checkpoint.training_state import load_training_state
 from tinylm.commandline.exit_status import STOP_SIGNALS, Stopped, StopRequest
+from tinylm.commandline.terminal import make_console
 from tinylm.files.locks import run_lock
 from tinylm.system.runtime import Runtime
+from tinylm.trainer.core import loop
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.run.run import SpikeWatch, write_bad_batch
+from tinylm.trainer.run.run import RiseWatch, SpikeWatch, write_bad_batch
 
 
 def signal_at(run, step: int, *numbers: int) -> None:
@@ -64,10 +69,10 @@ def test_a_signal_in_the_last_validation_is_not_forgotten(tmp_path):
     run = make_run(tmp_path, max_steps=4)
     validate = run.validate
 
-    def then_signal(data):
+    def then_signal(data, step):
         if run.micro_batches and run.plan.num_steps == 4 and run.progress.best_validation_loss is not None:
             os.kill(os.getpid(), signal.SIGTERM)  # the second of two validations, at steps 2 and 4
-        return validate(data)
+        return validate(data, step)
 
     run.validate = then_signal
     with pytest.raises(Stopped, match="after the last step; the run is finished") as stop:
@@ -75,6 +80,54 @@ def test_a_signal_in_the_last_validation_is_not_forgotten(tmp_path):
     assert stop.value.signum == signal.SIGTERM and "pretrain: done" in said(run)
     assert load_training_state(run.checkpoints.state_folder).values["step"] == 4
     assert json.loads((run.checkpoints.last_folder / "lineage.json").read_text())["finished"]
+
+
+def test_ctrl_c_is_acknowledged_while_the_step_is_still_computed(tmp_path):
+    """A step may take a minute, and nothing was said until its end: people pressed Ctrl-C again, which ends it all."""
+    run, heard = make_run(tmp_path), threading.Event()
+    accumulate, console_print = loop.accumulate_gradients, run.stage.console.print
+
+    def then_signal(*arguments, **options):
+        if run.report.words:  # in the second step
+            os.kill(os.getpid(), signal.SIGINT)
+            assert heard.wait(60)
+        return accumulate(*arguments, **options)
+
+    def listen(text="", **options):
+        console_print(text, **options)
+        if str(text).startswith("stopping: finishing the step and saving it; a second Ctrl-C ends the run at once"):
+            heard.set()
+
+    run.stage.console.print = listen
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="after step 2, which is saved"):
+        patch.setattr(loop, "accumulate_gradients", then_signal)
+        run.fit()
+
+
+@pytest.mark.parametrize("closed_at", [0, 5, 10])
+def test_a_closed_pipe_stops_the_run_as_a_signal_does(tmp_path, capfd, closed_at):
+    """rich ended the program with status 1, and the steps since the last state were lost."""
+    reader, writer = os.pipe()
+    run = make_run(tmp_path)
+    with os.fdopen(writer, "w") as file:
+        console = make_console(file=file)
+        run.stage = dataclasses.replace(run.stage, console=console)
+        run.checkpoints.stage = run.report.stage = run.stage
+        log = run._log
+
+        def then_close(report):
+            if report.step == closed_at:
+                os.close(reader)
+            log(report)
+
+        run._log = then_close
+        if closed_at == 0:
+            os.close(reader)
+        with pytest.raises(Stopped, match=f"after step {closed_at or 1}, which is saved|the run is finished") as stop:
+            run.fit()
+    assert 128 + stop.value.signum == 141 and console.when_closed is None
+    assert load_training_state(run.checkpoints.state_folder).values["step"] == (closed_at or 1)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
@@ -89,7 +142,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
 
 def broken_at(*steps: int):
     """The next-token loss, but not a number in these steps (two micro-batches to a step, counted from 1)."""
-    calls = iter(range(10**6))
+    calls = itertools.count(-1)  # the first call is before the first step: it measures the memory of a row
 
     def objective(model, batch):
         loss, metrics = next_token_loss(model, batch)
@@ -261,3 +314,44 @@ def test_a_model_that_computes_stays_as_it_was(tmp_path):
     run.fit()
     assert all(not optimizer._optimizer_step_pre_hooks for optimizer in run.learner.optimizers)
     assert small_model().training is False
+
+
+def test_a_run_that_ends_above_its_start_says_so(tmp_path):
+    """Fine-tuning on an identity ended at a loss of 5.85, in gibberish and without a word."""
+    quiet = make_run(tmp_path / "a", max_steps=20)
+    quiet.fit()
+    loud = make_run(tmp_path / "b", max_steps=20, learning_rate=3e-3)
+    log, loss = loud._log, [1.0] * 2 + [1.5] * 16 + [1.2, 1.5]
+
+    def another_loss(report):
+        report.loss = loss[report.step - 1]
+        log(report)
+
+    loud._log = another_loss
+    interrupt_at(loud, 8)
+    resumed = make_run(tmp_path / "b", max_steps=20, learning_rate=3e-3, resume=True)
+    log, resumed._log = resumed._log, another_loss
+    resumed.fit()
+    assert "warning: the loss rose" not in said(quiet)
+    assert (
+        "warning: the loss rose from 1.00 in the first steps to 1.35 in the last; run it again with a lower "
+        "--learning_rate, such as 0.0003 (now 0.003), and --overwrite" in said(resumed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "losses", "is_warned"),
+    [
+        (20, [1.0] * 18 + [1.31, 1.31], True),
+        (20, [1.0] * 18 + [1.29, 1.29], False),
+        (20, [1.0] * 18 + [1.0, 1.5], False),  # the mean of two
+        (20, [0.01] * 18 + [0.1, 0.1], False),  # ten times as much, and still nothing
+        (2000, [5.0] + [1.0] * 9 + [2.0] * 10, True),  # ten steps are the most that are compared
+        (2000, [1.0] * 5, False),  # fewer than that
+    ],
+)
+def test_how_far_above_the_start_is_too_far(num_steps, losses, is_warned):
+    watch = RiseWatch(num_steps, [])
+    for loss in losses:
+        watch.add(loss)
+    assert (watch.warning() is not None) == is_warned

@@ -17,7 +17,14 @@ from tinylm.system.runtime import Runtime
 from tinylm.trainer import recipe_utils
 from tinylm.trainer.core import gradients
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import make_run, sample_texts, warn_of_unlearnt_tokens, with_defaults, with_preset
+from tinylm.trainer.recipe_utils import (
+    make_run,
+    require_other_than_parent,
+    sample_texts,
+    warn_of_unlearnt_tokens,
+    with_defaults,
+    with_preset,
+)
 from tinylm.trainer.run.stage import Learner, Stage
 from tinylm.trainer.run.train_settings import TrainSettings
 from tinylm.trainer.train_dpo import DPOSettings
@@ -75,11 +82,11 @@ def test_a_run_never_overwrites_its_parent(tmp_path):
     """Also through a link. Another stage's model may lie in the same folder."""
     (tmp_path / "out" / "dpo_16_epoch0").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    parent = {"path": str(tmp_path / "link" / "dpo_16_epoch0"), "document_start": True}
+    parent = tmp_path / "link" / "dpo_16_epoch0"
     with pytest.raises(ValueError, match="the run would overwrite its parent, .*/out/dpo_16_epoch0; choose another"):
-        run_of(stage_of("dpo", output_dir=str(tmp_path / "out")), parent)
-    assert run_of(stage_of("lora", output_dir=str(tmp_path / "out")), parent)
-    assert run_of(stage_of("dpo", output_dir=str(tmp_path / "other")), parent)
+        require_other_than_parent(stage_of("dpo", output_dir=str(tmp_path / "out")), parent)
+    require_other_than_parent(stage_of("lora", output_dir=str(tmp_path / "out")), parent)
+    require_other_than_parent(stage_of("dpo", output_dir=str(tmp_path / "other")), parent)
 
 
 @pytest.mark.parametrize("sharded", [True, False])

@@ -230,7 +230,7 @@ def test_resume_by_command(stages, data, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", [{"text": "Something else. " * 40}] * 40)
     status, text = tinylm("pretrain", "--data_path", other, *words, "--output_dir", tmp_path / "out")
     error = [line for line in text.splitlines() if line.startswith("tinylm: error: ")]
-    assert status == 2 and len(error) == 1 and "was made with data" in error[0], text
+    assert status == 2 and len(error) == 1 and f"was made with --data_path {data}" in error[0], text
     assert place.read_bytes() == before
 
 

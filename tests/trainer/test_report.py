@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -10,12 +9,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 from run_parts import interrupt_at, make_run, said
 from trainer_parts import Rows
 
 from tinylm.checkpoint import training_state
 from tinylm.trainer.core.loop import StepReport
+from tinylm.trainer.run.estimate import Memory
 from tinylm.trainer.run.report import MetricsLog
 
 
@@ -29,58 +28,66 @@ def plan_of(run, name: str) -> str:
     return line.split(maxsplit=1)[1]
 
 
-@pytest.mark.parametrize(("sharding", "memory"), [("none", "1.0 GB"), ("fsdp", "3.0 GB")])
-def test_the_plan_estimates_time_and_memory(tmp_path, sharding, memory):
-    """13 rows in steps of 12 (2 x 2 on 3 processes): 2 steps in each of 4 epochs, each of 12 x 24 tokens."""
-    run = make_run(tmp_path, ranks=(0, 3), max_seq_len=24, sharding=sharding, lora=2)
-    operations = 8 * 12 * 24 * run.learner.model.training_flops_per_token(24.0)
-    run.report._expected_memory = lambda holders: holders * 1e9
-    run.report.print_plan(matmul_flops=operations / (7620 * 3 * 0.4))  # a process reaches 40% of it
-    assert plan_of(run, "estimate") == f"about 2h07m, {memory} of memory"
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_the_plan_estimates_time_and_memory(tmp_path, sharding):
+    """13 rows in steps of 12 (2 x 2 on 3 processes): 2 steps in each of 4 epochs, of 13 x 24 tokens an epoch.
+
+    A validation has 3 rows, at half the time of a row in training: after steps 2, 4, 6 and 8.
+    """
+    run = make_run(tmp_path, ranks=(0, 3), max_seq_len=24, sharding=sharding, lora=2, max_steps=0)
+    tokens = 4 * 13 * 24 + 4 * 3 * 24 / 2
+    operations = tokens * run.learner.model.training_flops_per_token(24.0)
+    memory = Memory(fixed=0.9e9, per_row=0.05e9, rows=2, limit=24.25e9)
+    speed = operations / (7620 * 3 * 0.4)  # a process reaches 40% of it
+    run.report.print_plan(speed, memory, run.validation_data)
+    assert plan_of(run, "estimate") == "about 2h07m, 1.0 of 24.2 GB of memory"
     total, trained = run.report.num_parameters, run.report.num_trained
     assert 0 < trained < total
     assert plan_of(run, "parameters") == f"{total:,}, of which {trained:,} train ({100 * trained / total:.2f}%)"
-    assert plan_of(run, "steps") == "8 in 4 epoch(s), each 12 rows x 24"
+    assert plan_of(run, "steps") == "8 in 4 epochs, each 12 rows x 24"
     shares = ", each a share of the model" if sharding == "fsdp" else ""
     assert plan_of(run, "device") == f"cpu, float32, 3 processes{shares}"
 
 
-def test_expected_memory_is_weights_gradients_moments_and_activations(tmp_path):
-    """All weights have 4 bytes, trained ones also a gradient and two moments; on a CPU a copy of three is saved."""
-    run = make_run(tmp_path, max_seq_len=24, lora=2)
-    total, trained = run.report.num_parameters, run.report.num_trained
-    activations = 2 * 24 * (20 * 16 * 2 + 3 * 32 * 4)  # rows, tokens; width 16 in one block; vocabulary 32
-    for holders in (1, 3):
-        expected = (4 * total + 24 * trained) / holders + activations
-        assert run.report._expected_memory(holders) == pytest.approx(expected)
-    gpu = dataclasses.replace(run.stage.runtime, device=torch.device("cuda", 0))
-    run.report.stage = dataclasses.replace(run.stage, runtime=gpu)
-    assert run.report._expected_memory(1) == pytest.approx(4 * total + 12 * trained + activations)
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"max_steps": 0}, "16 in 4 epochs, each 4 rows x 0"),
+        ({"max_steps": 16}, "16 in 4 epochs, each 4 rows x 0"),
+        ({"max_steps": 3, "epochs": 1}, "3 in 1 epoch, each 4 rows x 0 (--max_steps; all data would take 4)"),
+        (
+            {"max_steps": 9, "epochs": 1, "batch_size": 99},
+            "9 in 9 epochs, each 13 rows x 0 (--max_steps; the data is repeated after every 1 step)",
+        ),
+    ],
+)
+def test_the_plan_says_what_max_steps_means_for_the_data(tmp_path, settings, text):
+    run = make_run(tmp_path, **settings)
+    run.report.print_plan(1e9, Memory(0.0, 1.0, 1, None), None)
+    assert plan_of(run, "steps") == text and plan_of(run, "estimate").endswith(", 0.0 GB of memory")
 
 
-def test_a_steps_line(tmp_path, monkeypatch):
+def test_a_steps_line(tmp_path):
     """Resumed after step 6. Step 7 has 100 tokens/s and step 9 has 300: a moving average of 0.9 x 100 + 0.1 x 300."""
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("tinylm.trainer.run.report.time", SimpleNamespace(perf_counter=lambda: clock.now))
-    run = make_run(tmp_path, ranks=(0, 3), log_interval=3, epochs=9)
+    run = make_run(tmp_path, ranks=(0, 3), log_interval=3, epochs=9, eval_interval=0, keep_epochs="last")
     run.progress.step = 6
     report, flops = run.report, run.learner.model.training_flops_per_token(float(run.stage.settings.max_seq_len))
     report.matmul_flops = 120 * flops / (3 * 0.25)  # 3 processes with a quarter of it each do 120 tokens/s
     with report.live():
-        report.show_validation(6, {"validation_loss": 1.75, "validation_größe": 0.5}, ["[b]ein\n Satz"])
+        report.show_validation(6, {"validation_loss": 1.75, "validation_größe": 0.5}, ["[b]ein\n Satz"], 5.0)
         report.show_step(step_report(7, num_tokens=200, seconds=2.0))
-        clock.now = 130.0  # 3 steps in 30 s, 1 step to do
-        record = report.show_step(step_report(9, num_tokens=300, seconds=1.0))
+        record = report.show_step(step_report(9, num_tokens=300, seconds=1.0))  # 1 step to do, and a validation
     assert said(run).splitlines() == [
         "pretrain 6/10 · validation loss 1.75 · validation größe 0.5",
         "    [b]ein Satz",
-        "pretrain 9/10 · loss 2.125 · val 1.750 · reward margin 0.3 · 120 tok/s · 25% of matmul · 10s left",
+        "pretrain 9/10 · 6s left · loss 2.125 · val 1.750 · reward margin 0.3 · 120 tok/s",
     ]
     assert record == {
         "loss": 2.125, "learning_rate": 3e-3, "grad_norm": 0.75, "tokens_per_second": 120.0, "matmul_share": 0.25,
         "reward_margin": 0.3,
     }  # fmt: skip
-    report.show_step(step_report(10, num_tokens=300, seconds=1.0))  # the last step is always shown
+    with report.live():
+        report.show_step(step_report(10, num_tokens=300, seconds=1.0))  # the last step is always shown
     assert said(run).splitlines()[-1].startswith("pretrain 10/10 · ")
 
 

@@ -66,9 +66,20 @@ def test_a_run_validates_on_its_eval_batches(tmp_path, monkeypatch):
     assert seen == [(3, 7)]
 
 
-@pytest.mark.parametrize(("interval", "steps"), [(3, [3, 6, 7]), (7, [7]), (0, [7]), (9, [7])])
-def test_a_run_validates_at_every_interval_and_once_at_its_end(tmp_path, monkeypatch, interval, steps):
-    run = make_run(tmp_path, max_steps=7, eval_interval=interval)
-    monkeypatch.setattr(run, "validate", lambda data: {"validation_loss": 1.5})
+@pytest.mark.parametrize(("interval", "steps"), [(3, [3, 6, 7]), (7, [7]), (0, [7]), (9, [7]), (2, [2, 4, 6, 7])])
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_run_validates_at_every_interval_at_its_end_and_where_the_best_epoch_is_sought(
+    tmp_path, monkeypatch, interval, steps, keep
+):
+    """An epoch has 4 steps. A sample is written at the interval and at the end only."""
+    steps = sorted({*steps, 4} if keep == "best" else steps)
+    run = make_run(tmp_path, max_steps=7, eval_interval=interval, keep_epochs=keep)
+    assert [step for step in range(1, 8) if run.plan.validates_after(step)] == steps
+    for done in range(8):
+        assert run.plan.num_validations(done) == len([step for step in steps if step > done]), done
+    monkeypatch.setattr(run, "validate", lambda *_: {"validation_loss": 1.5})
     run.fit()
-    assert [record["step"] for record in records(tmp_path) if "validation_loss" in record] == steps
+    found = [record for record in records(tmp_path) if "validation_loss" in record]
+    assert [record["step"] for record in found] == steps
+    with_samples = [record["step"] for record in found if "sample_0" in record]
+    assert with_samples == [step for step in steps if step == 7 or (interval and step % interval == 0)]

@@ -1,7 +1,7 @@
 """How a command ends: signals, and the only place that turns an exception into a line and an exit status.
 
 0 done · 1 failed while running · 2 the user's mistake · 128 + n stopped by signal n: 130 Ctrl-C, 143 SIGTERM,
-138 SIGUSR1 (batch systems send it before they take a machine away)
+138 SIGUSR1 (batch systems send it before they take a machine away), 141 nobody reads the output any more
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ CONTROL_CHARACTERS = {code: None for code in (*range(32), *range(127, 160)) if c
 
 RESUME_ADVICE = "run the same command with --resume"
 RERUN_ADVICE = "run the same command again to continue"
+CLOSED_PIPE = 13
+"""SIGPIPE, whose number Windows lacks. A program that it ends has the status 141."""
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -40,10 +42,15 @@ class StopRequest:
 
     A second signal ends the process at once. `signum` is 0 until a signal arrives. Only the main thread may set signal
     handlers; in other threads the block changes nothing.
+
+    Args:
+        acknowledge: called once, in a thread of its own, when the first signal arrives: the main thread may be in the
+            middle of printing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, acknowledge: Callable[[], None] = lambda: None) -> None:
         self.signum = 0
+        self.acknowledge = acknowledge
 
     def __enter__(self) -> StopRequest:
         self._before = {}
@@ -60,6 +67,11 @@ class StopRequest:
         if self.signum:
             os._exit(128 + signum)  # no file is left half written: one that is being saved still has a temporary name
         self.signum = signum
+        threading.Thread(target=self.acknowledge, name="acknowledge", daemon=True).start()
+
+    def ask_because_of_closed_pipe(self) -> None:
+        """Ask to stop because the reader of the output has gone, as SIGPIPE ends other programs."""
+        self.signum = self.signum or CLOSED_PIPE
 
 
 _USER_MISTAKES = (
@@ -101,7 +113,7 @@ def run_main(function: Callable[[list[str]], int], argv: list[str] | None = None
     except BrokenPipeError:
         # the reader has ended (`tinylm eval | head`); stdout must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE, the status of a program that SIGPIPE ends
+        return 128 + CLOSED_PIPE
     except Exception as error:
         if isinstance(error, _USER_MISTAKES) or (isinstance(error, OSError) and error.errno == errno.ELOOP):
             return _report(f"error: {_one_line(error)}", 2, debug)

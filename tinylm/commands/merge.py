@@ -9,14 +9,19 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
+from typing import Any
 
-from tinylm import __version__
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import adapter_base, save_model
+from tinylm.checkpoint.model_path import CONFIG
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
-from tinylm.commandline.terminal import make_console
+from tinylm.commandline.terminal import make_console, print_next
+from tinylm.files.atomic import require_new
+from tinylm.files.untrusted import read_json
 from tinylm.model.lora import has_lora, merge_lora
+from tinylm.system.code_version import code_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,8 @@ class MergeSettings:
     """folder for the merged model"""
     tokenizer_path: str | None = None
     """tokenizer folder; by default the base model's own"""
+    overwrite: bool = False
+    """replace the model in output_dir"""
 
 
 def main(argv: list[str]) -> int:
@@ -39,20 +46,39 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             f"{loaded.path} is a full model; expected an adapter folder, such as the output of `tinylm lora`"
         )
-    _check_output(Path(settings.output_dir), loaded.path)
-    save_model(
-        Path(settings.output_dir),
-        merge_lora(loaded.model),
-        loaded.tokenizer,
-        {
-            "stage": "merged",
-            "parent": {"path": str(loaded.path), **loaded.lineage},
-            "version": __version__,
-            "document_start": bool(loaded.lineage.get("document_start")),
-        },
-    )
-    make_console().print(f"merged model: {settings.output_dir}", markup=False)
+    output = Path(settings.output_dir)
+    _check_output(output, loaded.path)
+    require_new(output / CONFIG, settings.overwrite, "output_dir")
+    save_model(output, merge_lora(loaded.model), loaded.tokenizer, merged_lineage(loaded.path, loaded.lineage))
+    console = make_console()
+    console.print(f"merged model: {output}", markup=False)
+    print_next(console, f"talk to it: tinylm chat --model_path {quote(str(output))}")
     return 0
+
+
+def merged_lineage(adapter: Path, lineage: dict[str, Any]) -> dict[str, Any]:
+    """All that the adapter was made from (data, settings, seed), and the same of its base model.
+
+    Args:
+        lineage: the adapter's, or that of its base if it has none.
+    """
+    own, base = lineage_of(adapter), adapter_base(adapter)
+    parent = {"path": str(adapter), "stage": own.get("stage"), "weights": own.get("base_fingerprint")}
+    made = {name: value for name, value in own.items() if name != "base_fingerprint"}
+    return {
+        **made,
+        "stage": "merged",
+        "parent": parent,
+        "document_start": bool(lineage.get("document_start")),
+        "base": {"path": str(base), "lineage": lineage_of(base)},
+        **code_version(),
+    }
+
+
+def lineage_of(model: Path) -> dict[str, Any]:
+    """What a model folder says about its making; empty for a `.pth`, and for a folder of another program."""
+    path = model / "lineage.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _check_output(output: Path, adapter: Path) -> None:

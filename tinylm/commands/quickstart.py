@@ -114,7 +114,6 @@ def make_plan(settings: QuickstartSettings) -> Plan:
         "eval_interval": 250,
         "eval_batches": 8,
         "save_interval": 400,
-        "resume": True,
     }
     return Plan(
         train_tokenizer.TokenizerSettings(output_dir=str(out / "tokenizer"), vocab_size=1024),
@@ -183,8 +182,9 @@ def finished_model(stage: str, settings: TrainSettings) -> Path | None:
         lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = json.loads(json.dumps(dataclasses.asdict(settings)))
-    return folder if lineage.get("finished") and lineage.get("settings") == ours else None
+    theirs, ours = lineage.get("settings", {}), json.loads(json.dumps(dataclasses.asdict(settings)))
+    is_same = {**theirs, "resume": True} == {**ours, "resume": True}
+    return folder if lineage.get("finished") and is_same else None
 
 
 class Journey:
@@ -259,7 +259,8 @@ def train_all(plan: Plan, journey: Journey) -> dict[str, Path]:
             journey.skip(stage, folder)
             folders[stage] = folder
         else:
-            folders[stage] = journey.run(stage, partial(train, settings))
+            has_state = any(Path(settings.output_dir).glob(f"{stage}_*_state/step_*"))
+            folders[stage] = journey.run(stage, partial(train, dataclasses.replace(settings, resume=has_state)))
     return folders
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import shlex
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,15 +119,8 @@ def measure(folders: dict[str, Path], num_items: int, runtime: Runtime, console:
 @contextlib.contextmanager
 def _stoppable(console: Console) -> Iterator[StopRequest]:
     """A request to stop that is acknowledged at once."""
-
     words = "stopping after the questions in work; once more stops at once"
-
-    class Acknowledged(StopRequest):
-        def _ask(self, signum: int, frame: Any) -> None:
-            super()._ask(signum, frame)
-            threading.Thread(target=console.print, args=(words,)).start()  # the main thread may be printing
-
-    with Acknowledged() as stop:
+    with StopRequest(lambda: console.print(words)) as stop:
         yield stop
 
 

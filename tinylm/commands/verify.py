@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.text import Text
@@ -53,7 +54,7 @@ def _checked(what: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(what, True, check())
     except FileNotFoundError as error:
-        return Finding(what, None, f"not checked: {error}")
+        return Finding(what, None, str(error))
     except (ValueError, OSError) as error:
         return Finding(what, False, str(error))
     except (TypeError, KeyError, AttributeError) as error:  # a record that tinylm did not write
@@ -126,18 +127,31 @@ def _check_parent(lineage: dict[str, Any]) -> str:
 def show_lineage(lineage: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(name, value) pairs of a lineage, as far as they are recorded; a stranger's lineage may hold anything."""
     settings = lineage.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
     yield "stage", str(lineage.get("stage"))
-    if isinstance(lineage.get("step"), int):
+    if isinstance(step := lineage.get("step"), int):
         ended = "finished" if lineage.get("finished") else "not finished"
-        yield "trained", f"{lineage['step']:,} steps, epoch {lineage.get('epoch')}, {ended}"
-    source = settings.get("data_path") or "TinyWorld"
-    yield "data", f"{source} (fingerprint {lineage.get('data_fingerprint')}), seed {lineage.get('seed')}"
+        yield "trained", f"{step:,} step{'s' * (step != 1)}, epoch {lineage.get('epoch')}, {ended}"
+    if isinstance(settings, dict):
+        source = settings.get("data_path") or "TinyWorld"
+        yield "data", f"{source} (fingerprint {lineage.get('data_fingerprint')}), seed {lineage.get('seed')}"
     changes = lineage.get("changed_on_resume")
     for change in changes if isinstance(changes, list) else []:
         yield "changed", str(change)
-    given = {name: value for name, value in settings.items() if value not in (None, "", 0, False)}
-    yield "settings", " ".join(f"--{name} {value}" for name, value in given.items())
+    if isinstance(settings, dict):
+        yield "settings", " ".join(as_flags(settings))
+    base = lineage.get("base")
+    if isinstance(base, dict) and isinstance(base.get("lineage"), dict):
+        yield "base", str(base.get("path"))
+        yield from ((f"  {name}", value) for name, value in show_lineage(base["lineage"]))
+
+
+def as_flags(settings: dict[str, Any]) -> Iterator[str]:
+    """The settings as they can be typed, without those that are off, and those that only say how a run was begun."""
+    for name, value in settings.items():
+        if value in (None, "", 0, False) or name in ("resume", "overwrite"):
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        yield f"--{name} {quote('true' if value is True else text)}"
 
 
 def main(argv: list[str]) -> int:
@@ -154,12 +168,12 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"{folder} is a file without a manifest; only folders that tinylm wrote can be verified")
         findings = list(verify_folder(folder))
     console.print(str(folder), style="bold")
-    marks = {True: ("right", "green"), False: ("WRONG", "red"), None: ("open ", "yellow")}
+    marks = {True: ("ok         ", "green"), False: ("failed     ", "red"), None: ("not checked", "yellow")}
     for finding in findings:
         console.print(Text.assemble("  ", marks[finding.is_right], f"  {finding.what:<13}  {finding.text}"))
     if (folder / "lineage.json").is_file():
         for name, value in show_lineage(read_own_json(folder / "lineage.json")):
-            console.print(Text.assemble("  ", (f"{name:<8}", "dim"), f"  {value}"))
+            console.print(Text.assemble("  ", (f"{name:<10}", "dim"), f"  {value}"))
     return 1 if any(finding.is_right is False for finding in findings) else 0
 
 

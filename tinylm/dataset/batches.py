@@ -155,6 +155,11 @@ class StepSource(Protocol):
         ...
 
     @property
+    def num_rows(self) -> int:
+        """Rows (or pairs) of an epoch."""
+        ...
+
+    @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step, all micro-batches and ranks together."""
         ...
@@ -194,6 +199,11 @@ class StoredSteps:
     def fingerprint(self) -> str:
         """The data set's."""
         return self.dataset.fingerprint
+
+    @property
+    def num_rows(self) -> int:
+        """Rows (or pairs) of an epoch."""
+        return self.sampler.num_rows
 
     @property
     def rows_per_step(self) -> int:

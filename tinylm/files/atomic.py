@@ -108,6 +108,27 @@ def _writable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def require_new(path: Path, overwrite: bool, flag: str) -> None:
+    """Refuse to replace a finished result, unless that was asked for.
+
+    Args:
+        flag: the flag that chose the path.
+
+    Raises:
+        ValueError: `path` exists, and `overwrite` is false.
+    """
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; pass --overwrite to replace it, or choose another --{flag}")
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that no part of it is ever seen under its name, not even after a kill."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    os.rename(path, hidden / path.name)
+    _sync(path.parent)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 def remove_leftovers(path: str | Path) -> None:
     """Delete what a killed `atomic_write` or `atomic_folder` of `path` has left; only the owner of `path` may call it.
 

@@ -105,6 +105,12 @@ class Runtime:
         found = os.environ.get("TORCHELASTIC_RUN_ID", "")
         return "" if found == "none" else found
 
+    @property
+    def local_world_size(self) -> int:
+        """Processes of the run on this machine, as torchrun sets it."""
+        found = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return min(int(found), self.world_size) if found.isdigit() and int(found) else 1
+
     def barrier(self) -> None:
         """Wait until every process has reached this point."""
         if self.world_size > 1:

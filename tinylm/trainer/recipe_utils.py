@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.checkpoint.model_path import resolve_model_path
+from tinylm.commandline.terminal import make_console, print_next
 from tinylm.dataset.batches import BatchSampler, Dataset, StoredSteps
 from tinylm.dataset.documents import Documents
 from tinylm.generation.engine import Engine, SamplingSettings
@@ -24,6 +26,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.core.gradients import micro_batches_at_once
 from tinylm.trainer.run.run import Run
+from tinylm.trainer.run.run_folder import RunFolder
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 
 UNLEARNT_SHARE = 0.01
@@ -57,6 +60,7 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
         asked, found = getattr(settings, name, 0), getattr(model.config, name)
         if asked and asked != found:
             raise ValueError(f"{name} is {asked}, but {path} has {found}; leave out --{name}, or give another model")
+    require_other_than_parent(stage, path)
     stage.console.print(f"starting from {path}", markup=False)
     parent = {
         "path": str(path),
@@ -65,6 +69,13 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
         "document_start": bool(lineage.get("document_start")),
     }
     return model, tokenizer, parent
+
+
+def require_other_than_parent(stage: Stage, model: Path) -> None:
+    """Raise ValueError if the run would overwrite `model`, the one that it starts from."""
+    source = Path(os.path.realpath(model))
+    if str(source.parent) == os.path.realpath(stage.settings.output_dir) and source.name.startswith(f"{stage.name}_"):
+        raise ValueError(f"the run would overwrite its parent, {source}; choose another --output_dir")
 
 
 def with_preset(stage: Stage) -> Stage:
@@ -83,7 +94,12 @@ def with_preset(stage: Stage) -> Stage:
 
 
 def with_defaults(stage: Stage, model: TinyLMForCausalLM) -> Stage:
-    """The stage with `max_seq_len` and `learning_rate` filled in, which depend on the model unless they are given."""
+    """The stage with `max_seq_len` and `learning_rate` filled in, which depend on the model unless they are given.
+
+    Raises:
+        ValueError: the output folder holds a run of a model of this width, and nothing says what to do with it.
+    """
+    RunFolder(stage, model.config.hidden_size).require_free()
     settings, changes = stage.settings, dict[str, Any]()
     if not settings.max_seq_len:
         changes["max_seq_len"] = min(model.config.max_position_embeddings, DEFAULT_SEQ_LEN)
@@ -137,17 +153,15 @@ def sample_texts(
     return sample
 
 
-def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None]) -> Run:
-    """The run of a stage: its plan and lineage, from the learner and the (training, validation) data.
+def suggest(folder: Path, *commands: str) -> None:
+    """Print the commands that may come next, for the model in `folder`; in the main process."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    print_next(make_console(is_main), *(f"{command} --model_path {quote(str(folder))}" for command in commands))
 
-    Raises:
-        ValueError: the run would overwrite its parent.
-    """
-    settings, runtime, parent = stage.settings, stage.runtime, learner.parent
-    source = Path(os.path.realpath(parent["path"])) if parent else None
-    is_beside = source is not None and str(source.parent) == os.path.realpath(settings.output_dir)
-    if source is not None and is_beside and source.name.startswith(f"{stage.name}_"):
-        raise ValueError(f"the run would overwrite its parent, {source}; choose another --output_dir")
+
+def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None]) -> Run:
+    """The run of a stage: its plan and lineage, from the learner and the (training, validation) data."""
+    settings, runtime = stage.settings, stage.runtime
     train_data, validation_data = data
     at_once = 1 if settings.use_compile else micro_batches_at_once(settings.batch_size, learner.model, runtime)
     rows_per_micro_batch = settings.batch_size // at_once
@@ -157,8 +171,8 @@ def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None
     )
     plan = Plan(settings, runtime, StoredSteps(train_data, sampler, settings.num_workers), at_once)
     lineage = {
-        "parent": parent,
-        "document_start": parent["document_start"] if parent else True,
+        "parent": learner.parent,
+        "document_start": learner.parent["document_start"] if learner.parent else True,
         "data_fingerprint": train_data.fingerprint,
         "tokenizer_fingerprint": learner.tokenizer.fingerprint,
         "seed": settings.seed,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.system.cpu_parallel import map_on_cores, num_cores
 from tinylm.trainer.core.distributed import is_sharded, reshard, shard
 from tinylm.trainer.core.objectives import make_dpo_objective, sequence_log_probs
-from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_defaults
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, suggest, with_defaults
 from tinylm.trainer.run.stage import Learner, Stage, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.run.validation import batches_of_rank
@@ -108,8 +109,10 @@ def train(settings: DPOSettings) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: flags -> settings -> train."""
-    train(parse_settings(DPOSettings, argv, "tinylm dpo", "Teach a model which of two answers is preferred."))
+    """The command line: flags -> settings -> train -> what comes next."""
+    settings = parse_settings(DPOSettings, argv, "tinylm dpo", "Teach a model which of two answers is preferred.")
+    folder, before = train(settings), quote(settings.model_path)
+    suggest(folder, "talk to it: tinylm chat", f"compare it with its parent: tinylm eval --reference_path {before}")
     return 0
 
 

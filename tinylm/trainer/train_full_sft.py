@@ -17,7 +17,7 @@ from tinylm.commandline.settings import parse_settings
 from tinylm.model.lora import merge_lora
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, with_defaults
+from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, suggest, with_defaults
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.stage_data import load_chats
@@ -87,8 +87,11 @@ def train(settings: FullSFTSettings) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: flags -> settings -> train."""
-    train(parse_settings(FullSFTSettings, argv, "tinylm sft", "Fine-tune all weights of a model on conversations."))
+    """The command line: flags -> settings -> train -> what comes next."""
+    folder = train(
+        parse_settings(FullSFTSettings, argv, "tinylm sft", "Fine-tune all weights of a model on conversations.")
+    )
+    suggest(folder, "talk to it: tinylm chat", "teach it which answers are better: tinylm dpo")
     return 0
 
 

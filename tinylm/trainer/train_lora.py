@@ -20,7 +20,14 @@ from tinylm.dataset import tinyworld
 from tinylm.model.lora import PROJECTIONS, LoRAConfig, apply_lora, has_lora
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import load_parent, make_run, sample_texts, warn_of_unlearnt_tokens, with_defaults
+from tinylm.trainer.recipe_utils import (
+    load_parent,
+    make_run,
+    sample_texts,
+    suggest,
+    warn_of_unlearnt_tokens,
+    with_defaults,
+)
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.stage_data import load_chats
 from tinylm.trainer.train_full_sft import SAMPLE_QUESTIONS, ChatTrainSettings
@@ -85,19 +92,17 @@ def train(settings: LoRASettings) -> Path:
         save_adapter(model, folder, base, lineage)
 
     sample = sample_texts(model, tokenizer, *SAMPLE_QUESTIONS, chat=True)
-    folder = make_run(stage, Learner(model, tokenizer, optimizers, next_token_loss, sample, parent, save), data).fit()
-    hint = f"talk to it: tinylm chat --model_path {folder}   fold it in: tinylm merge --model_path {folder}"
-    stage.console.print(hint, markup=False)
-    return folder
+    return make_run(stage, Learner(model, tokenizer, optimizers, next_token_loss, sample, parent, save), data).fit()
 
 
 def main(argv: list[str]) -> int:
-    """The command line: flags -> settings -> train."""
-    train(
+    """The command line: flags -> settings -> train -> what comes next."""
+    folder = train(
         parse_settings(
             LoRASettings, argv, "tinylm lora", "Fine-tune a small adapter of a frozen model on conversations."
         )
     )
+    suggest(folder, "talk to it: tinylm chat", "fold it into its model: tinylm merge")
     return 0
 
 

@@ -19,13 +19,12 @@ from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.distributed import shard
 from tinylm.trainer.core.objectives import next_token_loss
-from tinylm.trainer.recipe_utils import DEFAULT_SEQ_LEN, make_run, sample_texts, with_defaults, with_preset
+from tinylm.trainer.recipe_utils import DEFAULT_SEQ_LEN, make_run, sample_texts, suggest, with_defaults, with_preset
 from tinylm.trainer.run.stage import Learner, start_stage
 from tinylm.trainer.run.train_settings import TrainSettings, require_at_least
 from tinylm.trainer.stage_data import load_texts
 
-ROW_LENGTHS = {"tiny": 256}
-"""Preset -> default tokens of a row, where they differ from `DEFAULT_SEQ_LEN`."""
+ROW_LENGTHS = {"tiny": 256}  # preset -> default tokens of a row, where they differ from `DEFAULT_SEQ_LEN`
 
 
 # 1. Settings
@@ -69,8 +68,7 @@ class PretrainSettings(TrainSettings):
         super().__post_init__()
         require_at_least(1, self, "tinyworld_documents")
         shared_cache(self.cache_dir, self.cache_gb)  # refuses a bound that is no number of gigabytes
-        if self.max_seq_len:
-            require_at_least(2, self, "max_seq_len")  # one token to read and one to predict
+        require_at_least(2 if self.max_seq_len else 0, self, "max_seq_len")  # a token to read and one to predict
 
     @property
     def widths(self) -> dict[str, int]:
@@ -102,8 +100,7 @@ def train(settings: PretrainSettings) -> Path:
     model = TinyLMForCausalLM(stage.settings.model_config(tokenizer.vocab_size)).to(stage.runtime.device)
     shard(model, settings.sharding, stage.runtime)
     # 5. Data
-    cache = shared_cache(settings.cache_dir, settings.cache_gb)
-    stage = with_defaults(stage, model)
+    stage, cache = with_defaults(stage, model), shared_cache(settings.cache_dir, settings.cache_gb)
     data = load_texts(stage, tokenizer, settings.tinyworld_documents, cache)
     # 6. Optimizer
     optimizers = stage.settings.make_optimizers(model)
@@ -113,8 +110,9 @@ def train(settings: PretrainSettings) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: flags -> settings -> train."""
-    train(parse_settings(PretrainSettings, argv, "tinylm pretrain", "Train a model on plain text from scratch."))
+    """The command line: flags -> settings -> train -> what comes next."""
+    settings = parse_settings(PretrainSettings, argv, "tinylm pretrain", "Train a model on plain text from scratch.")
+    suggest(train(settings), "continue a text: tinylm chat", "teach it to answer: tinylm sft")
     return 0
 
 

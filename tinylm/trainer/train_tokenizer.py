@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
-from tinylm.commandline.terminal import format_seconds, make_console, print_facts, progress
+from tinylm.commandline.terminal import format_seconds, make_console, print_facts, print_next, progress
 from tinylm.dataset.sources.records import BadRows, iterate_texts
+from tinylm.files.atomic import require_new
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tinylm.trainer.run.train_settings import require_at_least, require_output_dir, require_share
 from tinylm.trainer.stage_data import report_rows
@@ -40,6 +42,8 @@ class TokenizerSettings:
     """share of rows that may be broken (listed and skipped) before the data is refused"""
     tinyworld_documents: int = 8_000
     """stories, and as many chats, of TinyWorld to learn from when there is no data_path"""
+    overwrite: bool = False
+    """replace the tokenizer in output_dir"""
 
     def __post_init__(self) -> None:
         require_output_dir(self)
@@ -54,8 +58,8 @@ class TokenizerSettings:
 
 def train(settings: TokenizerSettings) -> Path:
     """Train a tokenizer; returns its folder."""
-    console = make_console()
-    bad_rows = BadRows(settings.max_bad_rows)
+    require_new(Path(settings.output_dir) / "tokenizer.json", settings.overwrite, "output_dir")
+    console, bad_rows = make_console(), BadRows(settings.max_bad_rows)
     if settings.data_path is None:
         console.print("no --data_path: learning from TinyWorld, the built-in corpus")
         texts: Iterable[str] = tinyworld_texts(settings.tinyworld_documents)
@@ -89,8 +93,10 @@ def train(settings: TokenizerSettings) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: flags -> settings -> train."""
-    train(parse_settings(TokenizerSettings, argv, "tinylm tokenizer", "Train a byte-level BPE tokenizer on text."))
+    """The command line: flags -> settings -> train -> what comes next."""
+    description = "Train a byte-level BPE tokenizer on text."
+    folder = quote(str(train(parse_settings(TokenizerSettings, argv, "tinylm tokenizer", description))))
+    print_next(make_console(), f"train a model with it: tinylm pretrain --tokenizer_path {folder}")
     return 0
 
 

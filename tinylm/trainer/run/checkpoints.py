@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,13 +21,11 @@ from tinylm.checkpoint.training_state import (
     TrainingState,
     discard_latest_state,
     load_training_state,
-    read_training_values,
 )
-from tinylm.files.atomic import remove_leftovers
-from tinylm.files.locks import run_lock
 from tinylm.trainer.core.distributed import full_tensor, is_sharded, reshard, unsharded
 from tinylm.trainer.core.gradients import Scaler
 from tinylm.trainer.run.resume import check_same_run, load_optimizer_states, optimizer_states, place_like
+from tinylm.trainer.run.run_folder import RunFolder
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 
 
@@ -41,8 +40,22 @@ class Progress:
     num_skipped: int = 0
     """Steps of the run whose loss or gradient was not a finite number."""
     best_validation_loss: float | None = None
+    last_validation: tuple[int, float] | None = None
+    """Step and loss of the last validation in this process."""
+    first_losses: list[float] = field(default_factory=list)
+    """Losses of the run's first steps."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Settings that were changed on a resume: step, setting, was, now."""
+
+    def validation_loss_of(self, step: int) -> float | None:
+        """The validation loss of the weights after `step`, if it was measured."""
+        return self.last_validation[1] if self.last_validation and self.last_validation[0] == step else None
+
+    def note_validation(self, step: int, loss: float) -> None:
+        """Keep the result of a validation after `step`, and the best so far."""
+        self.last_validation = step, loss
+        if math.isfinite(loss) and (self.best_validation_loss is None or loss < self.best_validation_loss):
+            self.best_validation_loss = loss
 
 
 def snapshot(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -102,7 +115,7 @@ class Movement:
         return relative_change(self.first_weights, self.model.parameters())
 
 
-class Checkpoints:
+class Checkpoints(RunFolder):
     """Saves and restores a run: weights, optimizers, plan and progress.
 
     Args:
@@ -119,57 +132,18 @@ class Checkpoints:
         lineage: dict[str, Any],
         before_saving: Callable[[], None] | None = None,
     ) -> None:
-        self.stage, self.learner, self.plan, self.progress = stage, learner, plan, progress
+        super().__init__(stage, learner.model.config.hidden_size)
+        self.learner, self.plan, self.progress = learner, plan, progress
         self.lineage, self.before_saving = lineage, before_saving
         self.movement = Movement(learner.model)
         fp16 = stage.runtime.compute_dtype == torch.float16
         self.scaler: Scaler = torch.amp.GradScaler(stage.runtime.device.type) if fp16 else None
         self.writer: StateWriter | None = None
 
-    # --- files ---------------------------------------------------------------------------------------------------
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.stage.settings.output_dir)
-
-    @property
-    def name(self) -> str:
-        """Stage and width: all file names begin with it, as in lyuzlion/Tiny-Language-Model."""
-        return f"{self.stage.name}_{self.learner.model.config.hidden_size}"
-
-    @property
-    def state_folder(self) -> Path:
-        """Folder of the training states, beside the model folders."""
-        return self.folder / f"{self.name}_state"
-
-    def model_folder(self, epoch: int) -> Path:
-        """Folder of the model after `epoch` (from 0), named like the files of the original project."""
-        return self.folder / f"{self.name}_epoch{epoch}"
-
     @property
     def last_folder(self) -> Path:
         """Folder of the run's final model."""
         return self.model_folder(self.plan.last_epoch)
-
-    @contextlib.contextmanager
-    def owned_folder(self) -> Iterator[None]:
-        """Lock the stage's files for this run inside the block, and delete the half-written files of a killed run."""
-        # The lock of a process on a lost machine is freed only after a while. The other processes wait for the main
-        # process until the timeout, so the main process waits for the lock for half of that.
-        patience = self.stage.settings.timeout / 2 if self.is_restarted() else 0.0
-        with contextlib.ExitStack() as stack:
-            refusal = None
-            if self.stage.runtime.is_main:
-                try:
-                    stack.enter_context(run_lock(self.folder / f".{self.stage.name}.lock", patience))
-                    for left in self.folder.glob(f".{self.stage.name}_*"):
-                        remove_leftovers(self.folder / left.name[1:].rsplit(".", 2)[0])
-                except (ValueError, OSError) as error:
-                    refusal = error
-            if self.stage.runtime.any_rank(refusal is not None):
-                raise refusal or ValueError("the main process could not lock the run's folder")
-            yield
 
     # --- saving --------------------------------------------------------------------------------------------------
 
@@ -184,12 +158,13 @@ class Checkpoints:
             self.writer.close()
 
     def save_model(self, step: int) -> None:
-        """Write the model folder of the epoch that ends with `step`."""
+        """Write the model folder of the epoch that ends with `step`, and delete those that `keep_epochs` gives up."""
         progress, epoch = self.progress, self.plan.epoch_of(step)
         facts = {
             "epoch": epoch,
             "step": step,
             "finished": step == self.plan.num_steps,
+            "validation_loss": progress.validation_loss_of(step),
             "best_validation_loss": progress.best_validation_loss,
             **({"skipped_steps": progress.num_skipped} if progress.num_skipped else {}),
             **({"changed_on_resume": progress.changes} if progress.changes else {}),
@@ -197,6 +172,7 @@ class Checkpoints:
         with unsharded(self.learner.model):
             if self.stage.runtime.is_main:
                 self.learner.save(self.model_folder(epoch), {"stage": self.stage.name, **facts, **self.lineage})
+                self.remove_other_models(epoch)
 
     def save_state(self, step: int, evaluation_pending: bool = False) -> None:
         """Begin to save the state after `step`. If the save before failed, print a warning: the next may succeed."""
@@ -254,6 +230,7 @@ class Checkpoints:
             "num_skipped": progress.num_skipped,
             "changed_on_resume": progress.changes,
             "best_validation_loss": progress.best_validation_loss,
+            "first_losses": progress.first_losses,
             "first_weights": self.movement.fingerprint,
             # Only trained weights: the frozen base of an adapter is in its own folder.
             "weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
@@ -262,22 +239,6 @@ class Checkpoints:
         }
 
     # --- resuming ------------------------------------------------------------------------------------------------
-
-    def should_resume(self) -> bool:
-        """Whether to resume: with --resume, or if torchrun has restarted the processes."""
-        return self.stage.settings.resume or self.is_restarted()
-
-    def is_restarted(self) -> bool:
-        """Whether torchrun has restarted the processes, because one was lost or joined; all must call it."""
-        runtime = self.stage.runtime
-        if runtime.any_rank(runtime.is_restart):
-            return True
-        if not runtime.launch_id:
-            return False
-        try:
-            return bool(read_training_values(self.state_folder).get("launch") == runtime.launch_id)
-        except FileNotFoundError:
-            return False
 
     def restore(self) -> None:
         """Resume from the newest undamaged state, or start from the beginning if there is no state.
@@ -294,6 +255,7 @@ class Checkpoints:
                 "that all machines share"
             )
         if found is None:
+            self.require_unfinished()
             console.print(f"nothing to resume in {self.folder}: starting from the beginning", markup=False)
             return
         for line in found.damaged:
@@ -309,6 +271,7 @@ class Checkpoints:
         self.progress.evaluation_pending = state["is_pending"]
         self.progress.num_skipped = state["num_skipped"]
         self.progress.best_validation_loss = state["best_validation_loss"]
+        self.progress.first_losses = state.get("first_losses", [])
         self.progress.changes = [*state.get("changed_on_resume", []), *changes]
 
     def _newest_state(self) -> TrainingState | None:
@@ -334,15 +297,3 @@ class Checkpoints:
             processes = self.stage.runtime.world_size
             self.stage.console.print(f"note: {processes} process(es) now share the {rows} rows of a step")
             self.plan.keep_rows_per_step(rows)
-
-    def note_unfinished(self) -> None:
-        """Print a note if this run starts over and replaces an earlier run."""
-        if self.progress.step or not self.stage.runtime.is_main:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            state = read_training_values(self.state_folder)
-            is_finished = state["step"] >= state["identity"]["num_steps"]
-            what = "a finished" if is_finished else "an unfinished"
-            hint = "" if is_finished else " (--resume continues it)"
-            message = f"note: {self.folder} holds {what} {self.stage.name} run; starting over{hint}"
-            self.stage.console.print(message, markup=False)

@@ -11,13 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tinylm.commandline.terminal import ShowProgress, format_count, format_seconds, print_facts, progress
+from tinylm.commandline.terminal import (
+    ShowProgress,
+    format_count,
+    format_seconds,
+    lines_of_words,
+    print_facts,
+    progress,
+)
+from tinylm.dataset.batches import Dataset
 from tinylm.files.atomic import atomic_write
 from tinylm.trainer.core.loop import StepReport
 from tinylm.trainer.run.checkpoints import Checkpoints
-
-EXPECTED_MATMUL_SHARE = 0.4
-"""Share of the matmul speed that the estimate before the first step assumes; later the share is measured."""
+from tinylm.trainer.run.estimate import Memory, Pace, expected_seconds
 
 
 class RunReport:
@@ -34,10 +40,12 @@ class RunReport:
         self.matmul_flops = 1.0
         self.tokens_per_second = 0.0
         self.validation_loss: float | None = None
+        self.pace = Pace(self.plan)
         self.started = 0.0
-        self.show: ShowProgress = lambda text, done=None, total=None: None
+        self.words: list[str] = []
+        self.show: ShowProgress = lambda words, done=None, total=None, is_due=False: None
 
-    def print_plan(self, matmul_flops: float) -> None:
+    def print_plan(self, matmul_flops: float, memory: Memory, validation_data: Dataset | None) -> None:
         """Print the plan: sizes, steps, device, estimated time and memory.
 
         Args:
@@ -45,99 +53,130 @@ class RunReport:
         """
         self.matmul_flops = matmul_flops
         settings, runtime, plan = self.stage.settings, self.stage.runtime, self.plan
-        rows, unit = plan.source.rows_per_step, plan.source.unit
-        tokens = plan.num_steps * rows * settings.max_seq_len
-        seconds = tokens * self.flops_per_token / (EXPECTED_MATMUL_SHARE * matmul_flops * runtime.world_size)
-        holders = runtime.world_size if settings.sharding == "fsdp" else 1
+        seconds = expected_seconds(plan, matmul_flops, self.flops_per_token, validation_data)
         device = f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}"
         if runtime.world_size > 1:
-            device += f", {runtime.world_size} processes" + (", each a share of the model" if holders > 1 else "")
+            shares = ", each a share of the model" if settings.sharding == "fsdp" else ""
+            device += f", {runtime.world_size} processes{shares}"
         total, trained = self.num_parameters, self.num_trained
         share = f", of which {trained:,} train ({trained / total:.2%})" if trained < total else ""
-        memory = self._expected_memory(holders)
+        of = f" of {memory.limit / 1e9:,.1f}" if memory.limit else ""
         facts = {
             "parameters": f"{total:,}{share}",
             "data": plan.source.description,
-            "steps": f"{plan.num_steps:,} in {settings.epochs} epoch(s), each {rows} {unit} x {settings.max_seq_len}",
+            "steps": self._steps(),
             "device": device,
-            "estimate": f"about {format_seconds(seconds)}, {memory / 1e9:.1f} GB of memory",
+            "estimate": f"about {format_seconds(seconds)}, {memory.needed / 1e9:.1f}{of} GB of memory",
             "output": str(self.checkpoints.last_folder),
         }
         if self.checkpoints.progress.step:
-            facts["resuming"] = f"from step {self.checkpoints.progress.step:,}"
+            is_finished = self.checkpoints.progress.step == plan.num_steps
+            is_done = is_finished and not self.checkpoints.progress.evaluation_pending
+            rest = ", the last: the run is finished, and nothing is left to train" if is_done else ""
+            facts["resuming"] = f"from step {self.checkpoints.progress.step:,}{rest}"
         print_facts(self.stage.console, f"{self.stage.name}: what will happen", facts)
 
-    def _expected_memory(self, holders: int) -> float:
-        """Bytes that a process needs: weights, gradients, moments and activations.
-
-        Activations per token: about 20 C numbers of 2 bytes for each block, and 3 V of 4 bytes for the logits. Weights
-        are fp32; trained weights also have a gradient and two moments. FSDP gives each process a share of all these.
-        """
-        settings, config = self.stage.settings, self.learner.model.config
-        activations = settings.batch_size * settings.max_seq_len * (
-            20 * config.hidden_size * config.num_hidden_layers * 2 + 3 * config.vocab_size * 4
-        )  # fmt: skip
-        # On a CPU, the copy of weights and moments for saving is in the same memory.
-        kept = 12 * self.num_trained if self.stage.runtime.device.type == "cpu" else 0
-        return (4 * self.num_parameters + 12 * self.num_trained + kept) / holders + activations
+    def _steps(self) -> str:
+        """Number of steps, epochs, and rows of a step."""
+        plan, settings = self.plan, self.stage.settings
+        epochs, per_epoch = plan.last_epoch + 1, plan.steps_per_epoch
+        rows = min(plan.source.rows_per_step, plan.source.num_rows)
+        text = f"{plan.num_steps:,} in {epochs:,} epoch{'s' * (epochs > 1)}, each {rows:,} {plan.source.unit}"
+        text += f" x {settings.max_seq_len:,}"
+        if settings.max_steps and epochs > settings.epochs:
+            text += f" (--max_steps; the data is repeated after every {per_epoch:,} step{'s' * (per_epoch > 1)})"
+        elif settings.max_steps and plan.num_steps < settings.epochs * per_epoch:
+            text += f" (--max_steps; all data would take {settings.epochs * per_epoch:,})"
+        return text
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
         """Inside the block, steps can be shown."""
         self.started = time.perf_counter()
-        with progress(self.stage.console, self.stage.name) as self.show:
+        with progress(self.stage.console, self.stage.name, clock=False) as self.show:
+            start = self.checkpoints.progress.step
+            self.show(f"{start}/{self.plan.num_steps}", start, self.plan.num_steps)
             yield
 
     def show_step(self, report: StepReport) -> dict[str, float]:
-        """Show a step: loss, validation loss, tokens/s, share of the matmul speed, time left; returns its record."""
+        """Show a step: time left, loss, validation loss, metrics, tokens/s; returns its record."""
         speed = report.num_tokens / report.seconds
         keep = 0.9 if self.tokens_per_second else 0.0  # a moving average over about ten steps
         self.tokens_per_second = keep * self.tokens_per_second + (1 - keep) * speed
-        share = self.tokens_per_second * self.flops_per_token / (self.matmul_flops * self.stage.runtime.world_size)
-        elapsed = time.perf_counter() - self.started
-        remaining = elapsed / (report.step - self.checkpoints.progress.step) * (report.num_steps - report.step)
-        words = [f"{report.step}/{report.num_steps}", f"loss {report.loss:.3f}"]
+        self.pace.add_step(report.seconds)
+        words = [f"loss {report.loss:.3f}"]
         if self.validation_loss is not None:
             words.append(f"val {self.validation_loss:.3f}")
         words += [f"{name.replace('_', ' ')} {value:.3g}" for name, value in report.metrics.items()]
-        words += [f"{format_count(self.tokens_per_second)} tok/s", f"{share:.0%} of matmul"]
-        line = " · ".join([*words, f"{format_seconds(remaining)} left"])
-        self.show(line, report.step, report.num_steps)
+        self.words = [*words, f"{format_count(self.tokens_per_second)} tok/s"]
         is_due = report.step % self.stage.settings.log_interval == 0 or report.step == report.num_steps
-        if is_due and not self.stage.console.is_terminal:
-            self.stage.console.print(f"{self.stage.name} {line}")
+        self._show(report.step, f"{format_seconds(self.pace.seconds_left(report.step))} left", is_due)
         return {
             "loss": report.loss,
             "learning_rate": report.learning_rate,
             "grad_norm": report.grad_norm,
             "tokens_per_second": round(self.tokens_per_second, 1),
-            "matmul_share": round(share, 4),
+            "matmul_share": round(self._flops() / (self.matmul_flops * self.stage.runtime.world_size), 4),
             **report.metrics,
         }
 
-    def show_validation(self, step: int, values: Mapping[str, float], texts: Sequence[str]) -> None:
+    def _flops(self) -> float:
+        """Operations per second of all processes."""
+        return self.tokens_per_second * self.flops_per_token
+
+    def _show(self, step: int, what: str, is_due: bool = False) -> None:
+        words = [f"{step}/{self.plan.num_steps}", what, *self.words]
+        self.show(words, step, self.plan.num_steps, is_due)
+
+    def show_validating(self, step: int, done: int, total: int) -> None:
+        """Show that a validation has computed `done` of its `total` batches."""
+        self._show(step, f"validating {done} of {total}")
+
+    def show_validation(self, step: int, values: Mapping[str, float], texts: Sequence[str], seconds: float) -> None:
         """Show the result of a validation, and the texts that the model wrote."""
         self.validation_loss = values["validation_loss"]
-        shown = " · ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-        self.stage.console.print(f"{self.stage.name} {step}/{self.plan.num_steps} · {shown}")
+        self.pace.add_validation(seconds)
+        words = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()]
+        for line in lines_of_words([f"{self.stage.name} {step}/{self.plan.num_steps}", *words]):
+            self.stage.console.print(line, markup=False)
         for text in texts:
             self.stage.console.print(f"    {' '.join(text.split())}", style="dim", markup=False)
+        self._show(step, "training")
 
     def print_result(self) -> None:
-        """Print the result: time, best loss, how far the weights moved (relative to their size), the model's folder."""
-        progress, movement = self.checkpoints.progress, self.checkpoints.movement
-        change = movement.measure()
+        """Print the result: time, speed, best loss, how far the weights moved, and the model's folder."""
+        progress, checkpoints = self.checkpoints.progress, self.checkpoints
         facts = {"time": format_seconds(time.perf_counter() - self.started)}
+        if self.tokens_per_second:
+            facts["speed"] = f"{self.tokens_per_second:,.0f} tokens/s, {self._flops() / 1e9:,.0f} GFLOP/s"
         if progress.best_validation_loss is not None:
             facts["best validation loss"] = f"{progress.best_validation_loss:.4f}"
         if progress.num_skipped:
             steps = f"{progress.num_skipped:,} of {self.plan.num_steps:,} steps"
             facts["skipped"] = f"{steps}, whose loss or gradient was not a number"
-        facts["weights moved"] = f"{change:.2%} of their size{movement.since}"
-        facts["model"] = str(self.checkpoints.last_folder)
+        change = checkpoints.movement.measure()
+        times = f"{change:.1%} of" if change < 1 else f"{change:.1f} times"
+        facts["weights moved"] = f"{times} their size at the start{checkpoints.movement.since}"
+        facts["model"] = str(checkpoints.last_folder)
         print_facts(self.stage.console, f"{self.stage.name}: done", facts)
         if change < 1e-5 and progress.step < self.plan.num_steps:
             self.stage.console.print("warning: the weights hardly moved; raise --learning_rate or train for more steps")
+        self._print_models()
+
+    def _print_models(self) -> None:
+        """Say which epochs' models are kept, if there were several."""
+        if not self.stage.runtime.is_main:
+            return
+        checkpoints, console = self.checkpoints, self.stage.console
+        last, kept = self.plan.last_epoch, checkpoints.models()
+        if removed := last + 1 - len(kept):
+            epochs = ", ".join(map(str, kept))
+            console.print(f"kept: epoch {epochs} of 0 to {last}; {removed} removed; --keep_epochs all keeps them")
+        best = checkpoints.best_model()
+        if best is not None and best[0] != last:
+            path = checkpoints.model_folder(best[0])
+            console.print(f"lowest validation loss, {best[1]:.4f}: {path}", markup=False)
+            console.print("other commands take the last epoch, unless you name another; fewer --epochs may do better")
 
 
 class MetricsLog:

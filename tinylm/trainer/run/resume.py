@@ -20,6 +20,7 @@ from torch import Tensor, nn
 FREE = frozenset(
     # paths, and when something is shown, evaluated or saved
     "output_dir validation_path max_bad_rows log_interval eval_interval eval_batches save_interval resume tensorboard "
+    "overwrite keep_epochs "
     # how the same sums are computed; weights and optimizer state are always float32
     "device dtype num_workers use_compile sharding timeout cache_dir cache_gb "
     # compared by their results: the data's fingerprint,
@@ -30,6 +31,18 @@ FREE = frozenset(
     "model_path preset hidden_size num_hidden_layers num_attention_heads num_key_value_heads position_embedding_type "
     "qk_norm dropout".split()
 )
+BEHIND = {
+    "data": ("data_path", "validation_fraction", "tokenizer_path", "name", "author", "max_seq_len"),
+    "parent": ("model_path",),
+    "num_steps": ("max_steps", "epochs", "batch_size", "accumulation_steps", "max_seq_len"),
+    "rows_per_optimizer_step": ("batch_size", "accumulation_steps"),
+    "trained parameters": ("lora_rank", "target_modules", "preset", "hidden_size", "num_hidden_layers"),
+    "hidden_dropout": ("dropout",),
+    "attention_dropout": ("dropout",),
+    "max_position_embeddings": ("max_seq_len",),
+}
+"""Part of a run's identity -> the flags that it depends on. The parts that are missing here are flags themselves."""
+ELSEWHERE = "or choose another --output_dir for a new run"
 ADJUSTABLE = frozenset({"learning_rate", "grad_clip"})
 """Settings that may have to change before a diverged run can continue."""
 
@@ -52,20 +65,45 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], ours: Mapping[str, An
         if was == now or name in FREE:
             continue
         if name not in ADJUSTABLE or not unfinished:
-            raise ValueError(
-                f"{folder} was made with {name} {_shown(was)}, this run has {_shown(now)}; pass --{name} "
-                f"{shlex.quote(_shown(was))} to resume it, or choose another --output_dir for a new run"
-            )
+            raise ValueError(f"{folder} {_other_flags([name], saved['settings'], ours['settings'])}")
         changes.append({"step": saved["step"], "setting": name, "was": was, "now": now})
     for name, now in ours["identity"].items():
         was = saved["identity"].get(name)
         if was != now:
-            their_source, our_source = (each.get("sources", {}).get(name) for each in (saved, ours))
-            raise ValueError(
-                f"{folder} was made with {name} {_shown(was, their_source)}, this run has {_shown(now, our_source)}; "
-                "resume with the settings and data it was started with, or choose another --output_dir"
-            )
+            raise ValueError(f"{folder} {_other_identity(name, was, now, saved, ours)}")
     return changes
+
+
+def _other_identity(name: str, was: Any, now: Any, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What differs, by the flags behind it if one of them has changed, and what to do."""
+    flags = [*BEHIND.get(name, (name,)), "preset"]
+    before, after = saved.get("settings", {}), ours["settings"]
+    changed = [flag for flag in flags if flag in before and flag in after and before[flag] != after[flag]]
+    if changed:
+        return _other_flags(changed, before, after)
+    source = saved.get("sources", {}).get(name)
+    if source and source == ours["sources"].get(name):
+        what = {"data": "the files in it are others now", "parent": "its weights are others now"}[name]
+        return f"was made with the {name} {source}, and {what}; restore it to resume the run, {ELSEWHERE}"
+    their_source, our_source = (each.get("sources", {}).get(name) for each in (saved, ours))
+    made = f"was made with {name} {_shown(was, their_source)}, this run has {_shown(now, our_source)}"
+    return f"{made}; resume with the settings and data it was started with, {ELSEWHERE}"
+
+
+def _other_flags(names: Sequence[str], before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What the flags `names` were and are, and what to type."""
+    theirs, ours = (" ".join(_flag(name, values[name]) for name in names) for values in (before, after))
+    given = " ".join(_flag(name, before[name]) for name in names if before[name] is not None)
+    left_out = " ".join(f"--{name}" for name in names if before[name] is None)
+    advice = " and ".join([*([f"pass {given}"] if given else []), *([f"leave out {left_out}"] if left_out else [])])
+    return f"was made with {theirs}, this run has {ours}; {advice} to resume it, {ELSEWHERE}"
+
+
+def _flag(name: str, value: Any) -> str:
+    """A setting as it is typed."""
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return f"no --{name}" if value is None else f"--{name} {shlex.quote(_shown(value))}"
 
 
 def _shown(value: Any, source: str | None = None) -> str:

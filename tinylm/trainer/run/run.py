@@ -5,22 +5,24 @@ Recipes make the parts (stage, learner, data); this module does what all stages 
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tinylm.commandline.exit_status import Stopped, StopRequest
-from tinylm.commandline.terminal import format_seconds
+from tinylm.commandline.terminal import closed_pipe_calls, format_seconds
 from tinylm.dataset.batches import Batch, Dataset
 from tinylm.files.atomic import atomic_write
 from tinylm.system.runtime import measured_matmul_flops
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.core.loop import StepReport, fit
 from tinylm.trainer.run.checkpoints import Checkpoints, Progress
+from tinylm.trainer.run.estimate import expected_memory, require_memory
 from tinylm.trainer.run.report import MetricsLog, RunReport
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 from tinylm.trainer.run.validation import validate
@@ -50,10 +52,11 @@ class Run:
         self.metrics = MetricsLog(self.checkpoints.folder, self.checkpoints.name, settings.tensorboard, is_main)
         self.report = RunReport(self.checkpoints)
         self.spikes = SpikeWatch()
+        self.rise = RiseWatch(plan.num_steps, self.progress.first_losses)
         self.skips_in_a_row = 0
         self.micro_batches: list[Batch] = []
         """Micro-batches of the current step."""
-        self.stop_request = StopRequest()
+        self.stop_request = StopRequest(self._acknowledge_stop)
 
     def fit(self) -> Path:
         """Train from the start, or from the saved state with `--resume`; returns the last model folder.
@@ -63,11 +66,18 @@ class Run:
             RuntimeError: the run has diverged, or its last state could not be saved.
         """
         settings, learner, plan = self.stage.settings, self.learner, self.plan
-        with self.checkpoints.owned_folder(), self.stop_request:
+        closed_pipe = closed_pipe_calls(self.stage.console, self.stop_request.ask_because_of_closed_pipe)
+        with self.checkpoints.owned_folder(), self.stop_request, closed_pipe:
             if self.checkpoints.should_resume():
                 self.checkpoints.restore()
-            self.report.print_plan(measured_matmul_flops(self.stage.runtime))
-            self.checkpoints.note_unfinished()
+            else:
+                self.checkpoints.require_free()
+            memory = expected_memory(learner, plan)
+            require_memory(memory, plan)
+            self.rise = RiseWatch(plan.num_steps, self.progress.first_losses)
+            self.report.print_plan(measured_matmul_flops(self.stage.runtime), memory, self.validation_data)
+            if not self.checkpoints.should_resume():
+                self.checkpoints.clear()
             start = self.progress.step
             if settings.use_compile:
                 learner.model.compile_for_training(with_head=not is_sharded(learner.model))
@@ -94,16 +104,18 @@ class Run:
                     at_once=plan.at_once,
                 )
             self.report.print_result()
+            if warning := self.rise.warning():
+                self.stage.console.print(f"warning: {warning}; {self._advice_against_a_rise()}", markup=False)
             if self.stage.runtime.any_rank(bool(self.stop_request.signum)):  # it came after the last step
                 raise Stopped(self.stop_request.signum or signal.SIGTERM, " after the last step; the run is finished")
         return self.checkpoints.last_folder
 
-    def validate(self, data: Dataset) -> dict[str, float]:
+    def validate(self, data: Dataset, step: int = 0) -> dict[str, float]:
         """Mean loss (and the objective's metrics) per target over held-out data, and bits per byte of text."""
-        settings, learner = self.stage.settings, self.learner
-        return validate(
-            learner.model, learner.objective, data, settings.batch_size, settings.eval_batches, self.stage.runtime
-        )
+        settings, learner, runtime = self.stage.settings, self.learner, self.stage.runtime
+        show = functools.partial(self.report.show_validating, step)
+        sizes = settings.batch_size, settings.eval_batches
+        return validate(learner.model, learner.objective, data, *sizes, runtime, show)
 
     def _step_batches(self) -> Iterator[list[Batch]]:
         for micro_batches in self.plan.batches(self.progress.step):
@@ -127,6 +139,10 @@ class Run:
         if report.step % self.stage.settings.log_interval == 0 or report.step == 1 or report.skipped:
             self.metrics.write(report.step, record)
 
+    def _acknowledge_stop(self) -> None:
+        advice = "finishing the step and saving it; a second Ctrl-C ends the run at once"
+        self.stage.console.print(f"stopping: {advice}")
+
     def _stop(self, report: StepReport) -> None:
         """Save the state and end the run. If an evaluation or a model folder is due, a resume makes it."""
         where = f" after step {report.step:,}, in which nothing was updated; the state before it is kept"
@@ -141,6 +157,7 @@ class Run:
         console, checkpoints = self.stage.console, self.checkpoints
         if not report.skipped:
             self.skips_in_a_row = 0
+            self.rise.add(report.loss)
             if warning := self.spikes.warning(report.loss):
                 console.print(f"warning: step {report.step:,}: {warning}")
             return
@@ -160,17 +177,20 @@ class Run:
             "--learning_rate or a smaller --grad_clip"
         )
 
+    def _advice_against_a_rise(self) -> str:
+        rate = self.stage.settings.peak_learning_rate
+        return f"run it again with a lower --learning_rate, such as {rate / 10:g} (now {rate:g}), and --overwrite"
+
     def _evaluate(self, step: int) -> None:
-        interval = self.stage.settings.eval_interval
-        is_due = (interval and step % interval == 0) or step == self.plan.num_steps
-        if self.validation_data is None or not is_due:
+        if self.validation_data is None or not self.plan.validates_after(step):
             return
-        values = self.validate(self.validation_data)
-        loss, best = values["validation_loss"], self.progress.best_validation_loss
-        if math.isfinite(loss) and (best is None or loss < best):
-            self.progress.best_validation_loss = loss
-        texts = self._sample()
-        self.report.show_validation(step, values, texts)
+        started = time.perf_counter()
+        values = self.validate(self.validation_data, step)
+        self.progress.note_validation(step, values["validation_loss"])
+        interval = self.stage.settings.eval_interval
+        is_epoch_only = step != self.plan.num_steps and not (interval and step % interval == 0)
+        texts = [] if is_epoch_only else self._sample()
+        self.report.show_validation(step, values, texts, time.perf_counter() - started)
         self.metrics.write(step, {**values, **{f"sample_{number}": text for number, text in enumerate(texts)}})
 
     def _sample(self) -> list[str]:
@@ -212,6 +232,35 @@ class SpikeWatch:
                 text = f"the loss jumped to {loss:.4g}, after {mean:.4g} on average; look at the data of this step"
         losses.append(loss)
         return text
+
+
+class RiseWatch:
+    """Notices a run that ends well above the loss it began with: the model has forgotten more than it has learned.
+
+    Args:
+        num_steps: of the whole run.
+        first_losses: losses of its first steps, those from before a resume included; it is filled up.
+    """
+
+    def __init__(self, num_steps: int, first_losses: list[float]) -> None:
+        self.num_compared = max(1, min(10, num_steps // 10))
+        self.first = first_losses
+        self.last: deque[float] = deque(maxlen=self.num_compared)
+
+    def add(self, loss: float) -> None:
+        """Count a step."""
+        if len(self.first) < self.num_compared:
+            self.first.append(loss)
+        self.last.append(loss)
+
+    def warning(self) -> str | None:
+        """A warning if the last steps' mean is more than a fifth, and 0.1 nats, above that of the first steps."""
+        if len(self.first) < self.num_compared or len(self.last) < self.num_compared:
+            return None
+        before, after = (sum(losses) / len(losses) for losses in (self.first, self.last))
+        if after <= 1.2 * before + 0.1:
+            return None
+        return f"the loss rose from {before:.2f} in the first steps to {after:.2f} in the last"
 
 
 def write_bad_batch(path: Path, step: int, batches: Iterable[Batch], decode: Callable[[list[int]], str] | None) -> None:

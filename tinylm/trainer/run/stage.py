@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,17 @@ class Plan:
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        steps = self.settings.epochs * self.steps_per_epoch
-        return min(steps, self.settings.max_steps) if self.settings.max_steps else steps
+        return self.settings.max_steps or self.settings.epochs * self.steps_per_epoch
+
+    @property
+    def rows_per_step(self) -> float:
+        """Rows of a step on average; an epoch's last step may have fewer, or all steps if there is little data."""
+        return self.source.num_rows / self.steps_per_epoch
+
+    @property
+    def rows_in_memory(self) -> int:
+        """The most rows that a process computes at a time."""
+        return min(self.settings.batch_size, -(-self.source.num_rows // self.runtime.world_size))
 
     @property
     def last_epoch(self) -> int:
@@ -103,6 +113,23 @@ class Plan:
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch, or the run, ends with the `step`-th step."""
         return step % self.steps_per_epoch == 0 or step == self.num_steps
+
+    def validates_after(self, step: int) -> bool:
+        """Whether a validation is due after the `step`-th step: at the interval, at the end, and for the best epoch."""
+        interval = self.settings.eval_interval
+        is_due = bool(interval) and step % interval == 0
+        return is_due or (self.settings.keep_epochs == "best" and self.ends_epoch(step)) or step == self.num_steps
+
+    def num_validations(self, after: int = 0) -> int:
+        """Validations that are due after the steps that follow step `after`."""
+        intervals = [self.settings.eval_interval] if self.settings.eval_interval else []
+        intervals += [self.steps_per_epoch] if self.settings.keep_epochs == "best" else []
+        due = sum(self.num_steps // interval - after // interval for interval in intervals)
+        if len(intervals) == 2:
+            both = math.lcm(*intervals)
+            due -= self.num_steps // both - after // both
+        is_last_extra = after < self.num_steps and all(self.num_steps % interval for interval in intervals)
+        return due + is_last_extra
 
     def keep_rows_per_step(self, rows: int) -> None:
         """Make each step `rows` rows, shared by the processes of the run."""
@@ -119,7 +146,7 @@ class Plan:
         run, and a training state needs no generator state.
         """
         step = start_step
-        for epoch in range(step // self.steps_per_epoch, self.settings.epochs):
+        for epoch in range(step // self.steps_per_epoch, self.last_epoch + 1):
             for batches in self.source.batches(epoch, step % self.steps_per_epoch):
                 torch.manual_seed((self.settings.seed * 1_000_003 + step) * 1_009 + self.runtime.rank)
                 yield batches

@@ -69,7 +69,7 @@ class TrainSettings:
     epochs: int = 1
     """passes over the training data"""
     max_steps: int = 0
-    """stop after this many optimizer steps; 0 means all epochs"""
+    """optimizer steps to do, however many epochs they take; 0 means those of --epochs"""
     batch_size: int = 8
     """rows (or preference pairs) of a micro-batch, per process"""
     accumulation_steps: int = 1
@@ -119,6 +119,10 @@ class TrainSettings:
     """optimizer steps between training states, from which --resume continues; 0 means only at epoch ends"""
     resume: bool = False
     """continue from the training state in output_dir"""
+    overwrite: bool = False
+    """delete the run of this stage in output_dir, finished or not, and start again"""
+    keep_epochs: Literal["best", "last", "all"] = "best"
+    """models to keep: best (the last epoch's and the one with the lowest validation loss), last, or all"""
     tensorboard: bool = False
     """also write TensorBoard event files to output_dir/tensorboard"""
 
@@ -131,6 +135,8 @@ class TrainSettings:
         require_share(self, "beta1", "beta2")
         if self.timeout <= 0:
             raise ValueError(f"timeout is {self.timeout}; expected a positive number of seconds, such as 600")
+        if self.resume and self.overwrite:
+            raise ValueError("both --resume and --overwrite are given; pass only one of them")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected a positive number, such as 1e-3")
 
