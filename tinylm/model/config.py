@@ -113,30 +113,17 @@ class TinyLMConfig:
         if self.intermediate_size is None:
             object.__setattr__(self, "intermediate_size", 64 * math.ceil(8 * self.hidden_size / (3 * 64)))
         self._require_positive("intermediate_size")
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                half = self.hidden_size // (1 if self.hidden_size % 2 else 2)  # so that the width of a head is even
-                heads = _near_divisors(half, self.num_attention_heads, self.num_key_value_heads)
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
-                    f"{self.num_attention_heads}; choose num_attention_heads {heads}, or a hidden_size of "
-                    f"{self.num_attention_heads * max(1, round(self.hidden_size / self.num_attention_heads))}"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        self._require_positive("head_dim")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
-                f"{self.num_key_value_heads}; every key/value head must serve the same number of query heads; choose "
-                f"num_key_value_heads {_near_divisors(self.num_attention_heads, self.num_key_value_heads)}"
-            )
+        self._check_heads()
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
             raise ValueError(
                 f"position_embedding_type {shown(self.position_embedding_type)} is unknown; "
                 f"choose one of {', '.join(POSITION_EMBEDDING_TYPES)}"
             )
         if self.position_embedding_type == "rope" and self.head_width % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; RoPE turns pairs of numbers: choose an even one")
+            raise ValueError(
+                f"head_dim (hidden_size / num_attention_heads) is {self.head_dim}, which is odd; RoPE turns pairs of "
+                "numbers: choose widths that make it even"
+            )
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"hidden_size {self.hidden_size} is odd; sinusoidal positions need an even one")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range", "hidden_dropout", "attention_dropout"):
@@ -161,6 +148,26 @@ class TinyLMConfig:
         if self.rope_scaling is not None:
             object.__setattr__(self, "rope_scaling", checked_yarn(self.rope_scaling, self.max_position_embeddings))
         self._check_tables()
+
+    def _check_heads(self) -> None:
+        """Fill in `head_dim`; ValueError if the heads do not divide the width, or the key/value heads the heads."""
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                half = self.hidden_size // (1 if self.hidden_size % 2 else 2)  # so that the width of a head is even
+                heads = _near_divisors(half, self.num_attention_heads, self.num_key_value_heads)
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                    f"{self.num_attention_heads}; choose num_attention_heads {heads}, or a hidden_size of "
+                    f"{self.num_attention_heads * max(1, round(self.hidden_size / self.num_attention_heads))}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        self._require_positive("head_dim")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
+                f"{self.num_key_value_heads}; every key/value head must serve the same number of query heads; choose "
+                f"num_key_value_heads {_near_divisors(self.num_attention_heads, self.num_key_value_heads)}"
+            )
 
     def _check_tables(self) -> None:
         """Position tables are computed, not stored, so no file size limits them: a config alone could ask for 100 GB.
