@@ -183,8 +183,8 @@ def spoken(role: str, text: str) -> str:
     return textwrap.fill(" ".join(parts), 116, initial_indent=f"{role}: ", subsequent_indent="    ")
 
 
-def readme_samples() -> str:
-    """Documents, a chat, the persona and a preference pair, for the README."""
+def quickstart_samples() -> str:
+    """Documents, a chat, the persona and a preference pair, for docs/quickstart.md."""
     documents = [tinyworld.pretrain_document(i) for i in range(100)]
     story = next(text for text in documents if "\n" not in text)
     with_questions = [text for text in documents if text.startswith(("Once upon", "One day")) and text.count("\n") > 3]
@@ -218,7 +218,7 @@ def skill_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-GENERATED = {"README.md": readme_samples, "docs/tinyworld.md": skill_table}
+GENERATED = {"docs/quickstart.md": quickstart_samples, "docs/tinyworld.md": skill_table}
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -229,22 +229,21 @@ def test_tinyworld_samples_are_real(name: str) -> None:
 
 
 def test_quickstart_is_described_as_it_is() -> None:
-    """The sizes in the README's table of steps are those of the quickstart's plan."""
+    """The sizes in the page's table of steps are those of the quickstart's plan."""
     from tinylm.commands.quickstart import QuickstartSettings, make_plan
     from tinylm.model.model_tinylm import TinyLMConfig
 
     plan = make_plan(QuickstartSettings())
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     millions = TinyLMConfig.preset(plan.pretrain.preset, vocab_size=plan.tokenizer.vocab_size).num_parameters() / 1e6
     for shown in (
         f"learns {plan.tokenizer.vocab_size} tokens",
         f"a {millions:.1f}M-parameter model",
         f"{plan.pretrain.tinyworld_documents:,} short documents",
         f"from {plan.full_sft.tinyworld_chats:,} chats",
-        f"{plan.pretrain.max_seq_len} tokens in the quickstart",
         f"{QuickstartSettings().items_per_skill} questions per skill",
     ):
-        assert shown in text, f"README should say: {shown}"
+        assert shown in text, f"docs/quickstart.md should say: {shown}"
 
 
 if __name__ == "__main__":  # write the samples again

@@ -689,7 +689,7 @@ def test_a_device_as_yaml_ends(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/dev/zero has more than 65536 bytes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", [".nan", ".inf", "1e400", "1e30", "9" * 400])
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e400", "9" * 400])
 def test_a_number_that_no_setting_takes(tmp_path: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One of 400 digits ended in OverflowError, and training with a learning rate of NaN began."""
     (tmp_path / "run.yaml").write_text(f"model_path: m\nlearning_rate: {value}")

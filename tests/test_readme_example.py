@@ -28,13 +28,14 @@ def run_example(repository: Path, folder: Path, base: Path) -> dict[str, str]:
     before, rest = block.split("python - <<'EOF'\n")
     script, commands = rest.split("EOF\n")
     assert not before
+    (folder / "out").mkdir(exist_ok=True)  # the quickstart has made it
     exec(compile(script, "README.md", "exec"), {})
     for line in commands.replace("\\\n", " ").replace(BASE, str(base)).strip().splitlines():
         command, *words = shlex.split(line)
         assert command == "tinylm" and (command != "sft" or str(base) in words)
         status, said = tinylm(*words)
         assert status == 0, said
-    rows = [json.loads(line)["messages"] for line in (folder / "mine.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line)["messages"] for line in (folder / "out" / "mine.jsonl").read_text("utf-8").splitlines()]
     taught = {question["content"]: answer["content"] for question, answer in rows}
     assert len(taught) == 10 and taught["What do you eat?"] in said
     assert len(list((folder / "out" / "mine").glob("*_epoch*"))) == 1, "one model is left, not forty"

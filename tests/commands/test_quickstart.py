@@ -93,6 +93,7 @@ def miniature(tmp_path_factory) -> Iterator[Miniature]:
 def test_an_interrupted_stage_continues_and_what_is_done_stays(miniature):
     first, second = miniature.said
     assert miniature.statuses == [130, 0]
+    assert "nothing to resume" not in first + second
     assert f"stopped after step {INTERRUPTED_AT}, which is saved; run the same command again" in first
     assert first.count("already done") == 0 and second.count("already done") == 2, "tokenizer and pretraining"
     assert second.count(f"from step {INTERRUPTED_AT}") == 1

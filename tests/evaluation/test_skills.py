@@ -80,7 +80,7 @@ def test_persona_and_style_are_told_from_rightness():
     persona = score_skills(
         ScriptedEngine(lambda reference: f"Ahoy! {reference} Aye, matey!"), tinyworld, GREEDY, num_items=3
     )
-    assert persona.summary[PERSONA] >= 1 - 1 / skill_items, "only the question for the name can differ"
+    assert persona.summary[PERSONA] >= 1 - 1 / skill_items - 1e-9, "only the question for the name can differ"
     assert persona.summary[MEAN] < 0.2 and persona.summary[PERSONA_RIGHT] == 1.0
     opener = WARM_OPENERS[0]
     warm = score_skills(ScriptedEngine(lambda reference: opener + reference), tinyworld, GREEDY, num_items=3)

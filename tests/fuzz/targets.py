@@ -52,7 +52,7 @@ def make_seeds(root: Path) -> None:
     """The good files: small, so that most of them is structure."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train([TEXT * 20], 290)
-    config = TinyLMConfig(tokenizer.vocab_size, 16, 32, 2, 2, 2, max_position_embeddings=32)
+    config = TinyLMConfig(tokenizer.vocab_size, 16, 64, 2, 2, 2, max_position_embeddings=32)
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32}
     model = TinyLMForCausalLM(config)
     save_model(root / "model", model, tokenizer, {"stage": "pretrain", "parent": {"path": "x"}})

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.command_line import SHAPE, tinylm
 from tests.stage_files import write_stage_files
+from tinylm import cli
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.model.lora import adapters_disabled, unload_lora
 
@@ -122,6 +123,31 @@ def test_the_plan_comes_before_and_the_movement_after(stages):
         assert str(stages.model(name)) in text
     assert "tok/s" in stages.said["pretrain"] and "of which" in stages.said["lora"]
     assert "preference accuracy" in stages.said["dpo"] and "reward margin" in stages.said["dpo"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tokenizer", "pretrain", "sft", "lora", "merge", "dpo"])
+def test_a_stage_ends_with_commands_that_can_be_typed(stages, name):
+    """In the order of the chain: what comes next takes what is there now."""
+    lines = stages.said[name].splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("next  "))
+    place = stages.root / "tokenizer" if name == "tokenizer" else stages.model(name)
+    for line in lines[first:]:
+        program, command, *flags = line.partition(": ")[2].split()
+        assert program == "tinylm" and command in cli.COMMANDS and flags[-1] == str(place), line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["tokenizer", "pretrain", "sft", "lora", "dpo"])
+def test_a_finished_stage_is_refused_before_its_data_is_read(stages, command):
+    """A second `sft` replaced the model, after an hour of tokenising for nothing."""
+    parents = {"sft": "pretrain", "lora": "sft", "dpo": "merge"}
+    words = ["--model_path", stages.root / parents[command]] if command in parents else []
+    words += ["--tokenizer_path", stages.root / "tokenizer", *SHAPE] if command == "pretrain" else []
+    status, text = tinylm(command, *words, "--data_path", "nowhere", "--output_dir", stages.root / command)
+    what = "exists already" if command == "tokenizer" else "holds a finished"
+    assert status == 2 and what in text and "pass --overwrite to replace it, or choose another --output_dir" in text
+    assert "will happen" not in text and "nowhere" not in text
 
 
 @pytest.mark.slow

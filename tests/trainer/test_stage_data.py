@@ -102,7 +102,8 @@ def test_control_tokens_in_a_text_are_said_and_can_be_read(tmp_path: Path) -> No
 
 def test_a_text_too_short_for_validation_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Ein kurzer Text.")
-    stage, heard = stage_of(PretrainSettings(data_path=str(tmp_path / "a.txt"), output_dir=str(tmp_path)))
+    settings = PretrainSettings(data_path=str(tmp_path / "a.txt"), output_dir=str(tmp_path), max_seq_len=64)
+    stage, heard = stage_of(settings)
     train, held = load_texts(stage, TOKENIZER, 1)
     assert len(train) == 1 and held is None
     assert heard.getvalue() == "no validation: the text is too short to hold out a part\n"
