@@ -38,6 +38,7 @@ def run_example(repository: Path, folder: Path, base: Path) -> dict[str, str]:
     rows = [json.loads(line)["messages"] for line in (folder / "out" / "mine.jsonl").read_text("utf-8").splitlines()]
     taught = {question["content"]: answer["content"] for question, answer in rows}
     assert len(taught) == 10 and taught["What do you eat?"] in said
+    assert len(list((folder / "out" / "mine").glob("*_epoch*"))) == 1, "one model is left, not forty"
     return taught
 
 

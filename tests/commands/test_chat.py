@@ -237,8 +237,22 @@ def change_json(path: Path, **values: object) -> None:
 def test_an_empty_prompt_is_refused(out: Path, blank: str, monkeypatch) -> None:
     """It counted as none: chat then waited for standard input."""
     monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(ValueError, match="^prompt .*; expected text to answer"):
+    with pytest.raises(ValueError, match="^prompt holds no text; expected some to answer"):
         main(["--model_path", str(out), "--prompt", blank])
+
+
+def test_a_base_model_begins_a_text_from_nothing(out: Path, tokenizer: Tokenizer, tmp_path: Path, capsys) -> None:
+    """If it learnt how documents begin: an older one has nothing to begin with."""
+    old = out / "pretrain_32_epoch1"
+    with pytest.raises(ValueError, match="^prompt holds no text"):
+        run(capsys, "--model_path", old, "--prompt", "")
+    lineage = {"stage": "pretrain", "document_start": True}
+    save_model(tmp_path / "pretrain_32_epoch0", make_model(tokenizer, 0), tokenizer, lineage)
+    said = run(capsys, "--model_path", tmp_path, "--prompt", "", "--temperature", "0", "--max_new_tokens", "5")
+    model, _, _ = load_model(tmp_path / "pretrain_32_epoch0")
+    settings = SamplingSettings(max_new_tokens=5, temperature=0.0)
+    ids = list(Engine(model, tokenizer, torch.float32).generate([tokenizer.endoftext_id], settings))
+    assert said == tokenizer.decode(ids) + "\n"
 
 
 @pytest.mark.parametrize("lines", ["", "\n \n"])

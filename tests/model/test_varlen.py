@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
 
+from tests.model.small_models import random_ids, small_model
+from tinylm.model import model_tinylm
 from tinylm.model.attention import AttentionPlan, attention, document_starts, plan_attention
 
 SIGNATURE = inspect.signature(varlen.varlen_attn)
@@ -33,6 +35,25 @@ def reference_varlen(*arguments, **options):
         seen = F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=given.arguments.get("enable_gqa", True))
         documents.append(seen.transpose(0, 1))
     return torch.cat(documents).to(query.dtype)
+
+
+def test_attention_with_dropout_takes_the_mask(monkeypatch):
+    """The kernel has no dropout, and what ran in its place once had no mask: every token saw those after it."""
+    calls = []
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **k: calls.append(1) or reference_varlen(*a, **k))
+    monkeypatch.setattr(model_tinylm, "can_use_varlen", lambda *_: True)
+    model = small_model(attention_dropout=0.5)
+    ids = random_ids(1, 9)
+    documents = torch.tensor([[0] * 4 + [1] * 5])
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % model.config.vocab_size
+    hidden = []
+    for tokens in (ids, changed):
+        torch.manual_seed(0)
+        hidden.append(model.train().hidden_states(tokens, document_ids=documents)[0, :-1])
+    assert not calls and torch.equal(*hidden), "a token saw the one after it"
+    model.eval().hidden_states(ids, document_ids=documents)
+    assert calls
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

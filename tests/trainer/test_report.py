@@ -45,6 +45,7 @@ def test_the_plan_estimates_time_and_memory(tmp_path, sharding):
     assert 0 < trained < total
     assert plan_of(run, "parameters") == f"{total:,}, of which {trained:,} train ({100 * trained / total:.2f}%)"
     assert plan_of(run, "steps") == "8 in 4 epochs, each 12 rows x 24"
+    assert plan_of(run, "optimizer") == "adamw, learning rate up to 0.01"
     shares = ", each a share of the model" if sharding == "fsdp" else ""
     assert plan_of(run, "device") == f"cpu, float32, 3 processes{shares}"
 

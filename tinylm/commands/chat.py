@@ -72,8 +72,6 @@ class ChatSettings(SamplingSettings):
         for name in ("max_seq_len", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 (read from the model) or more")
-        if self.prompt == "":
-            raise ValueError("prompt is empty; expected text to answer; leave out --prompt to type it")
         if self.weight == "pretrain" and self.system:
             raise ValueError("system with weight=pretrain; a base model continues text and takes no instructions")
 
@@ -258,10 +256,10 @@ def main(argv: list[str] | None = None) -> int:
         notices.print(f"model: {partner.path}")
     if settings.prompt is None:
         _answer_lines(chat, sys.stdin, notices)
-    elif settings.prompt.strip() or partner.is_base:
-        _print_answer(chat, settings.prompt)
+    elif settings.prompt.strip() or (partner.is_base and (settings.prompt or partner.engine.document_start)):
+        _print_answer(chat, settings.prompt)  # a base model begins a text from nothing, if documents began with a token
     else:
-        raise ValueError("prompt holds only blanks; expected text to answer")
+        raise ValueError("prompt holds no text; expected some to answer; leave out --prompt to type it")
     return 0
 
 

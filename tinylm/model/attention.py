@@ -101,7 +101,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, dropout: flo
     dropout: probability of dropping an attention weight (0 outside training).
     """
     batch, heads, num_queries, _ = q.shape
-    if plan.cu_seqlens is not None and dropout == 0.0:
+    if plan.cu_seqlens is not None:
+        assert dropout == 0.0, "the variable-length kernel has no dropout"
         return _varlen_attention(q, k, v, plan)
     if num_queries == 1:
         # A single query sees every key of its row, so the heads of a group can take the place of queries: no key or

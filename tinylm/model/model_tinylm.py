@@ -381,7 +381,8 @@ class TinyLMForCausalLM(nn.Module):
         if document_ids is not None:
             is_autocast = torch.is_autocast_enabled(self.device.type)
             dtype = torch.get_autocast_dtype(self.device.type) if is_autocast else self.dtype
-            if cache is None and can_use_varlen(self.device, dtype, self.config.head_width):
+            drops = self.training and self.config.attention_dropout > 0  # which the kernel cannot do
+            if cache is None and not drops and can_use_varlen(self.device, dtype, self.config.head_width):
                 starts, document_ids = to_device(document_starts(document_ids), self.device), None
             else:
                 document_ids = to_device(document_ids, self.device)

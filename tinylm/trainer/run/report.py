@@ -65,6 +65,7 @@ class RunReport:
             "parameters": f"{total:,}{share}",
             "data": plan.source.description,
             "steps": self._steps(),
+            "optimizer": f"{settings.optimizer}, learning rate up to {settings.peak_learning_rate:.3g}",
             "device": device,
             "estimate": f"about {format_seconds(seconds)}, {memory.needed / 1e9:.1f}{of} GB of memory",
             "output": str(self.checkpoints.last_folder),
