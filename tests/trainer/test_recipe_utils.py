@@ -152,7 +152,7 @@ def test_the_preset_follows_from_the_device_unless_the_flags_say_a_shape(device,
     assert stage.settings.preset == preset and said in heard and bool(said) == bool(heard)
     config = stage.settings.model_config(100)
     sizes = (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.max_position_embeddings)
-    assert sizes == shape and config.qk_norm and config.rope_theta == 1e6
+    assert sizes == shape and config.qk_norm and config.rope_theta == (1e4 if preset == "tiny" else 1e6)
 
 
 @pytest.mark.parametrize(
