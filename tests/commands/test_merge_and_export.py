@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_a_pth_is_told_what_opens_it(tmp_path, model, tok
     assert "rope_theta 10000 (there 1e+06), qk_norm true (there false); transformers opens the folder" in str(
         error.value
     )
-    command = shlex.split(str(error.value).rpartition("unconverted: ")[2])
+    command = shlex.split(str(error.value).rpartition("unconverted: ")[2].partition("; for a .pth")[0])
     assert command[:2] == ["python", "-c"]
     done = subprocess.run(
         [sys.executable, *command[1:]], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -101,7 +101,7 @@ def lines_of_words(words: Sequence[str], width: int = WIDTH) -> list[str]:
 def print_next(console: Console, *lines: str) -> None:
     """Print the commands that may come next, each as `what it does: the command`."""
     for number, line in enumerate(lines):
-        console.print(f"{'next' if number == 0 else '    '}  {line}", markup=False)
+        console.print(f"{'next' if number == 0 else '    '}  {line}")
 
 
 class ShowProgress(Protocol):
@@ -191,7 +191,7 @@ class _Lines:
     def _print(self, words: Sequence[str]) -> None:
         with self.lock:
             self.deadline = time.monotonic() + NEXT_SIGN
-            self.console.print(fit_words([f"{self.title} {words[0]}", *words[1:]], WIDTH), markup=False)
+            self.console.print(fit_words([f"{self.title} {words[0]}", *words[1:]], WIDTH))
 
     def _watch(self) -> None:
         while not self.has_ended.wait(max(0.01, self.deadline - time.monotonic())):

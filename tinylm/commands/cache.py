@@ -64,9 +64,9 @@ def show(console: Console, cache: SharedCache) -> None:
         size = sum(entry.num_bytes for entry in found) / 1e6
         used = "in use" if any(entry.folder.name in in_use for entry in found) else _ago(found[-1].used)
         line = f"{size:>9,.1f}  {format_count(tokens):>7}  {len(found):>6,}  {used:>10}  {data}"
-        console.print(line, markup=False)
+        console.print(line)
     total = sum(entry.num_bytes for entry in entries)
-    console.print(f"{cache.root}: {_size(total)} of at most {cache.max_bytes / 1e9:g} GB", markup=False)
+    console.print(f"{cache.root}: {_size(total)} of at most {cache.max_bytes / 1e9:g} GB")
 
 
 def remove(console: Console, cache: SharedCache, max_bytes: float) -> None:

@@ -1,6 +1,6 @@
 """The terminal chat: talk with a model you trained.
 
-tinylm chat                                                      # the newest model under ./out
+tinylm chat                                                      # the quickstart's model, or else the newest
 tinylm chat --model_path out/dpo_512_epoch0 --temperature 0      # this one, always its likeliest answer
 python inference.py --model_path out --weight pretrain --prompt "Once upon a time"
 tinylm chat < questions.txt                                      # one question per line, answers on stdout
@@ -45,7 +45,8 @@ class ChatSettings(SamplingSettings):
     """Settings of a chat."""
 
     model_path: str = ""
-    """model folder, adapter folder, .pth file or a folder of several models; without it the newest under ./out"""
+    """model folder, adapter folder, .pth file or a folder of several models; without it the quickstart's, or else the
+    newest under ./out"""
     weight: Literal["", "pretrain", "full_sft", "lora", "dpo"] = ""
     """of several models, the newest whose name starts like this; pretrain continues text instead of chatting"""
     adapter: str = ""

@@ -8,6 +8,7 @@ original project, lyuzlion/Tiny-Language-Model.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
             f"{', '.join(unlike)}; {_instead(loaded.path)}"
         )
     export_pth(loaded.model, output)
-    console.print(f"{loaded.path} written to {output}", markup=False)
+    console.print(f"{loaded.path} written to {output}")
     print_next(console, f"talk to it: tinylm chat --model_path {quote(str(output))}")
     return 0
 
@@ -62,8 +63,11 @@ def _instead(model: Path) -> str:
     """How other programs get the model without an export."""
     if (model / ADAPTER).is_file():
         return f"run tinylm merge --model_path {quote(str(model))}, whose result transformers opens unconverted"
-    code = f"from transformers import pipeline; print(pipeline('text-generation', {str(model)!r})('Once upon a time'))"
-    return f"transformers opens the folder unconverted: python -c {quote(code)}"
+    code = f'from transformers import pipeline; print(pipeline("text-generation", {json.dumps(str(model))})("Once"))'
+    return (
+        f"transformers opens the folder unconverted: python -c {quote(code)}; for a .pth, pretrain a model with "
+        "--qk_norm false --preset small"
+    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     require_new(output / CONFIG, settings.overwrite, "output_dir")
     save_model(output, merge_lora(loaded.model), loaded.tokenizer, merged_lineage(loaded.path, loaded.lineage))
     console = make_console()
-    console.print(f"merged model: {output}", markup=False)
+    console.print(f"merged model: {output}")
     print_next(console, f"talk to it: tinylm chat --model_path {quote(str(output))}")
     return 0
 

@@ -213,7 +213,7 @@ class Journey:
         device = f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}"
         is_open = len(self.done) < len(SHARES)
         left = f"about {format_seconds(self.seconds_left)}" if is_open else "nothing is left to do"
-        self.console.print(f"{', '.join(SHARES)} in {output_dir}: {left} ({device})", markup=False)
+        self.console.print(f"{', '.join(SHARES)} in {output_dir}: {left} ({device})")
         if is_open:
             self.console.print("Ctrl-C stops it; the same command continues where it stopped")
 
@@ -232,7 +232,7 @@ class Journey:
     def skip(self, step: str, where: object) -> None:
         """Say that an earlier call has done a step."""
         number = f"{list(SHARES).index(step) + 1}/{len(SHARES)}"
-        self.console.print(f"{number} {step}: already done, {where}", markup=False)
+        self.console.print(f"{number} {step}: already done, {where}")
 
 
 def expected_seconds(settings: QuickstartSettings, runtime: Runtime) -> float:
@@ -330,9 +330,7 @@ def main(argv: list[str]) -> int:
     if settings.scale < 1:
         console.print(f"this run used {settings.scale:.0%} of the data; the goals are meant for all of it")
     if journey.timed:
-        console.print(
-            f"{format_seconds(sum(journey.timed.values()))} in all; scoreboard in {out}/scoreboard.json\n", markup=False
-        )
+        console.print(f"{format_seconds(sum(journey.timed.values()))} in all; scoreboard in {out}/scoreboard.json\n")
     show_sample_chats(scores.board, console)
     show_prompts(scores.prompts, {stage: str(out / stage) for stage in folders}, console)
     if settings.chat and sys.stdin.isatty() and sys.stdout.isatty():

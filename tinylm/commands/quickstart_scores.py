@@ -191,14 +191,14 @@ def show_sample_chats(board: Scoreboard, console: Console) -> None:
         example = column.examples[skill]
         verdict = "right" if example["right"] else f"wrong; right is: {example['reference']}"
         share = f"{column.accuracy[skill]:.0%} of the {column.num_items} questions of this skill are right"
-        console.print(f"  you: {example['question']}\n  model: {example['reply']}", markup=False)
-        console.print(f"  ({verdict} · {skill}: {share})\n", style="dim", markup=False)
+        console.print(f"  you: {example['question']}\n  model: {example['reply']}")
+        console.print(f"  ({verdict} · {skill}: {share})\n", style="dim")
 
 
 def show_prompts(prompts: tuple[str, ...], folders: dict[str, str], console: Console) -> None:
     """Print commands that ask what the models answer rightly, to type or to paste."""
     console.print("to type next:")
     for prompt in prompts:
-        console.print(f"  tinylm chat --model_path {folders['dpo']} --prompt {shlex.quote(prompt)}", markup=False)
-    console.print(f"  tinylm chat --model_path {folders['dpo']}", markup=False)
-    console.print(f"  tinylm chat --model_path {folders['lora']}    # {tinyworld.PERSONA_NAME}", markup=False)
+        console.print(f"  tinylm chat --model_path {folders['dpo']} --prompt {shlex.quote(prompt)}")
+    console.print(f"  tinylm chat --model_path {folders['dpo']}")
+    console.print(f"  tinylm chat --model_path {folders['lora']}    # {tinyworld.PERSONA_NAME}")

@@ -264,7 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
-        # 1e6, as in the other presets, is as good on text but not in TinyWorld, whose rows are short (docs/training.md).
+        # The other presets' 1e6 is as good on text but not in TinyWorld, whose rows are short (docs/training.md).
         "rope_theta": 1e4,
     },
     # 25,829,888 parameters.

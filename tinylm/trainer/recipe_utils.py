@@ -61,7 +61,7 @@ def load_parent(stage: Stage, model_path: str) -> tuple[TinyLMForCausalLM, Token
         if asked and asked != found:
             raise ValueError(f"{name} is {asked}, but {path} has {found}; leave out --{name}, or give another model")
     require_other_than_parent(stage, path)
-    stage.console.print(f"starting from {path}", markup=False)
+    stage.console.print(f"starting from {path}")
     parent = {
         "path": str(path),
         "stage": lineage.get("stage"),
@@ -125,7 +125,6 @@ def warn_of_unlearnt_tokens(stage: Stage, model: TinyLMForCausalLM, tokenizer: T
         f"warning: {share:.0%} of the tokens to learn ({', '.join(words[:3]) or 'bytes of its characters'}, ...) never "
         "occurred in the model's training, so it cannot tell them apart, and an adapter does not change that: answers "
         "with them will come out wrong; use tinylm sft, which learns them",
-        markup=False,
     )
 
 

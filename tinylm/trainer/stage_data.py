@@ -56,7 +56,7 @@ def load_texts(
             seed=settings.seed,
             bad_rows=bad_rows,
             progress=lambda documents, tokens: show(f"{documents:,} documents, {tokens:,} tokens"),
-            notice=lambda line: console.print(line, markup=False),
+            notice=lambda line: console.print(line),
             cache=cache,
             resume=settings.resume,
         )
@@ -169,9 +169,9 @@ def _tinyworld_note(console: Console, count: int, what: str) -> None:
 def report_rows(console: Console, bad_rows: BadRows, control_tokens: str = "they are learnt as letters") -> None:
     """Print which rows were skipped, and what the others hold that is not used; see `BadRows.remarks`."""
     if bad_rows.num_bad:
-        console.print(f"skipped: {bad_rows.report()}", markup=False)
+        console.print(f"skipped: {bad_rows.report()}")
     for line in bad_rows.remarks(control_tokens):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def _report_outcomes(console: Console, outcomes: Outcomes, max_seq_len: int, what: str) -> None:

@@ -181,7 +181,7 @@ class Checkpoints(RunFolder):
             error = self.writer.save(self.state(step, evaluation_pending))
             if error is not None:
                 message = f"warning: the last training state could not be saved ({error})"
-                self.stage.console.print(message, markup=False)
+                self.stage.console.print(message)
 
     def finish_saving(self) -> None:
         """Wait until the last state is on the disk.
@@ -256,10 +256,10 @@ class Checkpoints(RunFolder):
             )
         if found is None:
             self.require_unfinished()
-            console.print(f"nothing to resume in {self.folder}: starting from the beginning", markup=False)
+            console.print(f"nothing to resume in {self.folder}: starting from the beginning")
             return
         for line in found.damaged:
-            console.print(f"warning: {line}; resuming from {found.folder.name} instead", markup=False)
+            console.print(f"warning: {line}; resuming from {found.folder.name} instead")
         state = found.values
         self._keep_rows_per_step(state)
         changes = check_same_run(self.state_folder, state, self.description())

@@ -139,9 +139,9 @@ class RunReport:
         self.pace.add_validation(seconds)
         words = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items()]
         for line in lines_of_words([f"{self.stage.name} {step}/{self.plan.num_steps}", *words]):
-            self.stage.console.print(line, markup=False)
+            self.stage.console.print(line)
         for text in texts:
-            self.stage.console.print(f"    {' '.join(text.split())}", style="dim", markup=False)
+            self.stage.console.print(f"    {' '.join(text.split())}", style="dim")
         self._show(step, "training")
 
     def print_result(self) -> None:
@@ -176,7 +176,7 @@ class RunReport:
         best = checkpoints.best_model()
         if best is not None and best[0] != last:
             path = checkpoints.model_folder(best[0])
-            console.print(f"lowest validation loss, {best[1]:.4f}: {path}", markup=False)
+            console.print(f"lowest validation loss, {best[1]:.4f}: {path}")
             console.print("other commands take the last epoch, unless you name another; fewer --epochs may do better")
 
 

@@ -105,7 +105,7 @@ class Run:
                 )
             self.report.print_result()
             if warning := self.rise.warning():
-                self.stage.console.print(f"warning: {warning}; {self._advice_against_a_rise()}", markup=False)
+                self.stage.console.print(f"warning: {warning}; {self._advice_against_a_rise()}")
             if self.stage.runtime.any_rank(bool(self.stop_request.signum)):  # it came after the last step
                 raise Stopped(self.stop_request.signum or signal.SIGTERM, " after the last step; the run is finished")
         return self.checkpoints.last_folder
@@ -164,7 +164,7 @@ class Run:
         self.progress.num_skipped += 1
         self.skips_in_a_row += 1
         what = f"step {report.step:,}: the loss is {report.loss:.4g} and the gradient norm {report.grad_norm:.4g}"
-        console.print(f"warning: {what}; nothing was updated", markup=False)
+        console.print(f"warning: {what}; nothing was updated")
         if self.skips_in_a_row < MAX_SKIPS:
             return
         path = checkpoints.folder / f"{checkpoints.name}_bad_batch_rank{self.stage.runtime.rank}.jsonl"
@@ -200,7 +200,7 @@ class Run:
         try:
             return self.learner.sample()
         except ValueError as error:  # a step has broken the weights; `_watch` handles it after the next steps
-            self.stage.console.print(f"warning: no sample ({error})", markup=False)
+            self.stage.console.print(f"warning: no sample ({error})")
             return []
 
     def _save(self, step: int) -> None:

@@ -147,7 +147,7 @@ class RunFolder:
             remove_folder(place)
         if places:
             names = ", ".join(place.name for place in places)
-            self.stage.console.print(f"removed the earlier run ({names})", markup=False)
+            self.stage.console.print(f"removed the earlier run ({names})")
 
     # --- the models that stay ------------------------------------------------------------------------------------
 
