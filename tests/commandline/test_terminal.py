@@ -114,7 +114,7 @@ def test_the_bar_knows_how_much_there_is(monkeypatch):
 
 def test_progress_in_a_pipe_is_a_line_when_it_is_due(monkeypatch):
     """And none beside the main process."""
-    pipe = Console(file=io.StringIO(), width=400)
+    pipe = make_console(file=io.StringIO(), width=400)
     with progress(pipe, "tokenising") as show:
         show("3 of 12", 3, 12)
         show(["4 of 12 größe", "[b]x"], 4, 12, is_due=True)
@@ -129,7 +129,7 @@ def test_a_pipe_gets_a_sign_of_life_whatever_happens(monkeypatch):
     """A line after 10 seconds and then one every 30 seconds; a line that was due counts."""
     monkeypatch.setattr(module, "FIRST_SIGN", 0.05)
     monkeypatch.setattr(module, "NEXT_SIGN", 0.2)
-    pipe = Console(file=io.StringIO(), width=400)
+    pipe = make_console(file=io.StringIO(), width=400)
     with progress(pipe, "lesen") as show:
         wait_until(lambda: "lesen 0s so far" in pipe.file.getvalue())
         show(["7 of 9", "größe"], 7, 9)

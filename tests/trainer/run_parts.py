@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from trainer_parts import Rows, small_model, weights_of
 
+from tinylm.commandline.terminal import make_console
 from tinylm.dataset.batches import BatchSampler, StoredSteps
 from tinylm.model.lora import LoRAConfig, apply_lora
 from tinylm.system.runtime import Runtime
@@ -52,7 +52,7 @@ def make_run(
     rows_per_step = settings.batch_size * settings.accumulation_steps * world_size
     sampler = BatchSampler(len(rows), settings.batch_size // at_once, rows_per_step, settings.seed, rank, world_size)
     plan = Plan(settings, runtime, StoredSteps(rows, sampler, settings.num_workers), at_once)
-    stage = Stage("pretrain", settings, runtime, Console(file=io.StringIO(), width=400))
+    stage = Stage("pretrain", settings, runtime, make_console(file=io.StringIO(), width=400))
     return Run(stage, learner, plan, Rows(3, seed=9), {"parent": parent or {"path": "out/sft", "weights": "abc"}})
 
 
