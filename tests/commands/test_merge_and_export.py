@@ -79,7 +79,7 @@ def test_a_merged_model_names_what_adapter_and_base_were_made_of(stages, capsys)
 def test_what_is_finished_is_replaced_only_on_request(stages, monkeypatch):
     folder, _ = stages
     words = ["--model_path", str(folder / "lora"), "--output_dir", str(folder / "merged")]
-    (folder / "merged").mkdir()  # an empty folder is no model
+    (folder / "merged").mkdir()  # an empty folder is not a model
     merge(words)
     with pytest.raises(ValueError, match="merged/config.json exists already; pass --overwrite to replace it, or"):
         merge(words)
@@ -94,7 +94,7 @@ def test_what_is_finished_is_replaced_only_on_request(stages, monkeypatch):
 
 
 def test_a_model_that_cannot_be_a_pth_is_told_what_opens_it(tmp_path, model, tokenizer):
-    """There is no other format to choose, but the folder itself opens in transformers: the line can be typed."""
+    """The refusal names a line to type: transformers opens the folder itself."""
     config = replace(model.config, qk_norm=True, rope_theta=1e4)
     base = type(model)(config)
     save_model(tmp_path / "a größe", base, tokenizer, {})

@@ -71,7 +71,7 @@ def resolve_adapter_path(path: str | Path) -> Path:
     """An adapter folder: the path itself, or the last one inside it, as for `resolve_model_path`.
 
     Raises:
-        FileNotFoundError, ValueError: there is no adapter, or the models of several runs.
+        FileNotFoundError, ValueError: no adapter is there, or several runs have left models.
     """
     found = resolve_model_path(path)
     if found.is_file() or not (found / ADAPTER).is_file():

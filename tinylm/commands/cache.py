@@ -37,7 +37,7 @@ class CacheSettings:
     """remove all token shards"""
 
     def __post_init__(self) -> None:
-        cache_bound(self.cache_gb)  # refuses what is no number of gigabytes
+        cache_bound(self.cache_gb)  # refuses anything but a number of gigabytes
         if self.prune and self.clear:
             raise ValueError("--prune and --clear are given; expected one of them; --clear removes all")
 

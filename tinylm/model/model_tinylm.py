@@ -332,7 +332,8 @@ class TinyLMForCausalLM(nn.Module):
 
     def target_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities [N] float32 of the tokens `targets` [N] that follow the hidden states [N, C]."""
-        if self.training and self._compiled_head is not None:
+        is_compiled = self.model._compiled_call_impl is not None  # a copy's is not
+        if self.training and is_compiled and self._compiled_head is not None:
             return self._compiled_head(hidden, self.lm_head.weight, targets)
         return target_log_probs(self.lm_head(hidden), targets)
 
@@ -377,6 +378,7 @@ class TinyLMForCausalLM(nn.Module):
     def _run(
         self, input_ids: Tensor, position_ids: Tensor | None, document_ids: Tensor | None, cache: KVCache | None
     ) -> BackboneOutput:
+        """What `run_backbone` and `forward` share. FSDP has hooks on both, so neither may call the other."""
         starts = None
         if document_ids is not None:
             is_autocast = torch.is_autocast_enabled(self.device.type)

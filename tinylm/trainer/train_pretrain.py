@@ -67,7 +67,7 @@ class PretrainSettings(TrainSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, self, "tinyworld_documents")
-        shared_cache(self.cache_dir, self.cache_gb)  # refuses a bound that is no number of gigabytes
+        shared_cache(self.cache_dir, self.cache_gb)  # refuses a bound that is not a number of gigabytes
         require_at_least(2 if self.max_seq_len else 0, self, "max_seq_len")  # a token to read and one to predict
 
     @property
