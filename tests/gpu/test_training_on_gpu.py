@@ -40,7 +40,8 @@ def micro_batches() -> list:
 def gradients(model: TinyLMForCausalLM, runtime: Runtime, objective=next_token_loss, batches=None) -> dict:
     model = copy.deepcopy(model).to(runtime.device).train()
     exchange = GradientExchange(model, objective, runtime)
-    totals = accumulate_gradients(exchange, batches or micro_batches(), list(model.parameters()))
+    batches = [batch.to(runtime.device) for batch in batches or micro_batches()]
+    totals = accumulate_gradients(exchange, batches, list(model.parameters()))
     found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     return {**found, "loss": totals["loss"].cpu().float()}
 
@@ -182,7 +183,8 @@ def test_ddp_and_fsdp_over_nccl_on_one_rank(nccl, monkeypatch):
     shard(sharded, "fsdp", many)
     sharded.train()
     exchange = GradientExchange(sharded, next_token_loss, nccl)
-    totals = accumulate_gradients(exchange, micro_batches(), list(sharded.parameters()))
+    batches = [batch.to(nccl.device) for batch in micro_batches()]
+    totals = accumulate_gradients(exchange, batches, list(sharded.parameters()))
     assert abs(float(totals["loss"]) - float(plain["loss"])) < 0.02 * float(plain["loss"])
     for name, parameter in sharded.named_parameters():
         reference = plain[name]

@@ -43,7 +43,7 @@ def make_run(
         save_file(weights_of(model), place / "model.safetensors")
         (place / "lineage.json").write_text(json.dumps(lineage))
 
-    runtime = Runtime(torch.device("cpu"), dtype, *ranks)
+    runtime = Runtime(torch.device("cpu"), dtype, *ranks, seed=settings.seed)
     optimizers = make_optimizers(model, settings.optimizer, settings.learning_rate, settings.weight_decay)
     sample = lambda: [f"drawn: {torch.rand(1).item() < 2}"]  # noqa: E731 (it also moves the random generator)
     learner = Learner(model, None, optimizers, next_token_loss, sample, save_folder=save)

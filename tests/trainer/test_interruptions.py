@@ -70,7 +70,7 @@ def test_a_signal_in_the_last_validation_is_not_forgotten(tmp_path):
     validate = run.validate
 
     def then_signal(data, step):
-        if run.micro_batches and run.plan.num_steps == 4 and run.progress.best_validation_loss is not None:
+        if run.plan.num_steps == 4 and run.progress.best_validation_loss is not None:
             os.kill(os.getpid(), signal.SIGTERM)  # the second of two validations, at steps 2 and 4
         return validate(data, step)
 
@@ -210,7 +210,7 @@ def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
 def test_first_skipped_and_every_third_step_are_recorded(tmp_path):
     run = make_run(tmp_path, epochs=6, data=Rows(16), log_interval=3)
     run.learner.objective = broken_at(5)
-    run.spikes = SimpleNamespace(warning=lambda loss: "größer als sonst" if run.micro_batches else None)
+    run.spikes = SimpleNamespace(warning=lambda loss: "größer als sonst")
     run.fit()
     assert [record["step"] for record in records(tmp_path) if "loss" in record] == [1, 3, 5, 6, 9]
     warned = [line for line in said(run).splitlines() if line.endswith(": größer als sonst")]
@@ -236,7 +236,8 @@ def test_ten_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
         run.fit()
     rows = [json.loads(line) for line in (tmp_path / "pretrain_16_bad_batch_rank0.jsonl").read_text().splitlines()]
     assert [(row["step"], row["micro_batch"]) for row in rows] == [(14, 0), (14, 0), (14, 1), (14, 1)]
-    expected = [row for batch in run.micro_batches for row in batch.input_ids.tolist()]
+    step_14 = next(itertools.islice(run.plan.batches(0), 13, None))
+    expected = [row for batch in step_14 for row in batch.input_ids.tolist()]
     assert [row["input_ids"] for row in rows] == expected and rows[0]["text"] == f"{len(expected[0])} tokens"
     kept = load_training_state(run.checkpoints.state_folder).values
     assert kept["step"] == 3  # the update of step 4 may be what broke the weights

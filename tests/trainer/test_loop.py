@@ -183,7 +183,7 @@ def test_it_stops_where_the_batches_or_the_steps_end():
     assert [r.step for r in train(epoch_of(Rows(6), 2, 1), 9, start_step=7)[1]] == [8, 9]
 
 
-def test_a_steps_time_includes_its_data_but_not_the_evaluation_before_it(monkeypatch):
+def test_a_steps_time_includes_the_next_data_but_not_the_evaluation_before_it(monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
@@ -196,4 +196,4 @@ def test_a_steps_time_includes_its_data_but_not_the_evaluation_before_it(monkeyp
         clock.now += 40.0
 
     _, reports = train(slow_batches(), 3, on_step=(evaluate,))
-    assert [report.seconds for report in reports] == [3.0, 3.0, 3.0]
+    assert [report.seconds for report in reports] == [6.0, 3.0, 0.0]

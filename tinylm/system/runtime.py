@@ -38,7 +38,7 @@ class Runtime:
     """The device, precision and place of one process.
 
     `compute_dtype` is the format of matrix products; parameters and optimizer state are always float32.
-    `rank` numbers the processes of all machines, `local_rank` those of this machine.
+    `rank` numbers the processes of all machines, `local_rank` those of this machine. `seed` is the run's.
     """
 
     device: torch.device
@@ -46,6 +46,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    seed: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -57,6 +58,13 @@ class Runtime:
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=False)
+
+    def seed_step(self, step: int) -> None:
+        """Seed the generators for optimizer step `step` (from 0): (seed, step, rank) decide what dropout draws in it.
+
+        So a training state needs no generator state, and what is done between two steps changes neither.
+        """
+        torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + self.rank)
 
     @contextlib.contextmanager
     def deterministic(self) -> Iterator[None]:
@@ -117,13 +125,14 @@ class Runtime:
             dist.barrier()
 
 
-def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 600.0) -> Runtime:
+def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 600.0, seed: int = 0) -> Runtime:
     """Choose device and precision, and join the other processes if torchrun started this one.
 
     Args:
         device: auto (CUDA, then MPS, then the CPU), cpu, cuda (under torchrun the GPU LOCAL_RANK), cuda:N or mps.
         dtype: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16 (or fp32, ...).
         timeout: seconds without an answer after which another process counts as lost.
+        seed: of the run; see `Runtime.seed_step`.
 
     Raises:
         ValueError: the device is unknown or absent, or the precision does not suit it.
@@ -146,7 +155,7 @@ def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 60
             timeout=timedelta(seconds=timeout),
         )
         atexit.register(shutdown_runtime)
-    return Runtime(chosen, compute_dtype, rank, world_size, local_rank)
+    return Runtime(chosen, compute_dtype, rank, world_size, local_rank, seed)
 
 
 def _store_of_this_round(rank: int, world_size: int, timeout: float) -> dist.Store | None:

@@ -43,6 +43,7 @@ def accumulate_gradients(
     Each micro-batch's loss is divided by the global count, so the result does not depend on the split, to rounding.
 
     Args:
+        micro_batches: on the model's device.
         at_once: micro-batches computed at a time, each on its own cores. Their gradients are added in the order of the
             micro-batches, so the sum is always the same.
 
@@ -65,12 +66,11 @@ def accumulate_gradients(
         return scaler.scale(loss) if scaler is not None else loss, {"loss": loss_sum.detach(), **metrics}
 
     def gradients_of(batch: Batch) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor]]:
-        loss, values = share_of_loss(batch.to(runtime.device))
+        loss, values = share_of_loss(batch)
         return torch.autograd.grad(loss, trained, allow_unused=True), values
 
     if at_once == 1:
         for number, batch in enumerate(micro_batches, start=1):
-            batch = batch.to(runtime.device)
             with exchange.micro_batch(batch, is_last=number == len(micro_batches)):
                 loss, values = share_of_loss(batch)
                 loss.backward()

@@ -7,6 +7,7 @@ and 2 ranks x 4 agree to rounding.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +44,9 @@ class StepReport:
     num_targets: int
     """Targets (or preference pairs) that the loss averages over, all ranks."""
     seconds: float
-    """Wall-clock time of the step, data loading included."""
+    """Wall-clock time of the step, in which the next step's batches are drawn (and the first's own)."""
+    micro_batches: Sequence[Batch] = ()
+    """What this rank computed."""
     skipped: bool = False
     """The loss or the gradient was not a finite number, so the weights did not change."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -67,7 +70,7 @@ def fit(
     """Train in place, from `start_step` to `num_steps` or to the end of `step_batches`, whichever comes first.
 
     Args:
-        step_batches: for each optimizer step, the micro-batches that this rank accumulates.
+        step_batches: for each optimizer step, the micro-batches that this rank accumulates; drawn one step ahead.
         learning_rate: optimizer step (from 0) -> learning rate.
         grad_clip: largest global gradient norm; 0 turns clipping off.
         on_step: called in this order after every step; logging, evaluation and saving are passed in here.
@@ -80,15 +83,20 @@ def fit(
     exchange = GradientExchange(model, objective, runtime)
     model.train()
     start = time.perf_counter()
-    for step, micro_batches in zip(range(start_step, num_steps), step_batches, strict=False):
+    step, steps = start_step, itertools.islice(step_batches, num_steps - start_step)
+    upcoming = _draw(steps, runtime)
+    while (micro_batches := upcoming) is not None:
         rate = learning_rate(step)
         for group in _groups(optimizers):
             group["lr"] = rate
+        runtime.seed_step(step)
         with runtime.deterministic():
             totals = accumulate_gradients(exchange, micro_batches, trained, scaler, at_once)
+        upcoming = _draw(steps, runtime)  # while a GPU still computes; the next line waits for it
         values, grad_norm, skipped = _update_weights(optimizers, trained, totals, grad_clip, scaler)
+        step += 1
         report = StepReport(
-            step=step + 1,
+            step=step,
             num_steps=num_steps,
             loss=values.pop("loss"),
             learning_rate=rate,
@@ -96,13 +104,20 @@ def fit(
             num_tokens=int(values.pop("num_tokens")),
             num_targets=int(values.pop("count")),
             seconds=time.perf_counter() - start,
+            micro_batches=micro_batches,
             skipped=skipped,
             metrics=values,
         )
         for callback in on_step:
             callback(report)
         model.train()
-        start = time.perf_counter()  # before the next step's batches are drawn
+        start = time.perf_counter()
+
+
+def _draw(steps: Iterator[list[Batch]], runtime: Runtime) -> list[Batch] | None:
+    """The next step's micro-batches, on their way to the device; None after the last."""
+    micro_batches = next(steps, None)
+    return None if micro_batches is None else [batch.to(runtime.device) for batch in micro_batches]
 
 
 def _groups(optimizers: Optimizers) -> Iterator[dict]:
@@ -112,11 +127,9 @@ def _groups(optimizers: Optimizers) -> Iterator[dict]:
 def _update_weights(
     optimizers: Optimizers, trained: list[Tensor], totals: dict[str, Tensor], grad_clip: float, scaler: Scaler
 ) -> tuple[dict[str, float], float, bool]:
-    """Clip, step, clear the gradients.
+    """Clip, step, clear the gradients. Returns `totals` as numbers, the norm before clipping, whether it was skipped.
 
-    Returns `totals` as numbers, the gradients' global norm before clipping, and whether the step was skipped. Totals
-    and norm are global, so all ranks decide the same. They are read together, the one time in a step that a GPU is
-    waited for; while it updates the weights, the next step is prepared.
+    Totals and norm are global, so all ranks decide alike. They are read together, the one time a step waits for a GPU.
     """
     for optimizer in optimizers if scaler is not None else ():
         scaler.unscale_(optimizer)  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ import json
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,6 @@ class Run:
         self.spikes = SpikeWatch()
         self.rise = RiseWatch(plan.num_steps, self.progress.first_losses)
         self.skips_in_a_row = 0
-        self.micro_batches: list[Batch] = []
-        """Micro-batches of the current step."""
         self.stop_request = StopRequest(self._acknowledge_stop)
 
     def fit(self) -> Path:
@@ -94,7 +92,7 @@ class Run:
                     learner.objective,
                     learner.optimizers,
                     plan.learning_rate,
-                    self._step_batches(),
+                    plan.batches(start),
                     self.stage.runtime,
                     plan.num_steps,
                     start_step=start,
@@ -116,11 +114,6 @@ class Run:
         show = functools.partial(self.report.show_validating, step)
         sizes = settings.batch_size, settings.eval_batches
         return validate(learner.model, learner.objective, data, *sizes, runtime, show)
-
-    def _step_batches(self) -> Iterator[list[Batch]]:
-        for micro_batches in self.plan.batches(self.progress.step):
-            self.micro_batches = micro_batches
-            yield micro_batches
 
     # --- after a step --------------------------------------------------------------------------------------------
 
@@ -169,7 +162,7 @@ class Run:
             return
         path = checkpoints.folder / f"{checkpoints.name}_bad_batch_rank{self.stage.runtime.rank}.jsonl"
         tokenizer = self.learner.tokenizer
-        write_bad_batch(path, report.step, self.micro_batches, tokenizer.decode if tokenizer is not None else None)
+        write_bad_batch(path, report.step, report.micro_batches, tokenizer.decode if tokenizer is not None else None)
         checkpoints.discard_state(report.step - MAX_SKIPS)  # that step's update may have broken the weights
         raise RuntimeError(
             f"{what}, as in {MAX_SKIPS} steps in a row; the last batch is in {path}, the weights of the last good step "

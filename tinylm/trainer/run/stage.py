@@ -41,7 +41,7 @@ class Stage(Generic[Settings]):
 
 def start_stage(name: str, settings: Settings) -> Stage[Settings]:
     """Choose device and precision, join the other processes, and seed the random generators."""
-    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout)
+    runtime = setup_runtime(settings.device, settings.dtype, settings.timeout, settings.seed)
     seed_everything(settings.seed)
     return Stage(name, settings, runtime, make_console(runtime.is_main))
 
@@ -140,14 +140,8 @@ class Plan:
         return self.settings.learning_rate_at(step, self.num_steps)
 
     def batches(self, start_step: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of each optimizer step from `start_step` on.
-
-        (seed, step, rank) seed the generator for dropout, so a resumed run draws the same numbers as an uninterrupted
-        run, and a training state needs no generator state.
-        """
-        step = start_step
-        for epoch in range(step // self.steps_per_epoch, self.last_epoch + 1):
-            for batches in self.source.batches(epoch, step % self.steps_per_epoch):
-                torch.manual_seed((self.settings.seed * 1_000_003 + step) * 1_009 + self.runtime.rank)
-                yield batches
-                step += 1
+        """This rank's micro-batches of each optimizer step from `start_step` on."""
+        first_epoch, step = divmod(start_step, self.steps_per_epoch)
+        for epoch in range(first_epoch, self.last_epoch + 1):
+            yield from self.source.batches(epoch, step)
+            step = 0
