@@ -134,19 +134,14 @@ def test_two_processes_send_the_bytes_that_the_equation_says():
     assert 1.5 < shares[1] < 2.7
 
 
-def test_loss_curves_read_a_stage_and_smooth_it(tmp_path):
-    """Training and held-out losses stand apart; a spike moves the running median nowhere, and asks for a log axis."""
-    losses = [8.0, 3.0, 2.0, 9.0, 2.0, 1.0]
-    lines = [{"step": 10 * i, "loss": loss} for i, loss in enumerate(losses)] + [{"step": 51, "validation_loss": 1.5}]
-    (tmp_path / "full_sft_512_metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stage, training, held_out = curves.read_curves(tmp_path)
-    assert (stage, held_out) == ("full_sft", [(51, 1.5)])
-    assert training == [(0, 8.0), (10, 3.0), (20, 2.0), (30, 9.0), (40, 2.0), (50, 1.0)]
-    assert curves.running_median(training, 3) == [(0, 8.0), (10, 3.0), (20, 3.0), (30, 2.0), (40, 2.0), (50, 1.0)]
-    assert not curves.needs_log_axis(training) and curves.needs_log_axis([*training, (60, 13.0)])
-    (tmp_path / "lora_512_metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"holds 2 files \*_metrics.jsonl; give the --output_dir of one stage"):
-        curves.read_curves(tmp_path)
+def test_loss_curves_become_a_picture(tmp_path, capsys):
+    (tmp_path / "dpo_64_metrics.jsonl").write_text('{"step": 3, "loss": 0.625}\n', encoding="utf-8")
+    picture = tmp_path / "größe.svg"
+    assert curves.main([str(tmp_path), "--title", "1 < 2", "--output", str(picture)]) == 0
+    assert "training 0.625" in picture.read_text(encoding="utf-8") and str(picture) in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        curves.main([str(tmp_path / "none"), "--output", str(picture)])
+    assert "holds 0 files" in capsys.readouterr().err
 
 
 def test_the_picture_of_a_session_shows_the_log_and_the_replies(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from tinylm.checkpoint.model_folder import load_model
 from tinylm.commandline.exit_status import Stopped
 from tinylm.commandline.terminal import make_console
 from tinylm.commands import quickstart, quickstart_scores
-from tinylm.commands.quickstart import Journey, Plan, QuickstartSettings, claim_folder, main, make_plan
+from tinylm.commands.quickstart import Plan, QuickstartSettings, claim_folder, main, make_plan
 from tinylm.commands.quickstart_scores import COLUMNS, kept_scores, score_key, working_prompts
 from tinylm.dataset import tinyworld
 from tinylm.generation.sampling import SamplingSettings
@@ -119,6 +119,18 @@ def test_skills_and_style_move_as_they_should(miniature):
     assert goals["LoRA: base weights bit-identical without it"]["met"]
 
 
+def test_the_picture_shows_the_last_losses_of_a_resumed_run(miniature):
+    picture = (miniature.folder / "report.svg").read_text(encoding="utf-8")
+    for stage in COLUMNS.values():
+        assert f">training {miniature.last_value(stage, 'loss'):.3f}<" in picture
+        assert f">held out {miniature.last_value(stage, 'validation_loss'):.3f}<" in picture
+    assert " in all" not in picture, "two calls made it, of which the second does not know the first's time"
+    assert (
+        f">cpu, {json.loads((miniature.folder / 'scoreboard.json').read_text())['key']['dtype']} · seed 42 · 8% of"
+        in picture
+    )
+
+
 def test_every_folder_loads_and_names_its_parent(miniature):
     parents = {"pretrain": None, "full_sft": "pretrain", "lora": "full_sft", "dpo": "full_sft"}
     for stage, parent in parents.items():
@@ -135,7 +147,8 @@ def test_it_says_how_far_the_whole_is_and_what_to_type_next(miniature):
     assert re.fullmatch(r"tokenizer, pretrain, full_sft, lora, dpo, scoreboard in .*: about \S+ \(cpu, \w+\)", lines[0])
     assert "the same command continues" in lines[1] and "asks 8 held-out items per skill, not 100" in first
     assert "2/6 pretrain · 1% of the whole is done, about" in first
-    assert "6/6 scoreboard · 89% of the whole is done, about" in second
+    assert "6/6 scoreboard · 91% of the whole is done, about" in second
+    assert f"all of it as a picture: {miniature.folder}/report.svg" in second
     assert "goals of this run" in second and "of the 8 questions of this skill are right" in second
     items = [tinyworld.test_item("addition", index).messages for index in range(8)]
     question = next(messages[0]["content"] for messages in items if len(messages) == 2)
@@ -158,6 +171,12 @@ def test_another_call_neither_trains_nor_scores(miniature, monkeypatch):
     assert miniature.statuses[-1] == 0 and miniature.weights() == before
     assert miniature.said[-1].count("already done") == 6 and ": nothing is left to do (" in miniature.said[-1]
     assert (miniature.folder / "scoreboard.json").read_bytes() == written
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart, "measure", lambda *arguments: pytest.fail("scored again"))
+        patch.setattr(quickstart, "expected_seconds", lambda *arguments: pytest.fail("nothing is left to estimate"))
+        (miniature.folder / "report.svg").unlink()
+        miniature.call("--scale", SCALE, "--num_items", "8")
+    assert (miniature.folder / "report.svg").exists(), "a folder of an earlier version gets its picture"
     ending = miniature.said[1][miniature.said[1].index("the first held-out question") :]
     assert miniature.said[-1].endswith(ending)
     miniature.call("--scale", SCALE, "--num_items", "1")
@@ -196,18 +215,6 @@ def test_the_scoreboard_shrinks_with_the_scale():
     sizes = {scale: QuickstartSettings(scale=scale).items_per_skill for scale in (4, 1, 0.5, 0.1, 0.01)}
     assert sizes == {4: 100, 1: 100, 0.5: 50, 0.1: 10, 0.01: 10}
     assert QuickstartSettings(scale=0.5, num_items=100).items_per_skill == 100
-
-
-def test_the_time_left_follows_the_speed_of_the_steps_that_were_timed():
-    steps = dict.fromkeys(quickstart.SHARES, False)
-    journey = Journey(make_console(), 100.0, steps)
-    assert journey.seconds_left == pytest.approx(100.0)
-    journey.done, journey.timed = ["tokenizer"], {"tokenizer": 50.0}
-    assert journey.seconds_left == pytest.approx(99.0), "the tokenizer is too short to measure by"
-    journey.done, journey.timed = ["tokenizer", "pretrain"], {"tokenizer": 0.0, "pretrain": 390.0}
-    assert journey.seconds_left == pytest.approx(610.0)
-    finished = Journey(make_console(), 100.0, dict.fromkeys(quickstart.SHARES, True))
-    assert finished.seconds_left == pytest.approx(0.0)
 
 
 def test_ctrl_c_on_the_scoreboard_is_acknowledged_and_ends_it(monkeypatch, capsys):

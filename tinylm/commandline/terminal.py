@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -118,6 +119,21 @@ class ShowProgress(Protocol):
     ) -> None: ...
 
 
+Listener = Callable[[str, int, int], str | None]
+"""(title, done, total) of a progress that moved -> a line to print above it, or None."""
+_listener: ContextVar[Listener] = ContextVar("listener", default=lambda title, done, total: None)
+
+
+@contextlib.contextmanager
+def progress_heard_by(listener: Listener) -> Iterator[None]:
+    """Inside the block, `listener` hears of all progress that is shown in numbers, and may add a line to it."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
 @contextlib.contextmanager
 def progress(console: Console, title: str, clock: bool = True) -> Iterator[ShowProgress]:
     """Show progress inside the block. On a terminal it is a bar, which disappears at the end.
@@ -130,12 +146,18 @@ def progress(console: Console, title: str, clock: bool = True) -> Iterator[ShowP
     """
     if console.quiet:
         yield lambda words, done=None, total=None, is_due=False: None
-    elif console.is_terminal:
-        with _bar(console, title, clock) as show:
-            yield show
-    else:
-        with _Lines(console, title) as lines:
-            yield lines.show
+        return
+    listener = _listener.get()
+    with _bar(console, title, clock) if console.is_terminal else _lines(console, title) as show:
+
+        def show_and_tell(
+            words: str | Sequence[str], done: int | None = None, total: int | None = None, is_due: bool = False
+        ) -> None:
+            show(words, done, total, is_due)
+            if done is not None and total and (line := listener(title, done, total)):
+                console.print(line)
+
+        yield show_and_tell
 
 
 @contextlib.contextmanager
@@ -154,6 +176,12 @@ def _bar(console: Console, title: str, clock: bool) -> Iterator[ShowProgress]:
             bar.update(task, completed=done, total=total, text=text)
 
         yield show
+
+
+@contextlib.contextmanager
+def _lines(console: Console, title: str) -> Iterator[ShowProgress]:
+    with _Lines(console, title) as lines:
+        yield lines.show
 
 
 class _Lines:

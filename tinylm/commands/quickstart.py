@@ -13,20 +13,20 @@ import dataclasses
 import json
 import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.commandline.exit_status import RERUN_ADVICE, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import format_seconds, make_console
+from tinylm.commands.quickstart_journey import SHARES, Journey, expected_seconds
+from tinylm.commands.quickstart_report import curves_of, draw_report
 from tinylm.commands.quickstart_scores import (
+    COLUMNS,
     Scores,
     goals,
     kept_scores,
@@ -36,23 +36,15 @@ from tinylm.commands.quickstart_scores import (
     show_prompts,
     show_sample_chats,
 )
-from tinylm.files.atomic import write_json
+from tinylm.files.atomic import atomic_write, write_json
 from tinylm.files.untrusted import read_own_json
-from tinylm.system.runtime import DtypeName, Runtime, measured_matmul_flops, setup_runtime
+from tinylm.system.runtime import DtypeName, Runtime, setup_runtime
 from tinylm.trainer import train_dpo, train_full_sft, train_lora, train_pretrain, train_tokenizer
 from tinylm.trainer.run.train_settings import TrainSettings
 
 FULL_NUM_ITEMS = 100
 """Held-out items per skill of a whole quickstart: the standard error of a skill's share is then at most 0.05."""
 SMALLEST_NUM_ITEMS = 10
-SHARES = {"tokenizer": 0.01, "pretrain": 0.38, "full_sft": 0.39, "lora": 0.06, "dpo": 0.05, "scoreboard": 0.11}
-"""Share of the time that each step takes, measured on two cores."""
-TOTAL_FLOPS = 9e13
-"""Operations of the whole quickstart: 3.6M tokens of training, at about 2e7 each, and what the scoreboard takes."""
-EXPECTED_MATMUL_SHARE = 0.6
-"""Share of the matmul speed that a run on two cores reached."""
-FEWEST_SECONDS = 60.0
-"""What a whole quickstart takes at least: a fast GPU waits for the small steps of a small model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,60 +179,6 @@ def finished_model(stage: str, settings: TrainSettings) -> Path | None:
     return folder if lineage.get("finished") and is_same else None
 
 
-class Journey:
-    """How far the whole is: the steps that are done, and the time that the others will take.
-
-    Args:
-        seconds: what the whole will take, estimated before the first step.
-        is_done: which steps an earlier call has done.
-    """
-
-    def __init__(self, console: Console, seconds: float, is_done: dict[str, bool]) -> None:
-        self.console = console
-        self.seconds = seconds
-        self.done = [step for step, done in is_done.items() if done]
-        self.timed: dict[str, float] = {}
-
-    @property
-    def seconds_left(self) -> float:
-        """Time for the steps that are not done, at the speed of those that this call did."""
-        share = sum(SHARES[step] for step in self.timed)
-        whole = sum(self.timed.values()) / share if share >= 0.05 else self.seconds  # the first step says little
-        return whole * (sum(SHARES.values()) - sum(SHARES[step] for step in self.done))
-
-    def say_start(self, runtime: Runtime, output_dir: str) -> None:
-        """One line: what will happen, and how long it will take."""
-        device = f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}"
-        is_open = len(self.done) < len(SHARES)
-        left = f"about {format_seconds(self.seconds_left)}" if is_open else "nothing is left to do"
-        self.console.print(f"{', '.join(SHARES)} in {output_dir}: {left} ({device})")
-        if is_open:
-            self.console.print("Ctrl-C stops it; the same command continues where it stopped")
-
-    def run(self, step: str, function: Callable[[], Any]) -> Any:
-        """Do a step, under a heading that says how far the whole is."""
-        number = f"{list(SHARES).index(step) + 1}/{len(SHARES)}"
-        share = sum(SHARES[done] for done in self.done)
-        left = format_seconds(self.seconds_left)
-        self.console.rule(f"{number} {step} · {share:.0%} of the whole is done, about {left} left", align="left")
-        started = time.perf_counter()
-        result = function()
-        self.timed[step] = time.perf_counter() - started
-        self.done.append(step)
-        return result
-
-    def skip(self, step: str, where: object) -> None:
-        """Say that an earlier call has done a step."""
-        number = f"{list(SHARES).index(step) + 1}/{len(SHARES)}"
-        self.console.print(f"{number} {step}: already done, {where}")
-
-
-def expected_seconds(settings: QuickstartSettings, runtime: Runtime) -> float:
-    """Time for the whole on this machine, from its measured speed."""
-    seconds = TOTAL_FLOPS / (EXPECTED_MATMUL_SHARE * measured_matmul_flops(runtime))
-    return settings.scale * max(FEWEST_SECONDS, seconds)
-
-
 def train_all(plan: Plan, journey: Journey) -> dict[str, Path]:
     """Run the stages that are not finished; returns the folder of each stage's model."""
     if "tokenizer" in journey.done:
@@ -296,9 +234,11 @@ def score_all(
     return scores, {"key": key, "goals": goals(scores), **scores.to_json()}
 
 
-def write_report(out: Path, scores: Scores, parts: dict[str, Any], journey: Journey) -> None:
-    """Write scoreboard.json and scoreboard.md, unless this call did nothing."""
-    if not journey.timed:
+def write_report(settings: QuickstartSettings, scores: Scores, parts: dict[str, Any], journey: Journey) -> None:
+    """Write scoreboard.json, scoreboard.md and report.svg, unless they are there and this call did nothing."""
+    out = Path(settings.output_dir)
+    picture = out / "report.svg"
+    if not journey.timed and picture.exists():
         return
     seconds = {step: round(value, 1) for step, value in journey.timed.items()}
     with contextlib.suppress(OSError, ValueError):  # no report yet
@@ -306,7 +246,17 @@ def write_report(out: Path, scores: Scores, parts: dict[str, Any], journey: Jour
         seconds = {**before, **seconds} if isinstance(before, dict) else seconds
     machine = {"machine": platform.machine(), "processor": platform.processor() or platform.machine()}
     write_json(out / "scoreboard.json", {**machine, "seconds": seconds, **parts})
-    (out / "scoreboard.md").write_text(scores.board.to_markdown() + "\n", encoding="utf-8")
+    with atomic_write(out / "scoreboard.md") as file:
+        file.write(scores.board.to_markdown().encode() + b"\n")
+    stages = curves_of({stage: out / stage for stage in COLUMNS.values()}, journey.console)
+    key = parts["key"]
+    facts = [f"{key['device']}, {key['dtype']}", f"seed {settings.seed}"]
+    if settings.scale != 1:
+        facts.append(f"{settings.scale:.0%} of the data")
+    if set(journey.timed) == set(SHARES):  # this call did all of it, so its time is the whole's
+        facts.append(f"{format_seconds(sum(journey.timed.values()))} in all")
+    with atomic_write(picture) as file:
+        file.write(draw_report(stages, scores.board, parts["goals"], facts))
 
 
 def main(argv: list[str]) -> int:
@@ -318,19 +268,23 @@ def main(argv: list[str]) -> int:
     runtime = setup_runtime(settings.device, settings.dtype)
     plan, out = make_plan(settings), Path(settings.output_dir)
     done = is_done(plan, out / "scoreboard.json", settings.items_per_skill, runtime)
-    journey = Journey(console, expected_seconds(settings, runtime), done)
+    vocab_size, seconds = plan.tokenizer.vocab_size, 0.0
+    if not all(done.values()):
+        seconds = expected_seconds(settings.scale, plan.pretrain, vocab_size, runtime)
+    journey = Journey(console, seconds, done)
     journey.say_start(runtime, settings.output_dir)
     if settings.items_per_skill != FULL_NUM_ITEMS:
         console.print(f"the scoreboard asks {settings.items_per_skill} held-out items per skill, not {FULL_NUM_ITEMS}")
     folders = train_all(plan, journey)
     scores, parts = score_all(settings, folders, runtime, journey)
-    write_report(out, scores, parts, journey)
+    write_report(settings, scores, parts, journey)
     console.print(scores.board.to_table())
     show_goals(parts["goals"], console)
     if settings.scale < 1:
         console.print(f"this run used {settings.scale:.0%} of the data; the goals are meant for all of it")
     if journey.timed:
-        console.print(f"{format_seconds(sum(journey.timed.values()))} in all; scoreboard in {out}/scoreboard.json\n")
+        console.print(f"{format_seconds(sum(journey.timed.values()))} in all; scoreboard in {out}/scoreboard.json")
+    console.print(f"all of it as a picture: {out}/report.svg\n")
     show_sample_chats(scores.board, console)
     show_prompts(scores.prompts, {stage: str(out / stage) for stage in folders}, console)
     if settings.chat and sys.stdin.isatty() and sys.stdout.isatty():

@@ -217,17 +217,17 @@ class Scoreboard:
             table.add_column(column, justify="right")
         skills, footer = self.rows()
         for row in skills:
-            table.add_row(row, *self._cells(row), end_section=row == skills[-1])
+            table.add_row(row, *self.cells(row), end_section=row == skills[-1])
         for row in footer:
-            table.add_row(row, *self._cells(row))
+            table.add_row(row, *self.cells(row))
         return table
 
     def to_markdown(self) -> str:
         """The same table for a README."""
         skills, footer = self.rows()
         lines = ["| skill | " + " | ".join(self.columns) + " |", "|---|" + "---:|" * len(self.columns)]
-        lines += [f"| {row} | " + " | ".join(self._cells(row)) + " |" for row in skills]
-        lines += [f"| **{row}** | " + " | ".join(f"**{cell}**" for cell in self._cells(row)) + " |" for row in footer]
+        lines += [f"| {row} | " + " | ".join(self.cells(row)) + " |" for row in skills]
+        lines += [f"| **{row}** | " + " | ".join(f"**{cell}**" for cell in self.cells(row)) + " |" for row in footer]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -254,7 +254,8 @@ class Scoreboard:
             }
         )
 
-    def _cells(self, row: str) -> list[str]:
+    def cells(self, row: str) -> list[str]:
+        """A row's shares as whole percentages, one for each column; a dash where a column does not have the row."""
         values = [self.value(column, row) for column in self.columns]
         return ["–" if value is None else f"{100 * value:.0f}" for value in values]
 

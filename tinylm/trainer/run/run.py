@@ -129,7 +129,8 @@ class Run:
         if self.stage.settings.use_compile and report.step == self.progress.step + 1:
             self.stage.console.print(f"compiled in the first step, which took {format_seconds(report.seconds)}")
         record = self.report.show_step(report)
-        if report.step % self.stage.settings.log_interval == 0 or report.step == 1 or report.skipped:
+        is_first_or_last = report.step in (1, report.num_steps)
+        if report.step % self.stage.settings.log_interval == 0 or is_first_or_last or report.skipped:
             self.metrics.write(report.step, record)
 
     def _acknowledge_stop(self) -> None:
