@@ -21,6 +21,7 @@ from tinylm.commandline.terminal import (
     make_console,
     print_facts,
     progress,
+    progress_heard_by,
 )
 
 
@@ -123,6 +124,26 @@ def test_progress_in_a_pipe_is_a_line_when_it_is_due(monkeypatch):
     with progress(quiet, "tokenising") as show:
         show("3 of 12", is_due=True)
     assert quiet.file.getvalue() == ""
+
+
+@pytest.mark.parametrize("make", [terminal, lambda: make_console(file=io.StringIO(), width=400)])
+def test_a_listener_hears_of_progress_and_adds_lines(make):
+    """Only inside its block, and only of progress with numbers."""
+    heard, console = [], make()
+
+    def listener(*words):
+        heard.append(words)
+        return "half of größe [b]x[/b] is done" if words[1:] == (6, 12) else None
+
+    with progress_heard_by(listener), progress(console, "zählen") as show:
+        show("no numbers")
+        show("3 of 12", 3, 12)
+        show("6 of 12", 6, 12)
+    assert heard == [("zählen", 3, 12), ("zählen", 6, 12)]
+    assert console.file.getvalue().count("half of größe [b]x[/b] is done\n") == 1
+    with progress(console, "later") as show:
+        show("6 of 12", 6, 12)
+    assert len(heard) == 2
 
 
 def test_a_pipe_gets_a_sign_of_life_whatever_happens(monkeypatch):

@@ -207,12 +207,12 @@ def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
     assert stop.value.signum == signal.SIGTERM
 
 
-def test_first_skipped_and_every_third_step_are_recorded(tmp_path):
+def test_first_last_skipped_and_every_third_step_are_recorded(tmp_path):
     run = make_run(tmp_path, epochs=6, data=Rows(16), log_interval=3)
     run.learner.objective = broken_at(5)
     run.spikes = SimpleNamespace(warning=lambda loss: "größer als sonst")
     run.fit()
-    assert [record["step"] for record in records(tmp_path) if "loss" in record] == [1, 3, 5, 6, 9]
+    assert [record["step"] for record in records(tmp_path) if "loss" in record] == [1, 3, 5, 6, 9, 10]
     warned = [line for line in said(run).splitlines() if line.endswith(": größer als sonst")]
     assert warned == [f"warning: step {step}: größer als sonst" for step in range(1, 11) if step != 5]
 
