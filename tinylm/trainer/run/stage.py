@@ -80,6 +80,8 @@ class Plan:
     def __init__(self, settings: TrainSettings, runtime: Runtime, source: StepSource, at_once: int = 1) -> None:
         self.settings, self.runtime = settings, runtime
         self.source, self.at_once = source, at_once
+        self.batch_size = settings.batch_size
+        """Rows that a process computes at a time, all parts together; lower than asked for after memory ran out."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,7 +101,7 @@ class Plan:
     @property
     def rows_in_memory(self) -> int:
         """The most rows that a process computes at a time."""
-        return min(self.settings.batch_size, -(-self.source.num_rows // self.runtime.world_size))
+        return min(self.batch_size, -(-self.source.num_rows // self.runtime.world_size))
 
     @property
     def last_epoch(self) -> int:
@@ -134,6 +136,11 @@ class Plan:
     def keep_rows_per_step(self, rows: int) -> None:
         """Make each step `rows` rows, shared by the processes of the run."""
         self.source = self.source.with_rows_per_step(rows)
+
+    def cut_batches(self, batch_size: int, at_once: int) -> None:
+        """Compute at most `batch_size` rows at a time, in `at_once` equal parts; a step keeps its rows."""
+        self.batch_size, self.at_once = batch_size, at_once
+        self.source = self.source.with_batch_size(batch_size // at_once)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0)."""
