@@ -225,3 +225,121 @@ def test_memory_may_run_out_in_other_places_too(tmp_path):
         RuntimeError, match="^out of memory with a single row; choose a .*, or a --max_seq_len below 40$"
     ):
         run.fit()
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+QUIET = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+def compile_with(run: Run, backend) -> None:
+    """Let the run compile with a backend of ours."""
+    compile_model = type(run.learner.model).compile_for_training
+    run.learner.model.compile_for_training = lambda with_head: compile_model(run.learner.model, False, backend=backend)
+
+
+@QUIET
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("good_graphs", [0, 1])
+def test_a_model_that_cannot_be_compiled_trains_eagerly_to_the_same_bits(tmp_path, monkeypatch, dropout, good_graphs):
+    """In the first step, or where an epoch's last step has another shape: no step is left out or done twice.
+
+    An eager run cuts a batch into parts for two cores, which changes the order of its sums; so must this one.
+    """
+    torch._dynamo.reset()
+    monkeypatch.setattr(gradients, "num_cores", lambda device: 2)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        if len(graphs) > good_graphs:
+            raise OSError(28, "No space left on device", "größe")
+        return graph.forward
+
+    same = {"dropout": dropout, "max_steps": 7, "batch_size": 4}
+    run, eager = (make_run(tmp_path / name, use_compile=name == "run", **same) for name in ("run", "eager"))
+    compile_with(run, backend)
+    run.fit()
+    lines = [line for line in said(run).splitlines() if "compile" in line]
+    line = "warning: torch.compile failed (OSError: [Errno 28] No space left on device: 'größe'); the run continues"
+    assert lines[-1] == f"{line} eagerly" and len(lines) == 1 + good_graphs, lines
+    assert len(graphs) == 1 + good_graphs and not run.learner.model.is_compiled
+    eager.fit()
+    assert [record["step"] for record in records(tmp_path / "run")] == [
+        record["step"] for record in records(tmp_path / "eager")
+    ]
+    if not good_graphs:
+        assert eager.plan.at_once == run.plan.at_once == (1 if dropout else 2)
+        assert records(tmp_path / "run") == records(tmp_path / "eager")
+        assert_same_bits(weights_of(run.learner.model), weights_of(eager.learner.model))
+    for name, weight in weights_of(run.learner.model).items():
+        torch.testing.assert_close(weight, weights_of(eager.learner.model)[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_torch_that_cannot_compile_at_all_trains_eagerly(tmp_path):
+    run = make_run(tmp_path, use_compile=True, max_steps=2)
+
+    def fail(with_head):
+        raise ModuleNotFoundError("No module named 'torch._inductor'")
+
+    run.learner.model.compile_for_training = fail
+    run.fit()
+    line = "warning: torch.compile failed (ModuleNotFoundError: No module named 'torch._inductor'); the run continues"
+    assert f"{line} eagerly" in said(run).splitlines() and "compiled in" not in said(run)
+
+
+@QUIET
+def test_what_fails_eagerly_too_is_the_error_that_it_is(tmp_path):
+    """The first line blames the compiler; the error that ends the run is then the model's own."""
+    run = make_run(tmp_path, use_compile=True, max_steps=2, dropout=0.0)
+    compile_with(run, lambda graph, inputs: graph.forward)
+    objective = run.learner.objective
+
+    def broken(model, batch):
+        if model.is_compiled or run.steps_done or not run.fallback.use_compile:
+            raise ValueError("position_ids reach 77")
+        return objective(model, batch)
+
+    run.learner.objective = broken
+    with pytest.raises(ValueError, match="position_ids reach 77"):
+        run.fit()
+
+
+@QUIET
+def test_a_compiled_run_out_of_memory_stays_compiled(tmp_path):
+    torch._dynamo.reset()
+    run = run_with_room_for(3, tmp_path, use_compile=True, dropout=0.0, max_steps=2)
+    compile_with(run, lambda graph, inputs: graph.forward)
+    run.fit()
+    assert "6 rows at a time; 3 at a time" in said(run) and run.learner.model.is_compiled
+    assert (run.plan.at_once, run.plan.source.sampler.batch_size) == (1, 3)
+
+
+@QUIET
+def test_several_processes_change_to_eager_together_before_the_first_step(tmp_path, monkeypatch):
+    """One that fails alone would leave the others waiting. The pass that tries it leaves no trace."""
+    torch._dynamo.reset()
+    for fails_here in (True, False):
+        run = make_run(tmp_path, ranks=(1, 2), use_compile=True)
+        asked = []
+        monkeypatch.setattr(Runtime, "any_rank", lambda self, flag, asked=asked: asked.append(flag) or True)
+
+        def backend(graph, inputs, fails_here=fails_here):
+            if fails_here:
+                raise RuntimeError("no compiler")
+            return graph.forward
+
+        compile_with(run, backend)
+        state = torch.get_rng_state()
+        run.fallback.compile()
+        reason = "RuntimeError: no compiler" if fails_here else "in another process"
+        assert said(run) == f"warning: torch.compile failed ({reason}); the run continues eagerly\n"
+        assert asked == [fails_here] and not run.learner.model.is_compiled and run.plan.at_once == 1
+        assert all(p.grad is None for p in run.learner.model.parameters())
+        assert torch.equal(state, torch.get_rng_state())
+    failure = StepFailed(RuntimeError("disk full"))
+    with pytest.raises(RuntimeError) as error:
+        run.fallback.after(failure, 7)
+    assert str(error.value) == (
+        "step 7: torch.compile failed (RuntimeError: disk full); continue with --resume and --use_compile 0"
+    )

@@ -51,12 +51,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def errors_behind(error: BaseException) -> list[BaseException]:
-    """`error`, the error that it was raised from, the one behind that, and so on."""
+    """`error`, the error that it was raised from, the one behind that, and so on.
+
+    torch.compile keeps that error in an attribute. An error that was only being handled at the time is not meant.
+    """
     found: list[BaseException] = []
     behind: BaseException | None = error
     while behind is not None and behind not in found:
         found.append(behind)
-        behind = behind.__cause__ or (None if behind.__suppress_context__ else behind.__context__)
+        behind = getattr(behind, "inner_exception", None) or behind.__cause__
     return found
 
 
