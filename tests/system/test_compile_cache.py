@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,16 @@ def _torchs_own_folder(monkeypatch):
 
 
 def test_torch_is_told_where_and_a_user_is_obeyed(tmp_path: Path, monkeypatch) -> None:
-    assert keep_compiled_code(None) is None and os.environ[VARIABLE] == ""
-    assert keep_compiled_code(tmp_path / "größe") is None
+    """torch sets the variable to its own default when an optimizer is made: that is not the user's choice."""
+    assert keep_compiled_code(None) is None and VARIABLE not in os.environ
     folder = compiled_code(tmp_path / "größe") / cpu_name()
-    assert os.environ[VARIABLE] == str(folder) and list(folder.iterdir()) == []
-    monkeypatch.setenv(VARIABLE, "elsewhere")
+    for before in ("", os.path.join(tempfile.gettempdir(), "torchinductor_somebody")):
+        monkeypatch.setenv(VARIABLE, before)
+        assert keep_compiled_code(tmp_path / "größe") is None
+        assert os.environ[VARIABLE] == str(folder) and list(folder.iterdir()) == []
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "torchinductor_mine"))
     assert keep_compiled_code(tmp_path / "other") is None
-    assert os.environ[VARIABLE] == "elsewhere" and not (tmp_path / "other").exists()
+    assert os.environ[VARIABLE] == str(tmp_path / "torchinductor_mine") and not (tmp_path / "other").exists()
 
 
 def test_another_cpu_has_another_folder(monkeypatch) -> None:
@@ -43,12 +47,15 @@ def test_another_cpu_has_another_folder(monkeypatch) -> None:
     assert len(first) == 8
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("not a folder")
-    warning = keep_compiled_code(tmp_path / "file")
-    folder = compiled_code(tmp_path / "file") / cpu_name()
-    assert warning == f"the cache {folder} cannot be used (Not a directory): compiled code goes to a temporary folder"
-    assert os.environ[VARIABLE] == ""
+    bad, good = (compiled_code(tmp_path / name) / cpu_name() for name in ("file", "good"))
+    fault = f"the cache {bad} cannot be used (Not a directory)"
+    assert keep_compiled_code(tmp_path / "file") == f"{fault}: compiled code goes to a temporary folder"
+    assert VARIABLE not in os.environ
+    monkeypatch.setenv(VARIABLE, str(bad))
+    assert keep_compiled_code(tmp_path / "good") == f"{fault}: compiled code goes to {good}"
+    assert os.environ[VARIABLE] == str(good)
 
 
 def test_its_size_and_its_removal(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
 from pathlib import Path
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -26,21 +27,33 @@ def compiled_code(cache: Path) -> Path:
 
 
 def keep_compiled_code(cache: Path | None) -> str | None:
-    """Let torch keep the code that it compiles in `cache`, before it compiles for the first time.
+    """Let torch keep compiled code in `cache`, or where the user has set it; call it before optimizers are made.
 
-    Returns a warning if the folder cannot be written; torch then uses its own default, as it does without a cache.
+    Returns a warning if a folder cannot be written. If none can, torch uses its own default, as without a cache.
     """
-    if cache is None or os.environ.get(VARIABLE):
-        return None
-    folder = compiled_code(cache) / cpu_name()
+    asked = os.environ.pop(VARIABLE, "")
+    is_own = Path(asked).name.startswith("torchinductor_") and Path(asked).parent == Path(tempfile.gettempdir())
+    folders = [Path(asked)] if asked and not is_own else []  # torch sets the variable to its own default when it starts
+    folders += [compiled_code(cache) / cpu_name()] if cache is not None else []
+    faults = []
+    for folder in folders:
+        if (fault := _fault(folder)) is None:
+            os.environ[VARIABLE] = str(folder)
+            break
+        faults.append(f"the cache {folder} cannot be used ({fault})")
+    place = os.environ.get(VARIABLE, "a temporary folder")
+    return f"{', and '.join(faults)}: compiled code goes to {place}" if faults else None
+
+
+def _fault(folder: Path) -> str | None:
+    """Why nothing can be written into `folder`, which is made; None if something can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / f".{secrets.token_hex(8)}.tmp"
         trial.write_bytes(b"trial")
         trial.unlink()
     except OSError as error:
-        return f"the cache {folder} cannot be used ({error.strerror}): compiled code goes to a temporary folder"
-    os.environ[VARIABLE] = str(folder)
+        return error.strerror or str(error)
     return None
 
 

@@ -42,8 +42,9 @@ def whole_or_undone(model: TinyLMForCausalLM, trained: Iterable[Tensor]) -> Iter
         raise StepFailed(error) from error
 
 
-def first_line(error: Exception) -> str:
-    """What happened, in a line: the first of the text of the error at the bottom, which knows the reason."""
-    cause = errors_behind(error)[-1]
-    line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
-    return f"{type(cause).__name__}: {line}" if line else type(cause).__name__
+def first_line(error: BaseException) -> str:
+    """What happened, in a line. torch.compile wraps the error that knows the reason."""
+    while inner := getattr(error, "inner_exception", None):
+        error = inner
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -6,12 +6,8 @@ that was planned like this from that step on.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from tinylm.dataset.shards.shared_cache import shared_cache
-from tinylm.system.compile_cache import keep_compiled_code
 from tinylm.system.memory import free_memory
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.core.failed_steps import StepFailed, first_line
@@ -40,8 +36,6 @@ class Fallback:
         """Compile the model. Most faults show only when it computes; several processes try that here, together."""
         model, runtime, reason = self.learner.model, self.stage.runtime, ""
         try:
-            if warning := keep_compiled_code(self._cache()):
-                self.stage.console.print(f"warning: {warning}")
             model.compile_for_training(with_head=not is_sharded(model))
             if runtime.world_size > 1:
                 self._compute_and_forget()
@@ -81,11 +75,6 @@ class Fallback:
     @property
     def _length(self) -> int:
         return self.stage.settings.max_seq_len
-
-    def _cache(self) -> Path | None:
-        settings = self.stage.settings
-        cache = shared_cache(getattr(settings, "cache_dir", None), getattr(settings, "cache_gb", None))
-        return cache.root if cache is not None else None
 
     def _cut_batches(self, size: int) -> None:
         parts = 1 if self.use_compile else micro_batches_at_once(size, self.learner.model, self.stage.runtime)

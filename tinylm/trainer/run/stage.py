@@ -15,7 +15,9 @@ from rich.console import Console
 from tinylm.checkpoint.model_folder import save_model
 from tinylm.commandline.terminal import make_console
 from tinylm.dataset.batches import Batch, StepSource
+from tinylm.dataset.shards.shared_cache import shared_cache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.system.compile_cache import keep_compiled_code
 from tinylm.system.runtime import Runtime, seed_everything, setup_runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.objectives import Objective
@@ -40,10 +42,15 @@ class Stage(Generic[Settings]):
 
 
 def start_stage(name: str, settings: Settings) -> Stage[Settings]:
-    """Choose device and precision, join the other processes, and seed the random generators."""
+    """Choose device and precision, join the other processes, seed the generators, and find room for compiled code."""
     runtime = setup_runtime(settings.device, settings.dtype, settings.timeout, settings.seed)
     seed_everything(settings.seed)
-    return Stage(name, settings, runtime, make_console(runtime.is_main))
+    stage = Stage(name, settings, runtime, make_console(runtime.is_main))
+    if settings.use_compile:
+        cache = shared_cache(*(getattr(settings, name, None) for name in ("cache_dir", "cache_gb")))
+        if warning := keep_compiled_code(cache.root if cache is not None else None):
+            stage.console.print(f"warning: {warning}")
+    return stage
 
 
 @dataclass
