@@ -146,21 +146,21 @@ def test_a_single_row_that_does_not_fit_is_an_error_that_says_what_to_lower(tmp_
     with pytest.raises(RuntimeError) as error:
         run.fit()
     assert str(error.value) == (
-        "out of memory in step 1, which computes 1 rows at a time; choose a smaller model, or a --max_seq_len below 48"
+        "out of memory in step 1 with a single row; choose a smaller model, or a --max_seq_len below 48"
     )
     assert said(run).count("warning: out of memory in step 1, which computes 2 rows at a time; 1 at a time") == 1
 
 
 def test_one_of_several_processes_does_not_halve_alone(tmp_path, monkeypatch):
-    """The others wait for it in the middle of the step."""
-    run = run_with_room_for(2, tmp_path, batch_size=5, accumulation_steps=3)
+    """The others wait for it in the middle of the step. The sizes that it advises keep the step's rows."""
+    run = run_with_room_for(2, tmp_path, batch_size=7, accumulation_steps=4)
     failure = StepFailed(MemoryError())
     run.fallback.stage = dataclasses.replace(run.stage, runtime=dataclasses.replace(run.stage.runtime, world_size=2))
     with pytest.raises(RuntimeError) as error:
         run.fallback.after(failure, 1234)
     assert str(error.value) == (
-        "out of memory in step 1,234, which computes 5 rows at a time; continue with --resume, --batch_size 2 and "
-        "--accumulation_steps 8"
+        "out of memory in step 1,234, which computes 7 rows at a time; continue with --resume, --batch_size 2 and "
+        "--accumulation_steps 14"
     )
 
 

@@ -57,12 +57,15 @@ class Fallback:
             self._continue_eagerly(str(failure))
             return
         rows = self.plan.rows_in_memory
-        what = f"out of memory in step {step:,}, which computes {rows:,} {self._unit} at a time"
         if rows == 1:
-            raise RuntimeError(f"{what}; choose a smaller model, or a --max_seq_len below {self._length}")
+            what = f"out of memory in step {step:,} with a single {self._unit.removesuffix('s')}"
+            length = self.stage.settings.max_seq_len
+            raise RuntimeError(f"{what}; choose a smaller model, or a --max_seq_len below {length}")
+        what = f"out of memory in step {step:,}, which computes {rows:,} {self._unit} at a time"
         if self.stage.runtime.world_size > 1:
-            steps = -(-self.plan.settings.accumulation_steps * self.plan.batch_size // (rows // 2))
-            raise RuntimeError(f"{what}; {advice}, --batch_size {rows // 2} and --accumulation_steps {steps}")
+            all_rows = self.stage.settings.batch_size * self.stage.settings.accumulation_steps
+            size = max(n for n in range(1, rows // 2 + 1) if all_rows % n == 0)
+            raise RuntimeError(f"{what}; {advice}, --batch_size {size} and --accumulation_steps {all_rows // size}")
         self.progress.lowered_batch_size = rows // 2
         self._cut_batches(rows // 2)
         kept = f"a step keeps its {self.plan.source.rows_per_step:,} {self._unit}"
@@ -71,10 +74,6 @@ class Fallback:
     @property
     def _unit(self) -> str:
         return self.plan.source.unit
-
-    @property
-    def _length(self) -> int:
-        return self.stage.settings.max_seq_len
 
     def _cut_batches(self, size: int) -> None:
         parts = 1 if self.use_compile else micro_batches_at_once(size, self.learner.model, self.stage.runtime)
