@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import weakref
 
@@ -233,9 +234,9 @@ QUIET = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecat
 
 
 def compile_with(run: Run, backend) -> None:
-    """Let the run compile with a backend of ours."""
+    """Let the run compile with a backend of ours, batches of all shapes."""
     compile_model = type(run.learner.model).compile_for_training
-    run.learner.model.compile_for_training = lambda with_head: compile_model(run.learner.model, False, backend=backend)
+    run.learner.model.compile_for_training = lambda *_: compile_model(run.learner.model, False, backend=backend)
 
 
 @QUIET
@@ -279,13 +280,50 @@ def test_a_model_that_cannot_be_compiled_trains_eagerly_to_the_same_bits(tmp_pat
 def test_a_torch_that_cannot_compile_at_all_trains_eagerly(tmp_path):
     run = make_run(tmp_path, use_compile=True, max_steps=2)
 
-    def fail(with_head):
+    def fail(*_):
         raise ModuleNotFoundError("No module named 'torch._inductor'")
 
     run.learner.model.compile_for_training = fail
     run.fit()
     line = "warning: torch.compile failed (ModuleNotFoundError: No module named 'torch._inductor'); the run continues"
     assert f"{line} eagerly" in said(run).splitlines() and "compiled in" not in said(run)
+
+
+@QUIET
+def test_only_whole_micro_batches_run_compiled(tmp_path, monkeypatch):
+    """An epoch's last step has a row less; to compile it took as long as hundreds of its steps."""
+    run = make_run(tmp_path, use_compile=True, max_steps=9, dropout=0.0, batch_size=2)
+    model, shapes = run.learner.model, []
+    monkeypatch.setattr(model.model, "compile", lambda **_: setattr(model.model, "_compiled_call_impl", compiled))
+
+    def compiled(input_ids, *others):
+        shapes.append(tuple(input_ids.shape))
+        return model.model._call_impl(input_ids, *others)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    run.fit()
+    batches = [tuple(b.input_ids.shape) for step in itertools.islice(run.plan.batches(0), 9) for b in step]
+    whole = batches[0]
+    assert set(shapes) == {whole} and len(shapes) == batches.count(whole) == 14 and len(set(batches)) == 2
+
+
+def test_batches_that_all_differ_are_not_compiled(tmp_path):
+    """Preference pairs: each batch was a compilation of its own, until torch gave up."""
+    run = make_run(tmp_path, use_compile=True, max_steps=2, dropout=0.0)
+    run.learner.model.compile_for_training = lambda *_: pytest.fail("compiled")
+    plain = run.plan.batches
+    run.plan.batches = lambda start: (
+        [dataclasses.replace(b, **{name: getattr(b, name)[:, : 20 + number] for name in WIDE}) for b in step]
+        for number, step in enumerate(plain(start))
+    )
+    run.fit()
+    lines = [line for line in said(run).splitlines() if "compile" in line]
+    assert lines == [
+        "note: every batch has another shape, which torch.compile would compile each; the run is eager"
+    ] and not run.fallback.use_compile  # fmt: skip
+
+
+WIDE = ("input_ids", "targets", "position_ids", "document_ids")
 
 
 @QUIET

@@ -6,6 +6,8 @@ that was planned like this from that step on.
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 
 from tinylm.system.memory import free_memory
@@ -33,10 +35,20 @@ class Fallback:
             )
 
     def compile(self) -> None:
-        """Compile the model. Most faults show only when it computes; several processes try that here, together."""
+        """Compile the model for the shape of a whole micro-batch, unless every batch has another shape.
+
+        Most faults show only when it computes; several processes try that here, together.
+        """
         model, runtime, reason = self.learner.model, self.stage.runtime, ""
+        first, *others = (batch.input_ids.shape for step in islice(self.plan.batches(0), 2) for batch in step[:1])
+        if first not in others:
+            self._run_eagerly()
+            self.stage.console.print(
+                "note: every batch has another shape, which torch.compile would compile each; the run is eager"
+            )
+            return
         try:
-            model.compile_for_training(with_head=not is_sharded(model))
+            model.compile_for_training(not is_sharded(model), (first[0], first[1]))
             if runtime.world_size > 1:
                 self._compute_and_forget()
         except Exception as error:
@@ -79,10 +91,13 @@ class Fallback:
         parts = 1 if self.use_compile else micro_batches_at_once(size, self.learner.model, self.stage.runtime)
         self.plan.cut_batches(size, parts)
 
-    def _continue_eagerly(self, reason: str) -> None:
+    def _run_eagerly(self) -> None:
         self.use_compile = False
         self.learner.model.run_eagerly()
         self._cut_batches(self.plan.batch_size)
+
+    def _continue_eagerly(self, reason: str) -> None:
+        self._run_eagerly()
         self.stage.console.print(f"warning: torch.compile failed ({reason}); the run continues eagerly")
 
     def _compute_and_forget(self) -> None:
