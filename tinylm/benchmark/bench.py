@@ -45,12 +45,12 @@ class Bench:
 
 def start_bench(settings: BenchSettings, say: Callable[[str], None]) -> Bench:
     """Choose the device, the precisions and the contenders."""
-    settings = settings.with_quick_sizes()
+    settings = settings.filled()
     runtimes = {r.compute_dtype: r for r in (setup_runtime(settings.device, p) for p in words(settings.precision))}
     is_there = importlib.util.find_spec("transformers") is not None
     bench = Bench(settings, list(runtimes.values()), settings.compare and is_there, say)
     if settings.compare and not is_there:
-        bench.remark("transformers is not installed, so only tinylm is measured; pip install transformers")
+        bench.remark("transformers is not installed, so it is not measured; pip install transformers")
     if settings.quick:
         bench.remark("--quick: a rehearsal; its figures say nothing about the machine")
     return bench

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ from rich.text import Text
 from tinylm.benchmark.bench import Bench
 from tinylm.benchmark.figures import OURS, THEIRS, Figure
 from tinylm.benchmark.machine import machine_facts, machine_line, versions
-from tinylm.commandline.terminal import format_count, lines_of_words
+from tinylm.commandline.terminal import WIDTH, format_count, lines_of_words
 
 NAME, NUMBER, SPREAD, PEER = 27, 9, 17, 13
 """Widths of the columns; with a ratio and a share of 6 each they fill 78 of 80 columns."""
@@ -55,7 +56,7 @@ def table_lines(figures: Sequence[Figure], bench: Bench) -> list[Text]:
     lines = [Text(head, style="bold")]
     for (part, group, unit), found in itertools.groupby(figures, lambda f: (f.part, f.group, f.unit)):
         heading = f"{part}{f': {group}' * bool(group)} ({unit})"
-        lines += [Text(line, style="bold") for line in lines_of_words(heading.split(" · "))]
+        lines += [Text(line, style="bold") for line in wrapped(heading)]
         lines += [Text(_row(figure, bench)) for figure in found]
     return lines
 
@@ -74,21 +75,25 @@ def _row(figure: Figure, bench: Bench) -> str:
     return "".join(cells).rstrip()
 
 
-NOTES = (
-    "Medians of the rounds. ratio: tinylm over transformers, the median of the rounds'",
-    "own; in s and GB less is better. share: of the ceiling, matmul or memory,",
-    "whichever is nearer.",
+NOTE = (
+    "Medians of the rounds. ratio: tinylm over transformers, the median of the rounds' own; in s and GB less is "
+    "better. share: of the ceiling, matmul or memory, whichever is nearer."
 )
+
+
+def wrapped(line: str) -> list[str]:
+    """A long line in lines of at most 80 columns."""
+    return textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_long_words=False)
 
 
 def show_table(console: Console, figures: Sequence[Figure], bench: Bench) -> None:
     """Print the machine, the table, and what was left out."""
-    for line in lines_of_words([f"{word}," for word in machine_line(machine_facts(bench.runtimes[0])).split(", ")]):
-        console.print(line.replace(", · ", ", ").rstrip(","))
+    for line in wrapped(machine_line(machine_facts(bench.runtimes[0]))):
+        console.print(line)
     for text in table_lines(figures, bench):
         console.print(text)
-    for line in (*NOTES, *bench.remarks):
-        console.print(line)
+    for line in [NOTE, *bench.remarks]:
+        console.print("\n".join(wrapped(line)))
 
 
 def to_json(figures: Sequence[Figure], bench: Bench, facts: Mapping[str, Any]) -> dict[str, Any]:

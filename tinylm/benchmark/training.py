@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from tinylm.benchmark import transformers_peer
 from tinylm.benchmark.bench import Bench
 from tinylm.benchmark.figures import OURS, THEIRS, Figure, Turns, Work, take_turns
+from tinylm.benchmark.settings import words
 from tinylm.dataset.batches import Batch
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.system.runtime import Runtime, seed_everything
@@ -60,33 +62,27 @@ def training_turn(
 
 def measure_step(bench: Bench) -> Iterator[Figure]:
     """The step as it is without a compiler."""
-    yield from _measure(bench, "step", is_compiled=False)
+    for preset in bench.settings.presets("step"):
+        for runtime in bench.runtimes:
+            yield from _measure_shape(bench, "step", preset, runtime)
 
 
 def measure_compiled(bench: Bench) -> Iterator[Figure]:
     """The step compiled with torch.compile, and how long compiling takes."""
-    yield from _measure(bench, "compiled", is_compiled=True)
-
-
-def _measure(bench: Bench, part: str, is_compiled: bool) -> Iterator[Figure]:
-    for preset in bench.settings.presets(part):
+    for preset in bench.settings.presets("compiled"):
         for runtime in bench.runtimes:
             try:
-                yield from _measure_shape(bench, part, preset, runtime, is_compiled)
-            except Exception as error:
-                if not is_compiled:
-                    raise
-                # torch.compile fails in many ways: no C++ compiler, a broken one, no room for its cache.
-                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                bench.remark(f"compiled, {preset}: left out, because torch.compile failed ({reason:.120})")
+                yield from _measure_shape(bench, "compiled", preset, runtime)
+            except Exception as error:  # no C++ compiler, a broken one, no room for its files: there are many ways
+                reason = textwrap.shorten(str(error) or type(error).__name__, 120, placeholder="...")
+                bench.remark(f"compiled, {preset}: left out, because torch.compile failed ({reason})")
             finally:
-                if is_compiled:
-                    torch.compiler.reset()  # the compiled graphs hold the models
+                torch.compiler.reset()  # the compiled graphs hold the models
 
 
-def _measure_shape(bench: Bench, part: str, preset: str, runtime: Runtime, is_compiled: bool) -> Iterator[Figure]:
+def _measure_shape(bench: Bench, part: str, preset: str, runtime: Runtime) -> Iterator[Figure]:
     """All contenders in one shape and precision."""
-    settings, precision = bench.settings, bench.name_of(runtime)
+    settings, precision, is_compiled = bench.settings, bench.name_of(runtime), part == "compiled"
     length, rows = settings.shape(preset)
     config = settings.config(preset, length)
     group = f"{preset} {config.hidden_size}x{config.num_hidden_layers}, V={config.vocab_size:,}, T={length:,}, B={rows}"
@@ -94,7 +90,7 @@ def _measure_shape(bench: Bench, part: str, preset: str, runtime: Runtime, is_co
     bench.say(f"{part}: {group}")
     seed_everything(0)
     ours = TinyLMForCausalLM(config).to(runtime.device)
-    contenders = _our_turns(bench, ours, preset, runtime, is_compiled)
+    contenders = _our_turns(bench, ours, part, preset, runtime)
     if bench.compares:
         theirs = transformers_peer.same_weights(ours)
         forward = torch.compile(theirs, **_compile_options(bench)) if is_compiled else None
@@ -114,28 +110,26 @@ def _measure_shape(bench: Bench, part: str, preset: str, runtime: Runtime, is_co
 
 
 def _our_turns(
-    bench: Bench, ours: TinyLMForCausalLM, preset: str, runtime: Runtime, is_compiled: bool
+    bench: Bench, ours: TinyLMForCausalLM, part: str, preset: str, runtime: Runtime
 ) -> dict[str, Callable[[], float]]:
     """A contender for each optimizer on whole rows, and one for the last on rows of several documents.
 
     They share the model, so it is compiled once; the weights have no influence on the speed.
     """
-    settings = bench.settings
-    length, rows = settings.shape(preset)
+    settings, is_compiled = bench.settings, part == "compiled"
+    documents, (length, rows) = settings.documents_in(part), settings.shape(preset)
     if is_compiled:
         ours.compile_for_training(**_compile_options(bench))
     at_once = 1 if is_compiled else micro_batches_at_once(rows, ours, runtime)
     whole, packed = (
-        [make_batch(ours.config, rows // at_once, length, documents) for _ in range(at_once)]
-        for documents in (1, settings.documents)
+        [make_batch(ours.config, rows // at_once, length, number) for _ in range(at_once)] for number in (1, documents)
     )
-    contenders = {}
-    for optimizer in settings.optimizer.split(","):
-        optimizers = make_optimizers(ours, optimizer.strip(), learning_rate=1e-4)
-        steps, name = _steps(bench, preset), NAMES[optimizer.strip()]
+    contenders, steps = {}, _steps(bench, preset)
+    for optimizer in words(settings.optimizer):
+        optimizers, name = make_optimizers(ours, optimizer, learning_rate=1e-4), NAMES[optimizer]
         contenders[name] = training_turn(ours, optimizers, whole, runtime, steps)
-    if settings.documents > 1:
-        name = f"{name}, {settings.documents} texts a row"
+    if documents > 1:
+        name = f"{name}, {documents} texts a row"
         contenders[name] = training_turn(ours, optimizers, packed, runtime, steps)
     return contenders
 

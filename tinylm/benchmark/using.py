@@ -14,6 +14,7 @@ import torch
 from tinylm.benchmark import transformers_peer
 from tinylm.benchmark.bench import Bench
 from tinylm.benchmark.figures import OURS, THEIRS, Figure, Work, take_turns
+from tinylm.benchmark.settings import words
 from tinylm.dataset import tinyworld
 from tinylm.evaluation.bits_per_byte import text_loss
 from tinylm.generation.engine import Engine, SamplingSettings
@@ -43,7 +44,7 @@ def measure_decode(bench: Bench) -> Iterator[Figure]:
             group = f"{_shape(preset, config)}, {settings.prompt_tokens} + {settings.max_new_tokens} tokens"
             group = f"{group}, {bench.name_of(runtime)}"
             bench.say(f"decode: {group}")
-            for streams in map(int, settings.streams.split(",")):
+            for streams in map(int, words(settings.streams)):
                 samples = _generate(bench, config, runtime, streams, settings.prompt_tokens, settings.max_new_tokens)
                 name = "1 stream" if streams == 1 else f"{streams} streams"
                 yield Figure("decode", group, name, "tokens/s", samples, decoding_work(bench, config, runtime, streams))

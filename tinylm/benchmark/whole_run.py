@@ -79,8 +79,8 @@ def _recipe(bench: Bench, preset: str, precision: str, folder: str) -> PretrainS
     return PretrainSettings(
         output_dir=folder,
         preset=preset,  # type: ignore[arg-type]
-        hidden_size=settings.hidden_size or 0,
-        num_hidden_layers=settings.num_hidden_layers or 0,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
         tinyworld_documents=documents,
         max_steps=settings.run_steps,
         max_seq_len=length,
