@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import tinylm
-from tinylm.benchmark import suite
+from tinylm.benchmark import suite, text_and_start
 from tinylm.benchmark.bench import start_bench
 from tinylm.benchmark.figures import OURS, THEIRS, Figure, Work
-from tinylm.benchmark.report import number, table_lines, words_of
+from tinylm.benchmark.report import number, show_table, table_lines, words_of
 from tinylm.benchmark.settings import PARTS, BenchSettings
+from tinylm.commandline.terminal import make_console
 
 QUICK = ["bench", "--quick", "--device", "cpu"]
 
@@ -43,7 +44,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile hides it from users
 @pytest.mark.slow
-def test_every_part_runs_and_the_file_has_every_sample() -> None:
+def test_every_part_runs_and_the_file_has_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_and_start, "COMMANDS", ("--version", "cache --help"))  # chat loads torch
     status, said = tinylm(*QUICK, "--compare", "0", "--rounds", "2", "--output", "Maß/alles.json")
     assert status == 0, said
     found = json.loads(Path("Maß/alles.json").read_text(encoding="utf-8"))
@@ -130,7 +132,10 @@ def test_without_transformers_one_line_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("columns", ["80", "30"])
-def test_the_table_fits_80_columns_and_cuts_no_word(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_fits_80_columns_and_cuts_no_word(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a narrow terminal its lines wrap; no column becomes "t…"."""
     monkeypatch.setenv("COLUMNS", columns)
     bench = start_bench(BenchSettings(quick=True, device="cpu"), lambda line: None)
     bench.ceilings.note_flops("bfloat16", 7.9e14)
@@ -142,6 +147,9 @@ def test_the_table_fits_80_columns_and_cuts_no_word(columns: str, monkeypatch: p
     assert " ".join(line.strip() for line in lines[1:-2]) == f"compiled: {group} (tokens/s)"
     cells = ["AdamW, 1,000 texts a row", "999,999", "998,000–1.27M", "999,999", "1.00", "127%"]
     assert lines[-1].split(maxsplit=5)[-1].split() == cells[1:]
+    show_table(make_console(), [figure, figure], bench)
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 80 and set(lines) <= set(printed)
     assert lines[-1] == lines[-2] and lines[-1].startswith(f"  {cells[0]} ")
 
 

@@ -76,8 +76,8 @@ def _row(figure: Figure, bench: Bench) -> str:
 
 
 NOTE = (
-    "Medians of the rounds. ratio: tinylm over transformers, the median of the rounds' own; in s and GB less is "
-    "better. share: of the ceiling, matmul or memory, whichever is nearer."
+    "Medians of the rounds. ratio: ours over theirs, the median of the rounds' own; in s and GB less is better. "
+    "share: of the ceiling, matmul or memory, whichever is nearer."
 )
 
 
