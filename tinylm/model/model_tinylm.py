@@ -330,10 +330,18 @@ class TinyLMForCausalLM(nn.Module):
         self.model.compile(dynamic=False, **options)
         self._compiled_head = torch.compile(head_log_probs, **options) if with_head else None
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether forward passes in training mode run through `torch.compile`. A copy of a compiled model is not."""
+        return self.model._compiled_call_impl is not None
+
+    def run_eagerly(self) -> None:
+        """Undo `compile_for_training`."""
+        self.model._compiled_call_impl = self._compiled_head = None
+
     def target_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities [N] float32 of the tokens `targets` [N] that follow the hidden states [N, C]."""
-        is_compiled = self.model._compiled_call_impl is not None  # a copy's is not
-        if self.training and is_compiled and self._compiled_head is not None:
+        if self.training and self.is_compiled and self._compiled_head is not None:
             return self._compiled_head(hidden, self.lm_head.weight, targets)
         return target_log_probs(self.lm_head(hidden), targets)
 
