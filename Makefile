@@ -26,7 +26,7 @@ help:
 	@echo "make lint         check style and types"
 	@echo "make format       put the code into its format"
 	@echo "make types        check types only"
-	@echo "make bench        measure training and decoding speed"
+	@echo "make bench        measure speed beside transformers (ten minutes); figures in bench.json"
 	@echo "make clean        remove caches and build files; .venv and .venv-oldest stay"
 
 $(BIN)/python:
@@ -90,7 +90,7 @@ types: $(DEV)
 	$(BIN)/mypy tinylm
 
 bench: $(DEV)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/tinylm bench
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,2 +1,1 @@
-"""Speed, measured beside transformers in one run: `python -m benchmarks.train_step`, `python -m
-benchmarks.decode`."""
+"""Measurements and pictures for the docs. The speed of a machine: `tinylm bench`."""

@@ -16,6 +16,7 @@ FLOORS = (
     {"evaluation", "export", "trainer/core"},
     {"trainer/run"},
     {"trainer"},
+    {"benchmark"},
     {"commands"},
     {"cli.py"},
     {"__main__.py"},

@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": Command("tinylm.commands.merge:main", "fold an adapter into its model"),
     "export": Command("tinylm.commands.export:main", "write a model for other programs"),
     "verify": Command("tinylm.commands.verify:main", "check a model's files and where it comes from"),
+    "bench": Command("tinylm.commands.bench:main", "measure the speed of this machine"),
     "cache": Command("tinylm.commands.cache:main", "list or remove the token shards kept for all runs"),
     "run": Command("tinylm.cli:run_file", "run the command that a YAML file describes", RESUME_ADVICE),
 }

@@ -12,6 +12,7 @@ import pytest
 from tests.command_line import SHAPE, tinylm
 from tinylm.dataset.shards.shard_cache import cached_token_shards
 from tinylm.dataset.shards.shared_cache import SharedCache, shared_cache
+from tinylm.system.compile_cache import compiled_code
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 RUN = [
@@ -67,6 +68,19 @@ def test_prune_and_clear(books: Path, cache: SharedCache, tmp_path: Path) -> Non
     gc.collect()
     assert tinylm("cache", "--clear") == (0, "token shards removed: 1 (0.0 MB)\n")
     assert cache.entries() == []
+
+
+def test_compiled_code_is_listed_and_cleared(cache: SharedCache) -> None:
+    """--prune leaves it: the bound is that of token shards."""
+    path = compiled_code(cache.root) / "12345678" / "kernel.so"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x" * 3_400_000)
+    assert tinylm("cache")[1].splitlines()[0] == "compiled code, which no bound counts: 3.4 MB"
+    assert "compiled" not in tinylm("cache", "--prune", "--cache_gb", "0.000001")[1] and path.exists()
+    assert tinylm("cache", "--clear")[1].splitlines() == [
+        "token shards removed: 0 (0.0 MB)", "compiled code removed: 3.4 MB"
+    ]  # fmt: skip
+    assert not path.exists() and "compiled" not in tinylm("cache")[1]
 
 
 def test_nothing_is_there_yet(cache: SharedCache, tmp_path: Path) -> None:

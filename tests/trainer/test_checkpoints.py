@@ -103,7 +103,7 @@ def test_rows_per_step_stay_with_other_processes_but_not_with_other_flags(tmp_pa
     """A run of 3 processes with 2 x 2 rows each resumes in one; with another --batch_size it is a different run."""
     run = make_run(tmp_path, data=Rows(30), batch_size=batch_size)
     saved = {"batch_size": 2, "accumulation_steps": 2}
-    run.checkpoints._keep_rows_per_step({"identity": {"rows_per_optimizer_step": 12}, "settings": saved})
+    run.checkpoints._keep_sizes({"identity": {"rows_per_optimizer_step": 12}, "settings": saved})
     assert run.plan.source.rows_per_step == rows and run.plan.steps_per_epoch == -(-30 // rows)
     assert ("note: 1 process(es) now share the 12 rows of a step" in said(run)) == (rows == 12)
     assert sum(len(batch.input_ids) for batch in next(run.plan.batches(0))) == rows

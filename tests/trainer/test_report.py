@@ -95,7 +95,7 @@ def test_a_steps_line(tmp_path):
 def test_a_compiled_run_says_so_once(tmp_path):
     for resume in (False, True):
         run = make_run(tmp_path, max_steps=5, use_compile=True, resume=resume)
-        run.learner.model.compile_for_training = lambda **_: None
+        run.learner.model.compile_for_training = lambda *_: None
         if resume:
             run.fit()
             assert run.progress.step == 3

@@ -481,7 +481,7 @@ def test_a_compiled_run_saves_plain_names(tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "validation_data", None)
         compiled.fit()
-    assert used == ["TinyLM"]
+    assert used == ["TinyLM"] and "warning" not in said(compiled)
     assert list(weights_of(compiled.learner.model)) == names == list(load_names(compiled.checkpoints.last_folder))
     for name, weight in weights_of(compiled.learner.model).items():
         torch.testing.assert_close(weight, weights_of(plain.learner.model)[name], atol=1e-4, rtol=1e-3)

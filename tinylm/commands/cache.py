@@ -1,8 +1,8 @@
-"""List and remove the token shards that are kept for all runs.
+"""List and remove what is kept for all runs: token shards, and the code that torch.compile made.
 
     tinylm cache              what is there, from which data, how large, when used last
     tinylm cache --prune      remove the least recently used until the rest fits the bound
-    tinylm cache --clear      remove all
+    tinylm cache --clear      remove all, and compiled code
 
 Shards that a run is using stay.
 """
@@ -21,6 +21,7 @@ from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import format_count, format_seconds, make_console
 from tinylm.dataset.shards.shared_cache import Entry, SharedCache, cache_bound, cache_folder
+from tinylm.system.compile_cache import remove_compiled_code, size_of_compiled_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class CacheSettings:
     prune: bool = False
     """remove the least recently used token shards until the rest fits the bound"""
     clear: bool = False
-    """remove all token shards"""
+    """remove all token shards, and compiled code"""
 
     def __post_init__(self) -> None:
         cache_bound(self.cache_gb)  # refuses anything but a number of gigabytes
@@ -65,6 +66,8 @@ def show(console: Console, cache: SharedCache) -> None:
         used = "in use" if any(entry.folder.name in in_use for entry in found) else _ago(found[-1].used)
         line = f"{size:>9,.1f}  {format_count(tokens):>7}  {len(found):>6,}  {used:>10}  {data}"
         console.print(line)
+    if code := size_of_compiled_code(cache.root):
+        console.print(f"compiled code, which no bound counts: {_size(code)}")
     total = sum(entry.num_bytes for entry in entries)
     console.print(f"{cache.root}: {_size(total)} of at most {cache.max_bytes / 1e9:g} GB")
 
@@ -88,10 +91,12 @@ def _ago(when: float) -> str:
 
 def main(argv: list[str]) -> int:
     """The command line: list, prune or clear."""
-    settings = parse_settings(CacheSettings, argv, "tinylm cache", "List or remove the token shards kept for all runs.")
+    settings = parse_settings(CacheSettings, argv, "tinylm cache", "List or remove what is kept for all runs.")
     console, cache = make_console(), SharedCache(cache_folder(settings.cache_dir), cache_bound(settings.cache_gb))
     if settings.prune or settings.clear:
         remove(console, cache, 0 if settings.clear else cache.max_bytes)
+        if settings.clear and (code := remove_compiled_code(cache.root)):
+            console.print(f"compiled code removed: {_size(code)}")
     else:
         show(console, cache)
     return 0

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from tinylm.checkpoint.loading import load_for_use
@@ -27,7 +25,7 @@ from tinylm.evaluation.tasks import (
     recognise_task,
     run_task,
 )
-from tinylm.files.atomic import write_json
+from tinylm.files.atomic import require_file_name, write_json
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.lora import adapters_disabled, has_lora
 from tinylm.system.runtime import DtypeName, Runtime, setup_runtime
@@ -73,7 +71,7 @@ class EvalSettings:
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}; expected at least 1; pass --{name} with a positive number")
         if self.output is not None:
-            _require_file(self.output)
+            require_file_name(self.output)
         if self.data_path is None and set(self.task_names) - {"skills"}:
             wanted = ", ".join(task for task in self.task_names if task != "skills")
             raise ValueError(f"task {wanted} without data; expected --data_path with a file or folder")
@@ -82,15 +80,6 @@ class EvalSettings:
     def task_names(self) -> tuple[str, ...]:
         """The chosen tasks; empty for auto."""
         return () if self.tasks == "auto" else tuple(name.strip() for name in self.tasks.split(","))
-
-
-def _require_file(output: str) -> None:
-    """Raise ValueError if a file cannot be written there: better now than after an hour of measuring."""
-    there = next(place for place in (Path(output), *Path(output).absolute().parents) if place.exists())
-    if there.is_dir() and (not output.strip() or Path(output).is_dir()):
-        raise ValueError(f"output is {output!r}, a folder; expected a file name, such as --output report.json")
-    if not (there.is_dir() or there == Path(output)) or not os.access(there, os.W_OK):
-        raise ValueError(f"output is {output}, but {there} cannot be written to; choose another --output")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -171,6 +171,10 @@ class StepSource(Protocol):
         """The same data in steps of another size."""
         ...
 
+    def with_batch_size(self, batch_size: int) -> StepSource:
+        """The same steps in micro-batches of at most `batch_size` rows."""
+        ...
+
     def batches(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each optimizer step of one epoch, from `start_step` on."""
         ...
@@ -218,6 +222,10 @@ class StoredSteps:
     def with_rows_per_step(self, rows_per_step: int) -> StoredSteps:
         """The same data in steps of another size."""
         return replace(self, sampler=replace(self.sampler, rows_per_step=rows_per_step))
+
+    def with_batch_size(self, batch_size: int) -> StoredSteps:
+        """The same steps in micro-batches of at most `batch_size` rows."""
+        return replace(self, sampler=replace(self.sampler, batch_size=batch_size))
 
     def batches(self, epoch: int, start_step: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each optimizer step of one epoch, from `start_step` on."""

@@ -121,6 +121,15 @@ def require_new(path: Path, overwrite: bool, flag: str) -> None:
         raise ValueError(f"{path} exists already; pass --overwrite to replace it, or choose another --{flag}")
 
 
+def require_file_name(output: str) -> None:
+    """Raise ValueError if a file cannot be written there: better now than after an hour of measuring."""
+    there = next(place for place in (Path(output), *Path(output).absolute().parents) if place.exists())
+    if there.is_dir() and (not output.strip() or Path(output).is_dir()):
+        raise ValueError(f"output is {output!r}, a folder; expected a file name, such as --output report.json")
+    if not (there.is_dir() or there == Path(output)) or not os.access(there, os.W_OK):
+        raise ValueError(f"output is {output}, but {there} cannot be written to; choose another --output")
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder so that no part of it is ever seen under its name, not even after a kill."""
     hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))

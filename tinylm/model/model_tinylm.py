@@ -286,6 +286,7 @@ class TinyLMForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._compiled_head: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self._compiled_shape: tuple[int, int] | None = None
         self._init_weights()
 
     @torch.no_grad()
@@ -316,7 +317,9 @@ class TinyLMForCausalLM(nn.Module):
         """Number of distinct weights (a tied matrix counts once)."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def compile_for_training(self, with_head: bool = True, **options: Any) -> None:
+    def compile_for_training(
+        self, with_head: bool = True, batch_shape: tuple[int, int] | None = None, **options: Any
+    ) -> None:
         """From now on, forward passes in training mode and without a cache run through `torch.compile`.
 
         Validation, generation and samples have other lengths at every call and never touch the compiled graph. The
@@ -325,15 +328,26 @@ class TinyLMForCausalLM(nn.Module):
         Args:
             with_head: compile the output head with the softmax behind it, too. Not for FSDP, which gathers the head's
                 weights only where it is called as a module.
+            batch_shape: (B, T) of the batches to run so; all others run eagerly. An epoch's last batch, which may have
+                fewer rows, is not worth half a minute of compilation. None: batches of every shape, each compiled.
             options: of `torch.compile`.
         """
         self.model.compile(dynamic=False, **options)
+        self._compiled_shape = batch_shape
         self._compiled_head = torch.compile(head_log_probs, **options) if with_head else None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether forward passes in training mode run through `torch.compile`. A copy of a compiled model is not."""
+        return self.model._compiled_call_impl is not None
+
+    def run_eagerly(self) -> None:
+        """Undo `compile_for_training`."""
+        self.model._compiled_call_impl = self._compiled_head = None
 
     def target_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities [N] float32 of the tokens `targets` [N] that follow the hidden states [N, C]."""
-        is_compiled = self.model._compiled_call_impl is not None  # a copy's is not
-        if self.training and is_compiled and self._compiled_head is not None:
+        if self.training and self.is_compiled and self._compiled_head is not None:
             return self._compiled_head(hidden, self.lm_head.weight, targets)
         return target_log_probs(self.lm_head(hidden), targets)
 
@@ -388,12 +402,13 @@ class TinyLMForCausalLM(nn.Module):
                 starts, document_ids = to_device(document_starts(document_ids), self.device), None
             else:
                 document_ids = to_device(document_ids, self.device)
-        return self._backbone(cache)(input_ids, position_ids, document_ids, cache, starts)
+        return self._backbone(input_ids, cache)(input_ids, position_ids, document_ids, cache, starts)
 
-    def _backbone(self, cache: KVCache | None) -> Callable[..., BackboneOutput]:
+    def _backbone(self, input_ids: Tensor, cache: KVCache | None) -> Callable[..., BackboneOutput]:
         """The backbone as a training pass may call it, compiled if it was; as any other pass must call it, never so."""
+        has_shape = self._compiled_shape is None or input_ids.shape == self._compiled_shape
         # `_call_impl` is what a module's `__call__` does when it is not compiled.
-        return self.model if self.training and cache is None else self.model._call_impl
+        return self.model if self.training and cache is None and has_shape else self.model._call_impl
 
     def hidden_states(
         self,

@@ -1,13 +1,15 @@
-"""How much memory a machine has, and how much of it this process uses."""
+"""How much memory a machine has, how much of it this process uses, and what happens when there is none left."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 
 import torch
 
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED", "bad_alloc")
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -34,3 +36,35 @@ def used_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):  # Linux: total and resident pages
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or one of the errors behind it, says that memory could not be had.
+
+    torch has a class for GPUs only; the CPU's allocator, MPS and CUDA's libraries say it in the text of a RuntimeError.
+    """
+    return any(
+        isinstance(each, (torch.OutOfMemoryError, MemoryError))
+        or (isinstance(each, RuntimeError) and any(text in str(each) for text in _OUT_OF_MEMORY_TEXTS))
+        for each in errors_behind(error)
+    )
+
+
+def errors_behind(error: BaseException) -> list[BaseException]:
+    """`error`, the error that it was raised from, the one behind that, and so on.
+
+    torch.compile keeps that error in an attribute. An error that was only being handled at the time is not meant.
+    """
+    found: list[BaseException] = []
+    behind: BaseException | None = error
+    while behind is not None and behind not in found:
+        found.append(behind)
+        behind = getattr(behind, "inner_exception", None) or behind.__cause__
+    return found
+
+
+def free_memory(device: torch.device) -> None:
+    """Free what only Python's garbage collector finds, and give a GPU's free blocks back: larger ones may then fit."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

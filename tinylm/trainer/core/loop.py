@@ -1,8 +1,7 @@
 """The training loop of all stages. It needs batches, an objective and a schedule, and does not know the stage.
 
-Gradients are normalised by the *global* number of targets of an optimizer step, over micro-batches and ranks.
-So every target has the same weight, and the result does not depend on how a batch is split: batch 8x1, 1x8 accumulated,
-and 2 ranks x 4 agree to rounding.
+Gradients are normalised by the *global* number of targets of an optimizer step, over micro-batches and ranks. So every
+target has the same weight, however a batch is split: 8x1, 1x8 accumulated, and 2 ranks x 4 agree to rounding.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from tinylm.dataset.batches import Batch
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.system.runtime import Runtime
 from tinylm.trainer.core.distributed import GradientExchange, full_tensor
+from tinylm.trainer.core.failed_steps import whole_or_undone
 from tinylm.trainer.core.gradients import Scaler, accumulate_gradients
 from tinylm.trainer.core.objectives import Objective
 
@@ -90,7 +90,7 @@ def fit(
         for group in _groups(optimizers):
             group["lr"] = rate
         runtime.seed_step(step)
-        with runtime.deterministic():
+        with runtime.deterministic(), whole_or_undone(model, trained):
             totals = accumulate_gradients(exchange, micro_batches, trained, scaler, at_once)
         upcoming = _draw(steps, runtime)  # while a GPU still computes; the next line waits for it
         values, grad_norm, skipped = _update_weights(optimizers, trained, totals, grad_clip, scaler)

@@ -46,6 +46,8 @@ class Progress:
     """Losses of the run's first steps."""
     changes: list[dict[str, Any]] = field(default_factory=list)
     """Settings that were changed on a resume: step, setting, was, now."""
+    lowered_batch_size: int | None = None
+    """The batch size that the run continues with after memory ran out; None if it never did."""
 
     def validation_loss_of(self, step: int) -> float | None:
         """The validation loss of the weights after `step`, if it was measured."""
@@ -168,6 +170,7 @@ class Checkpoints(RunFolder):
             "best_validation_loss": progress.best_validation_loss,
             **({"skipped_steps": progress.num_skipped} if progress.num_skipped else {}),
             **({"changed_on_resume": progress.changes} if progress.changes else {}),
+            **({"lowered_batch_size": progress.lowered_batch_size} if progress.lowered_batch_size else {}),
         }
         with unsharded(self.learner.model):
             if self.stage.runtime.is_main:
@@ -229,6 +232,7 @@ class Checkpoints(RunFolder):
             "launch": self.stage.runtime.launch_id,
             "num_skipped": progress.num_skipped,
             "changed_on_resume": progress.changes,
+            "lowered_batch_size": progress.lowered_batch_size,
             "best_validation_loss": progress.best_validation_loss,
             "first_losses": progress.first_losses,
             "first_weights": self.movement.fingerprint,
@@ -261,7 +265,7 @@ class Checkpoints(RunFolder):
         for line in found.damaged:
             console.print(f"warning: {line}; resuming from {found.folder.name} instead")
         state = found.values
-        self._keep_rows_per_step(state)
+        self._keep_sizes(state)
         changes = check_same_run(self.state_folder, state, self.description())
         for change in changes:
             console.print("note: {setting} is {now} from step {step} on; it was {was}".format(**change))
@@ -289,11 +293,16 @@ class Checkpoints(RunFolder):
         if self.scaler is not None and state["scaler"] is not None:  # None: the run has used another dtype until now
             self.scaler.load_state_dict(state["scaler"])
 
-    def _keep_rows_per_step(self, state: dict[str, Any]) -> None:
-        """With another number of processes, keep the number of rows per step; the processes share the rows."""
+    def _keep_sizes(self, state: dict[str, Any]) -> None:
+        """If the sizes asked for are the same, keep those of the run: rows per step with another number of processes,
+        which share them, and the batch size that memory sufficed for.
+        """
         rows, saved = int(state["identity"]["rows_per_optimizer_step"]), state.get("settings", {})
         asked = {name: getattr(self.stage.settings, name) for name in ("batch_size", "accumulation_steps")}
-        if rows != self.plan.source.rows_per_step and all(saved.get(name) == value for name, value in asked.items()):
+        if any(saved.get(name) != value for name, value in asked.items()):
+            return
+        self.progress.lowered_batch_size = state.get("lowered_batch_size")
+        if rows != self.plan.source.rows_per_step:
             processes = self.stage.runtime.world_size
             self.stage.console.print(f"note: {processes} process(es) now share the {rows} rows of a step")
             self.plan.keep_rows_per_step(rows)

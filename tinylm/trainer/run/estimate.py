@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinylm.dataset.batches import Dataset
-from tinylm.system.memory import memory_limit, used_memory
+from tinylm.system.memory import is_out_of_memory, memory_limit, used_memory
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.run.stage import Learner, Plan
 from tinylm.trainer.run.validation import num_batches_of
@@ -92,8 +92,14 @@ def _saved_bytes(learner: Learner, plan: Plan) -> float:
 
     was_training = model.training
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast():
-        learner.objective(model, batch)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast():
+            learner.objective(model, batch)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f"choose a smaller model, or a --max_seq_len below {plan.settings.max_seq_len}"
+        raise RuntimeError(f"out of memory with a single row; {advice}") from error
     model.train(was_training)
     for weight in model.parameters():
         kept.pop(weight.untyped_storage().data_ptr(), None)

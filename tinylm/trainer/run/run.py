@@ -18,11 +18,14 @@ from tinylm.commandline.exit_status import Stopped, StopRequest
 from tinylm.commandline.terminal import closed_pipe_calls, format_seconds
 from tinylm.dataset.batches import Batch, Dataset
 from tinylm.files.atomic import atomic_write
+from tinylm.system.memory import free_memory, is_out_of_memory
 from tinylm.system.runtime import measured_matmul_flops
 from tinylm.trainer.core.distributed import is_sharded
+from tinylm.trainer.core.failed_steps import StepFailed, first_line
 from tinylm.trainer.core.loop import StepReport, fit
 from tinylm.trainer.run.checkpoints import Checkpoints, Progress
 from tinylm.trainer.run.estimate import expected_memory, require_memory
+from tinylm.trainer.run.fallback import Fallback
 from tinylm.trainer.run.report import MetricsLog, RunReport
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 from tinylm.trainer.run.validation import validate
@@ -51,9 +54,13 @@ class Run:
         settings, is_main = stage.settings, stage.runtime.is_main
         self.metrics = MetricsLog(self.checkpoints.folder, self.checkpoints.name, settings.tensorboard, is_main)
         self.report = RunReport(self.checkpoints)
+        self.fallback = Fallback(stage, learner, plan, self.progress)
+        self.validation_rows = stage.settings.batch_size
+        """Rows of a validation batch; lower than asked for after memory ran out."""
         self.spikes = SpikeWatch()
         self.rise = RiseWatch(plan.num_steps, self.progress.first_losses)
         self.skips_in_a_row = 0
+        self.steps_done = 0
         self.stop_request = StopRequest(self._acknowledge_stop)
 
     def fit(self) -> Path:
@@ -63,11 +70,12 @@ class Run:
             Stopped: a signal asked to stop; the step was finished and the state saved.
             RuntimeError: the run has diverged, or its last state could not be saved.
         """
-        settings, learner, plan = self.stage.settings, self.learner, self.plan
+        learner, plan = self.learner, self.plan
         closed_pipe = closed_pipe_calls(self.stage.console, self.stop_request.ask_because_of_closed_pipe)
         with self.checkpoints.owned_folder(), self.stop_request, closed_pipe:
             if self.checkpoints.should_resume():
                 self.checkpoints.restore()
+                self.fallback.resume()
             else:
                 self.checkpoints.require_free()
             memory = expected_memory(learner, plan)
@@ -77,8 +85,8 @@ class Run:
             if not self.checkpoints.should_resume():
                 self.checkpoints.clear()
             start = self.progress.step
-            if settings.use_compile:
-                learner.model.compile_for_training(with_head=not is_sharded(learner.model))
+            if self.fallback.use_compile:
+                self.fallback.compile()
             with (
                 self.metrics.opened(start, self.progress.evaluation_pending),
                 self.report.live(),
@@ -87,20 +95,9 @@ class Run:
                 if self.progress.evaluation_pending:
                     self._evaluate(start)
                     self._save(start)
-                fit(
-                    learner.model,
-                    learner.objective,
-                    learner.optimizers,
-                    plan.learning_rate,
-                    plan.batches(start),
-                    self.stage.runtime,
-                    plan.num_steps,
-                    start_step=start,
-                    grad_clip=settings.grad_clip,
-                    on_step=(self._after_step,),
-                    scaler=self.checkpoints.scaler,
-                    at_once=plan.at_once,
-                )
+                self.steps_done = start
+                while not self._fit():
+                    free_memory(self.stage.runtime.device)
             self.report.print_result()
             if warning := self.rise.warning():
                 self.stage.console.print(f"warning: {warning}; {self._advice_against_a_rise()}")
@@ -108,16 +105,58 @@ class Run:
                 raise Stopped(self.stop_request.signum or signal.SIGTERM, " after the last step; the run is finished")
         return self.checkpoints.last_folder
 
+    def _fit(self) -> bool:
+        """Train to the end, or to a step that cannot be computed; then change the plan, and return False."""
+        learner, plan = self.learner, self.plan
+        try:
+            fit(
+                learner.model,
+                learner.objective,
+                learner.optimizers,
+                plan.learning_rate,
+                plan.batches(self.steps_done),
+                self.stage.runtime,
+                plan.num_steps,
+                start_step=self.steps_done,
+                grad_clip=self.stage.settings.grad_clip,
+                on_step=(self._after_step,),
+                scaler=self.checkpoints.scaler,
+                at_once=plan.at_once,
+            )
+        except StepFailed as failure:
+            self.fallback.after(failure, self.steps_done + 1)
+            return False
+        except Exception as error:  # not in a step's gradients, so a part of the step may be done
+            if not is_out_of_memory(error):
+                raise
+            what = f"out of memory after {self.steps_done:,} steps ({first_line(error)})"
+            raise RuntimeError(f"{what}; continue with --resume and a smaller --batch_size") from error
+        return True
+
     def validate(self, data: Dataset, step: int = 0) -> dict[str, float]:
-        """Mean loss (and the objective's metrics) per target over held-out data, and bits per byte of text."""
+        """Mean loss (and the objective's metrics) per target over held-out data, and bits per byte of text.
+
+        If memory runs out, the rows are the same, fewer of them at a time.
+        """
         settings, learner, runtime = self.stage.settings, self.learner, self.stage.runtime
         show = functools.partial(self.report.show_validating, step)
-        sizes = settings.batch_size, settings.eval_batches
-        return validate(learner.model, learner.objective, data, *sizes, runtime, show)
+        while True:
+            rows = self.validation_rows
+            sizes = rows, settings.eval_batches * (settings.batch_size // rows)
+            try:
+                return validate(learner.model, learner.objective, data, *sizes, runtime, show)
+            except Exception as error:
+                if not is_out_of_memory(error) or rows == 1 or runtime.world_size > 1:
+                    raise
+            self.validation_rows = max(n for n in range(1, rows // 2 + 1) if settings.batch_size % n == 0)
+            what = f"out of memory in a validation of {rows:,} {data.unit} at a time"
+            self.stage.console.print(f"warning: {what}; {self.validation_rows:,} at a time from now on")
+            free_memory(runtime.device)
 
     # --- after a step --------------------------------------------------------------------------------------------
 
     def _after_step(self, report: StepReport) -> None:
+        self.steps_done = report.step
         self._log(report)
         self._watch(report)
         if self.stage.runtime.any_rank(bool(self.stop_request.signum)):
@@ -126,7 +165,7 @@ class Run:
         self._save(report.step)
 
     def _log(self, report: StepReport) -> None:
-        if self.stage.settings.use_compile and report.step == self.progress.step + 1:
+        if self.fallback.use_compile and report.step == self.progress.step + 1:
             self.stage.console.print(f"compiled in the first step, which took {format_seconds(report.seconds)}")
         record = self.report.show_step(report)
         is_first_or_last = report.step in (1, report.num_steps)
@@ -193,7 +232,9 @@ class Run:
             return []
         try:
             return self.learner.sample()
-        except ValueError as error:  # a step has broken the weights; `_watch` handles it after the next steps
+        except Exception as error:  # ValueError: a step has broken the weights, which `_watch` handles later
+            if not (isinstance(error, ValueError) or is_out_of_memory(error)):
+                raise
             self.stage.console.print(f"warning: no sample ({error})")
             return []
 

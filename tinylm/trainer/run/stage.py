@@ -15,7 +15,9 @@ from rich.console import Console
 from tinylm.checkpoint.model_folder import save_model
 from tinylm.commandline.terminal import make_console
 from tinylm.dataset.batches import Batch, StepSource
+from tinylm.dataset.shards.shared_cache import shared_cache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.system.compile_cache import keep_compiled_code
 from tinylm.system.runtime import Runtime, seed_everything, setup_runtime
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.objectives import Objective
@@ -40,10 +42,15 @@ class Stage(Generic[Settings]):
 
 
 def start_stage(name: str, settings: Settings) -> Stage[Settings]:
-    """Choose device and precision, join the other processes, and seed the random generators."""
+    """Choose device and precision, join the other processes, seed the generators, and find room for compiled code."""
     runtime = setup_runtime(settings.device, settings.dtype, settings.timeout, settings.seed)
     seed_everything(settings.seed)
-    return Stage(name, settings, runtime, make_console(runtime.is_main))
+    stage = Stage(name, settings, runtime, make_console(runtime.is_main))
+    if settings.use_compile:
+        cache = shared_cache(*(getattr(settings, name, None) for name in ("cache_dir", "cache_gb")))
+        if warning := keep_compiled_code(cache.root if cache is not None else None):
+            stage.console.print(f"warning: {warning}")
+    return stage
 
 
 @dataclass
@@ -80,6 +87,8 @@ class Plan:
     def __init__(self, settings: TrainSettings, runtime: Runtime, source: StepSource, at_once: int = 1) -> None:
         self.settings, self.runtime = settings, runtime
         self.source, self.at_once = source, at_once
+        self.batch_size = settings.batch_size
+        """Rows that a process computes at a time, all parts together; lower than asked for after memory ran out."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,7 +108,7 @@ class Plan:
     @property
     def rows_in_memory(self) -> int:
         """The most rows that a process computes at a time."""
-        return min(self.settings.batch_size, -(-self.source.num_rows // self.runtime.world_size))
+        return min(self.batch_size, -(-self.source.num_rows // self.runtime.world_size))
 
     @property
     def last_epoch(self) -> int:
@@ -134,6 +143,11 @@ class Plan:
     def keep_rows_per_step(self, rows: int) -> None:
         """Make each step `rows` rows, shared by the processes of the run."""
         self.source = self.source.with_rows_per_step(rows)
+
+    def cut_batches(self, batch_size: int, at_once: int) -> None:
+        """Compute at most `batch_size` rows at a time, in `at_once` equal parts; a step keeps its rows."""
+        self.batch_size, self.at_once = batch_size, at_once
+        self.source = self.source.with_batch_size(batch_size // at_once)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step `step` (from 0)."""
