@@ -44,18 +44,27 @@ def test_the_head_of_an_adapter_run_is_frozen_and_a_second_backward_pass_is_refu
         ours.backward(upstream.float())
 
 
-def test_training_on_a_cpu_takes_it_and_nothing_else_does(monkeypatch):
+def test_gradients_do_not_change_the_values():
+    """DPO compares a policy with the same weights without gradients: equal must be equal to the bit."""
+    model = small_model()
+    hidden, targets = torch.randn(7, model.config.hidden_size), torch.randint(model.config.vocab_size, (7,))
+    with torch.no_grad():
+        quiet = model.target_log_probs(hidden, targets)
+    trained = model.target_log_probs(hidden, targets)
+    assert torch.equal(trained, quiet) and trained.requires_grad and not quiet.requires_grad
+    torch.testing.assert_close(quiet, head_log_probs(hidden, model.lm_head.weight, targets))
+
+
+@pytest.mark.parametrize(("device", "blocks"), [("cpu", 1), ("meta", 0)])
+def test_only_a_cpu_takes_blocks(device, blocks, monkeypatch):
     calls = []
     monkeypatch.setattr(
         model_tinylm, "blocked_head_log_probs", lambda *given: calls.append(1) or blocked_head_log_probs(*given)
     )
-    model = small_model()
-    hidden, targets = torch.randn(7, model.config.hidden_size), torch.randint(model.config.vocab_size, (7,))
-    with torch.no_grad():
-        plain = model.target_log_probs(hidden, targets)
-    assert not calls
-    torch.testing.assert_close(model.target_log_probs(hidden, targets), plain)
-    assert calls == [1]
+    model = small_model().to(device)
+    hidden = torch.randn(7, model.config.hidden_size, device=device)
+    model.target_log_probs(hidden, torch.zeros(7, dtype=torch.int64, device=device))
+    assert len(calls) == blocks
 
 
 @pytest.mark.parametrize("vocabulary", [64, 6400, 2**18, 2**20])

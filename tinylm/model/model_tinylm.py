@@ -351,7 +351,7 @@ class TinyLMForCausalLM(nn.Module):
             return self._compiled_head(hidden, self.lm_head.weight, targets)
         # FSDP, whose weights are another kind of tensor, gathers them where the head is called as a module.
         is_plain = type(self.lm_head) is OutputHead and type(self.lm_head.weight.data) is Tensor
-        if is_plain and hidden.device.type == "cpu" and torch.is_grad_enabled():
+        if is_plain and hidden.device.type == "cpu":
             return blocked_head_log_probs(hidden, self.lm_head.weight, targets)
         return target_log_probs(self.lm_head(hidden), targets)
 
