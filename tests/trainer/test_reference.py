@@ -37,4 +37,5 @@ def test_two_processes_share_the_pairs_and_agree_with_one(tmp_path: Path):
     for rank in ranks:
         assert torch.equal(rank["log_probs"], alone)
         # A sharded model computes the same with all processes, and its optimizers are made over the shards.
-        assert torch.equal(rank["of_sharded"], alone) and rank["is_sharded"]
+        torch.testing.assert_close(rank["of_sharded"], alone, rtol=1e-6, atol=1e-6)  # its head has no blocks
+        assert rank["is_sharded"]

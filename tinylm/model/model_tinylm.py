@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tinylm.model.attention import AttentionPlan, attention, can_use_varlen, document_starts, plan_attention
 from tinylm.model.config import PRESETS, TinyLMConfig
 from tinylm.model.kv_cache import KVCache
-from tinylm.model.log_probs import head_log_probs, target_log_probs
+from tinylm.model.log_probs import blocked_head_log_probs, head_log_probs, target_log_probs
 from tinylm.model.parameter_roles import Role, parameter_roles
 from tinylm.model.positions import LearnedPositions, RotaryEmbedding, SinusoidalPositions, apply_rotary
 from tinylm.system.runtime import to_device
@@ -349,6 +349,10 @@ class TinyLMForCausalLM(nn.Module):
         """Log-probabilities [N] float32 of the tokens `targets` [N] that follow the hidden states [N, C]."""
         if self.training and self.is_compiled and self._compiled_head is not None:
             return self._compiled_head(hidden, self.lm_head.weight, targets)
+        # FSDP, whose weights are another kind of tensor, gathers them where the head is called as a module.
+        is_plain = type(self.lm_head) is OutputHead and type(self.lm_head.weight.data) is Tensor
+        if is_plain and hidden.device.type == "cpu":
+            return blocked_head_log_probs(hidden, self.lm_head.weight, targets)
         return target_log_probs(self.lm_head(hidden), targets)
 
     def training_flops_per_token(self, context_length: float) -> float:
