@@ -73,6 +73,23 @@ def test_greedy_batch_equals_greedy_single(engine: Engine, prompts) -> None:
     assert engine.generate_batch(prompts, GREEDY) == single
 
 
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_prompts_read_a_few_at_a_time_are_answered_together(engine: Engine, monkeypatch, rows, batch_size) -> None:
+    """Answers, and how many rows each decoding step has: all of the batch, however many were read at a time."""
+    monkeypatch.setattr("tinylm.generation.engine.PREFILL_ROWS", rows)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, 60, (length % 19 + 1,), generator=generator).tolist() for length in range(0, 185, 5)]
+    read, steps = [], []
+    add, step = DecodingBatch.add, DecodingBatch.step
+    monkeypatch.setattr(DecodingBatch, "add", lambda self, new: read.append(len(new)) or add(self, new))
+    monkeypatch.setattr(DecodingBatch, "step", lambda self: steps.append(len(self.rows)) or step(self))
+    answers = engine.generate_batch(prompts, GREEDY, batch_size=batch_size)
+    assert max(read) == min(rows, batch_size) and sum(read) == len(prompts) == 37
+    assert max(steps) == min(batch_size, 37)
+    assert answers == [list(engine.generate(prompt, GREEDY)) for prompt in prompts]
+
+
 def test_first_row_of_a_batch_equals_a_single_stream_when_sampling(engine: Engine, prompts) -> None:
     assert engine.generate_batch(prompts, DRAWN)[0] == list(engine.generate(prompts[0], DRAWN))
 
