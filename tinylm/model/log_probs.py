@@ -20,7 +20,7 @@ def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
         logits: [N, V] in any precision; the softmax runs in float32 at least.
         targets: [N] int64.
     """
-    return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+    return -F.cross_entropy(_exact(logits), targets, reduction="none")
 
 
 def head_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
