@@ -81,6 +81,45 @@ def test_bools(words: list[str], expected: bool) -> None:
     assert parse(*words, "--data_path", "x").use_compile is expected
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiling:
+    """How to compile."""
+
+    use_compile: bool | Literal["auto"] = "auto"
+    """Compile the model; auto: where it saves time."""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "auto"),
+        (["--use_compile"], True),
+        (["--use_compile", "0"], False),
+        (["--use_compile", "auto"], "auto"),
+        (["--use_compile=auto"], "auto"),
+        (["--use-compile", "yes"], True),
+    ],
+)
+def test_a_bool_may_have_a_third_word(tmp_path: Path, words: list[str], expected: bool | str) -> None:
+    settings = parse_settings(Compiling, words, "tinylm test", "")
+    assert settings == Compiling(expected) and type(settings.use_compile) is type(expected)
+    file = tmp_path / "same.yaml"
+    file.write_text(settings_to_yaml(settings))
+    assert parse_settings(Compiling, ["--config", str(file)], "tinylm test", "") == settings
+
+
+def test_the_third_word_is_in_the_help_and_in_the_complaint(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, text in (
+        (["--help"], "--use_compile [{1,0,auto}] Compile the model; auto: where it saves time. (default: auto)"),
+        (["--use_compile=autp"], "use_compile is 'autp'; expected true, false or auto; see tinylm test --help"),
+        (["--use_compile", "autp"], "stray 'autp'; expected pairs of --setting value"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_settings(Compiling, words, "tinylm test", "")
+        output = capsys.readouterr()
+        assert text in " ".join((output.out + output.err).split())
+
+
 def test_values_keep_their_type() -> None:
     settings = parse("--data_path", "123", "--seed", "7", "--target_modules", "q_proj,k_proj")
     assert (settings.data_path, settings.seed) == ("123", 7)

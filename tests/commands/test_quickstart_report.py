@@ -56,7 +56,7 @@ def test_the_picture_shows_losses_scores_and_goals(tmp_path):
         wanted = goal["wanted"].replace(">=", "≥").replace("<=", "≤")
         assert shown[place + 1 : place + 4] == [goal["measured"], wanted, "met" if goal["met"] else "missed"]
     assert "2 of 3 goals met" in shown and f"cpu, größe · {HOSTILE}" in shown and HOSTILE in shown
-    assert "right of 7 held-out items" in shown and shown.count("SFT") == 2
+    assert "right of 7 items" in shown and shown.count("SFT") == 2
     assert b"<script" not in picture
 
 

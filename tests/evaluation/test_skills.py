@@ -135,7 +135,7 @@ def test_the_table_the_markdown_and_the_json_say_the_same():
     console.print(board.to_table())
     text = console.file.getvalue()
     skill = tinyworld.SKILLS[0]
-    assert "2 held-out items per skill" in text and skill in text and "base" in text
+    assert "% right of 2 per skill" in text and skill in text and "base" in text
     assert f"| {skill} | 0 | 100 |" in board.to_markdown()
     assert f"| **{MEAN}** | **0** | **100** |" in board.to_markdown()
     data = json.loads(json.dumps(board.to_json()))
@@ -143,6 +143,19 @@ def test_the_table_the_markdown_and_the_json_say_the_same():
     assert [call[1:] for call in calls] == [(done, 38) for done in range(1, 39)]
     assert calls[-1][0] == f"SFT, {tinyworld.SKILLS[-1]}"
     assert Scoreboard.from_json(data) == board
+
+
+def test_a_column_may_answer_fewer_questions_and_the_table_says_so():
+    """The base model answered 1,900 questions, all wrongly, in a third of the scoreboard's time."""
+    engines = {name: ScriptedEngine(lambda reference: reference) for name in ("base", "SFT")}
+    board = scoreboard(engines, tinyworld, GREEDY, num_items=3, fewer_items={"base": 2})
+    assert board.items_per_skill == "3 (base: 2)"
+    asked = {name: len(engine.seen) for name, engine in engines.items()}
+    assert asked == {"base": 2 * len(tinyworld.SKILLS), "SFT": 3 * len(tinyworld.SKILLS)}
+    assert {name: column.num_items for name, column in board.columns.items()} == {"base": 2, "SFT": 3}
+    console = Console(width=120, file=io.StringIO())
+    console.print(board.to_table())
+    assert "% right of 3 (base: 2) per skill" in " ".join(console.file.getvalue().split())
 
 
 def test_columns_side_by_side_are_those_one_after_the_other(model, tokenizer):

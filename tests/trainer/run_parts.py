@@ -15,7 +15,6 @@ from tinylm.commandline.terminal import make_console
 from tinylm.dataset.batches import BatchSampler, StoredSteps
 from tinylm.model.lora import LoRAConfig, apply_lora
 from tinylm.system.runtime import Runtime
-from tinylm.trainer.core.gradients import micro_batches_at_once
 from tinylm.trainer.core.objectives import next_token_loss
 from tinylm.trainer.core.optimizer import make_optimizers
 from tinylm.trainer.run.run import Run
@@ -48,10 +47,9 @@ def make_run(
     sample = lambda: [f"drawn: {torch.rand(1).item() < 2}"]  # noqa: E731 (it also moves the random generator)
     learner = Learner(model, None, optimizers, next_token_loss, sample, save_folder=save)
     rows, rank, world_size = data or Rows(13), *ranks
-    at_once = 1 if settings.use_compile else micro_batches_at_once(settings.batch_size, model, runtime)
     rows_per_step = settings.batch_size * settings.accumulation_steps * world_size
-    sampler = BatchSampler(len(rows), settings.batch_size // at_once, rows_per_step, settings.seed, rank, world_size)
-    plan = Plan(settings, runtime, StoredSteps(rows, sampler, settings.num_workers), at_once)
+    sampler = BatchSampler(len(rows), settings.batch_size, rows_per_step, settings.seed, rank, world_size)
+    plan = Plan(settings, runtime, StoredSteps(rows, sampler, settings.num_workers))
     stage = Stage("pretrain", settings, runtime, make_console(file=io.StringIO(), width=400))
     return Run(stage, learner, plan, Rows(3, seed=9), {"parent": parent or {"path": "out/sft", "weights": "abc"}})
 

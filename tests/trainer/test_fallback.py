@@ -261,7 +261,7 @@ def test_a_model_that_cannot_be_compiled_trains_eagerly_to_the_same_bits(tmp_pat
     run, eager = (make_run(tmp_path / name, use_compile=name == "run", **same) for name in ("run", "eager"))
     compile_with(run, backend)
     run.fit()
-    lines = [line for line in said(run).splitlines() if "compile" in line]
+    lines = [line for line in said(run).splitlines() if "compile" in line and " device " not in line]
     line = "warning: torch.compile failed (OSError: [Errno 28] No space left on device: 'größe'); the run continues"
     assert lines[-1] == f"{line} eagerly" and len(lines) == 1 + good_graphs, lines
     assert len(graphs) == 1 + good_graphs and not run.learner.model.is_compiled
@@ -311,19 +311,70 @@ def test_batches_that_all_differ_are_not_compiled(tmp_path):
     """Preference pairs: each batch was a compilation of its own, until torch gave up."""
     run = make_run(tmp_path, use_compile=True, max_steps=2, dropout=0.0)
     run.learner.model.compile_for_training = lambda *_: pytest.fail("compiled")
-    plain = run.plan.batches
+    plain, lengths = run.plan.batches, itertools.count(10)
     run.plan.batches = lambda start: (
-        [dataclasses.replace(b, **{name: getattr(b, name)[:, : 20 + number] for name in WIDE}) for b in step]
-        for number, step in enumerate(plain(start))
+        [
+            dataclasses.replace(b, **{name: getattr(b, name)[:, :length] for name in WIDE})
+            for b, length in zip(step, lengths, strict=False)
+        ]
+        for step in plain(start)
     )
     run.fit()
-    lines = [line for line in said(run).splitlines() if "compile" in line]
+    lines = [line for line in said(run).splitlines() if "compile" in line and " device " not in line]
     assert lines == [
         "note: every batch has another shape, which torch.compile would compile each; the run is eager"
-    ] and not run.fallback.use_compile  # fmt: skip
+    ] and not run.plan.compiled  # fmt: skip
 
 
 WIDE = ("input_ids", "targets", "position_ids", "document_ids")
+
+
+def test_auto_does_not_speak_of_batches_that_all_differ(tmp_path, monkeypatch):
+    run = long_run(tmp_path, monkeypatch, max_steps=2)
+    shapes = iter([None])
+    run.fallback._shape = lambda: next(shapes)
+    run.learner.model.compile_for_training = lambda *_: pytest.fail("compiled")
+    run.fit()
+    assert "compile" not in said(run) and not run.plan.compiled
+
+
+def long_run(folder, monkeypatch, seconds=3600.0, compiler="/usr/bin/größe++", **changes) -> Run:
+    """A run that is expected to take so long; to compile it does nothing."""
+    monkeypatch.setattr("tinylm.trainer.run.run.expected_seconds", lambda *_: seconds)
+    monkeypatch.setattr("tinylm.trainer.run.fallback.cpp_compiler", lambda: compiler)
+    run = make_run(folder, **{"dropout": 0.0, "max_steps": 5, **changes})
+    run.learner.model.compile_for_training = lambda *_: None
+    return run
+
+
+def test_auto_compiles_a_long_run_and_a_resumed_run_computes_as_before(tmp_path, monkeypatch):
+    """The two ways to compute differ in the last bits, so the state keeps which one it was."""
+    interrupt_at(long_run(tmp_path / "long", monkeypatch), 4)
+    interrupt_at(long_run(tmp_path / "short", monkeypatch, seconds=60.0), 4)
+    for name, seconds, compiled in (("long", 60.0, True), ("short", 3600.0, False)):
+        run = long_run(tmp_path / name, monkeypatch, seconds, resume=True)
+        run.fit()
+        assert run.progress.step == 3 and run.plan.compiled is compiled
+        assert ("cpu, float32, compiled" in said(run)) is ("compiled in the first step" in said(run)) is compiled
+        lineage = json.loads((tmp_path / name / "pretrain_16_epoch1" / "lineage.json").read_text())
+        assert lineage.get("compiled", False) is compiled
+
+
+@pytest.mark.parametrize(("asked", "compiled"), [(True, True), (False, False)])
+def test_a_resumed_run_obeys_a_flag_that_is_given(tmp_path, monkeypatch, asked, compiled):
+    interrupt_at(long_run(tmp_path, monkeypatch, seconds=60.0 if asked else 3600.0), 4)
+    run = long_run(tmp_path, monkeypatch, resume=True, use_compile=asked)
+    run.fit()
+    assert run.progress.step == 3 and run.plan.compiled is compiled
+
+
+def test_auto_without_a_compiler_says_what_one_would_gain(tmp_path, monkeypatch):
+    run = long_run(tmp_path, monkeypatch, compiler=None)
+    run.learner.model.compile_for_training = lambda *_: pytest.fail("compiled")
+    run.fit()
+    lines = [line for line in said(run).splitlines() if "note" in line]
+    assert lines == ["note: a C++ compiler, such as g++, would make this run faster, but there is none"]
+    assert not run.plan.compiled
 
 
 @QUIET
@@ -334,7 +385,7 @@ def test_what_fails_eagerly_too_is_the_error_that_it_is(tmp_path):
     objective = run.learner.objective
 
     def broken(model, batch):
-        if model.is_compiled or run.steps_done or not run.fallback.use_compile:
+        if model.is_compiled or run.steps_done or not run.plan.compiled:
             raise ValueError("position_ids reach 77")
         return objective(model, batch)
 

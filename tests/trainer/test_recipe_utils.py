@@ -53,6 +53,7 @@ def test_rows_are_as_long_as_the_context_but_not_longer_than_the_default(asked, 
     ("settings", "shape", "at_once"),
     [
         ({}, {}, 2),
+        ({"use_compile": False}, {}, 2),
         ({"use_compile": True}, {}, 1),
         ({}, {"hidden_dropout": 0.1}, 1),
         ({"world_size": 3}, {}, 1),

@@ -14,7 +14,7 @@ from trainer_parts import Rows
 
 from tinylm.checkpoint import training_state
 from tinylm.trainer.core.loop import StepReport
-from tinylm.trainer.run.estimate import Memory
+from tinylm.trainer.run.estimate import Memory, expected_seconds
 from tinylm.trainer.run.report import MetricsLog
 
 
@@ -39,7 +39,8 @@ def test_the_plan_estimates_time_and_memory(tmp_path, sharding):
     operations = tokens * run.learner.model.training_flops_per_token(24.0)
     memory = Memory(fixed=0.9e9, per_row=0.05e9, rows=2, limit=24.25e9)
     speed = operations / (7620 * 3 * 0.4)  # a process reaches 40% of it
-    run.report.print_plan(speed, memory, run.validation_data)
+    seconds = expected_seconds(run.plan, speed, run.report.flops_per_token, run.validation_data)
+    run.report.print_plan(speed, seconds, memory)
     assert plan_of(run, "estimate") == "about 2h07m, 1.0 of 24.2 GB of memory"
     total, trained = run.report.num_parameters, run.report.num_trained
     assert 0 < trained < total
@@ -64,7 +65,7 @@ def test_the_plan_estimates_time_and_memory(tmp_path, sharding):
 )
 def test_the_plan_says_what_max_steps_means_for_the_data(tmp_path, settings, text):
     run = make_run(tmp_path, **settings)
-    run.report.print_plan(1e9, Memory(0.0, 1.0, 1, None), None)
+    run.report.print_plan(1e9, 1.0, Memory(0.0, 1.0, 1, None))
     assert plan_of(run, "steps") == text and plan_of(run, "estimate").endswith(", 0.0 GB of memory")
 
 

@@ -188,7 +188,8 @@ def _normalize_flags(argv: list[str], hints: dict[str, Any], prog: str) -> list[
             _fail(prog, f"unknown flag --{name}; {did_you_mean(name, known, '--')}see {prog} --help")
         if _is_bool(hints.get(name)):
             if not equals:
-                value = rest.pop(0) if rest and rest[0].lower() in BOOL_WORDS else "true"
+                words = {*BOOL_WORDS, *_choices(hints[name])}
+                value = rest.pop(0) if rest and rest[0].lower() in words else "true"
             value = BOOL_WORDS.get(value.lower(), value)
         elif not equals:
             if not rest or _flag_name(rest[0]) in known:
@@ -328,6 +329,8 @@ def _type_name(hint: Any) -> str:
     """A type in words: `one of a, b`, `a whole number or null`."""
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(str(choice) for choice in typing.get_args(hint) if choice != "")
+    if _is_bool(hint) and (choices := _choices(hint)):
+        return f"true, false or {' or '.join(choices)}"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_type_name(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) in (list, tuple):
@@ -337,8 +340,8 @@ def _type_name(hint: Any) -> str:
 
 def _metavar(name: str, hint: Any) -> str:
     """What --help shows for the value: the choices, the form of a list, or the last word of the name."""
-    if hint is bool:
-        return "[{1,0}]"  # the flag alone means 1
+    if _is_bool(hint):
+        return "[{" + ",".join(["1", "0", *_choices(hint)]) + "}]"  # the flag alone means 1
     if typing.get_origin(hint) is typing.Literal:
         return "{" + ",".join(str(choice) for choice in typing.get_args(hint) if choice != "") + "}"
     return "A,B,..." if typing.get_origin(hint) in (list, tuple) else name.rpartition("_")[2].upper()
@@ -346,6 +349,12 @@ def _metavar(name: str, hint: Any) -> str:
 
 def _is_bool(hint: Any) -> bool:
     return hint is bool or bool in typing.get_args(hint)
+
+
+def _choices(hint: Any) -> list[str]:
+    """The words that a union such as `bool | Literal["auto"]` takes."""
+    parts = [part for part in typing.get_args(hint) if typing.get_origin(part) is typing.Literal]
+    return [str(choice) for part in parts for choice in typing.get_args(part)]
 
 
 def _is_text(hint: Any) -> bool:

@@ -60,8 +60,7 @@ def draw_report(
         box = EDGE + number * (PANEL_WIDTH + PANEL_GAP), 80.0, PANEL_WIDTH, PANEL_HEIGHT
         Panel(drawing, box, curves).draw()
     drawing.text(EDGE, 276, CAPTION, 11, MUTED)
-    num_items = next(iter(board.columns.values())).num_items
-    draw_scores(drawing, EDGE, f"right of {num_items} held-out items", board, skills, TOP)
+    draw_scores(drawing, EDGE, f"right of {board.items_per_skill} items", board, skills, TOP)
     beside = EDGE + COLUMN + GAP
     draw_scores(drawing, beside, "over all skills", board, summary, TOP)
     draw_goals(drawing, beside, goals, TOP + (len(summary) + 2) * LINE + 26)

@@ -31,6 +31,8 @@ from tinylm.system.runtime import Runtime
 
 COLUMNS = {"base": "pretrain", "SFT": "full_sft", "LoRA": "lora", "DPO": "dpo"}
 """The columns of the scoreboard, and the stage of each."""
+MOST_BASE_ITEMS = 20
+"""Questions of a skill that the base model answers at most: it has never seen a chat, and no answer of it is right."""
 GREEDY = SamplingSettings(temperature=0.0, max_new_tokens=80)
 AS_IN_CHAT = SamplingSettings(max_new_tokens=80)
 """The default temperature, at which people chat."""
@@ -108,6 +110,7 @@ def measure(folders: dict[str, Path], num_items: int, runtime: Runtime, console:
             GREEDY,
             reference="SFT",
             num_items=num_items,
+            fewer_items={"base": min(num_items, MOST_BASE_ITEMS)},
             at_once=num_cores(runtime.device),
             progress=show_and_stop,
         )

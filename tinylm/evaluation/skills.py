@@ -208,10 +208,18 @@ class Scoreboard:
         report = self.columns[column]
         return report.accuracy.get(row, report.summary.get(row))
 
+    @property
+    def items_per_skill(self) -> str:
+        """How many questions of a skill the models answered: "100", or "100 (base: 20)" where one answered fewer."""
+        counts = {name: report.num_items for name, report in self.columns.items()}
+        most = max(counts.values())
+        fewer = ", ".join(f"{name}: {count}" for name, count in counts.items() if count != most)
+        return f"{most} ({fewer})" if fewer else str(most)
+
     def to_table(self, title: str | None = None) -> Table:
         """A rich table; shares as percentages."""
-        num_items = next(iter(self.columns.values())).num_items
-        table = Table(title=title or f"TinyWorld, {num_items} held-out items per skill, % right", title_justify="left")
+        title = title or f"TinyWorld, % right of {self.items_per_skill} per skill"
+        table = Table(title=title, title_justify="left")
         table.add_column("skill")
         for column in self.columns:
             table.add_column(column, justify="right")
@@ -267,6 +275,7 @@ def scoreboard(
     *,
     reference: str | None = None,
     num_items: int = 100,
+    fewer_items: Mapping[str, int] | None = None,
     split: str = "test",
     seed: int = 0,
     at_once: int = 1,
@@ -278,6 +287,8 @@ def scoreboard(
         models: column name -> engine, in the order of the columns.
         reference: the column that preference training started from (such as `SFT`); every other column then
             gets the row on preferences, relative to it.
+        num_items: questions per skill, and preference pairs.
+        fewer_items: column name -> questions per skill, where a model need not answer all to show what it can do.
         at_once: skills in work at a time, each on CPU cores of its own; more than 1 asks for greedy replies. An
             interruption waits for these only.
         progress: called with (what was scored, pieces of work done, all of them). An exception that it raises ends the
@@ -286,12 +297,13 @@ def scoreboard(
     if reference is not None and reference not in models:
         raise ValueError(f"reference {reference!r}; expected one of the columns: {', '.join(models)}")
     base = None if reference is None else as_reference(models[reference].model)
+    asked = fewer_items or {}
 
     def score(piece: tuple[str, str]) -> Any:
         name, row = piece
         if row == PREFERENCE and base is not None:
             return _preference_share(models[name], world, num_items, split, base)
-        return _score_skill(models[name], world, settings, row, num_items, split, seed)
+        return _score_skill(models[name], world, settings, row, asked.get(name, num_items), split, seed)
 
     rows = {
         name: (*world.SKILLS, *((PREFERENCE,) if base is not None and name != reference else ())) for name in models

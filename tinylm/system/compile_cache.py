@@ -14,6 +14,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def cpu_name() -> str:
         lines = set(re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.MULTILINE))
     facts = "\n".join([platform.machine(), platform.processor(), *sorted(lines)])
     return hashlib.sha256(facts.encode()).hexdigest()[:8]
+
+
+def cpp_compiler() -> str | None:
+    """The path of the C++ compiler that torch would call for a CPU; None if there is none."""
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX", default))
 
 
 def size_of_compiled_code(cache: Path) -> int:

@@ -24,7 +24,6 @@ from tinylm.model.weights import weights_fingerprint
 from tinylm.system.code_version import code_version
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.distributed import is_sharded
-from tinylm.trainer.core.gradients import micro_batches_at_once
 from tinylm.trainer.run.run import Run
 from tinylm.trainer.run.run_folder import RunFolder
 from tinylm.trainer.run.stage import Learner, Plan, Stage
@@ -162,13 +161,11 @@ def make_run(stage: Stage, learner: Learner, data: tuple[Dataset, Dataset | None
     """The run of a stage: its plan and lineage, from the learner and the (training, validation) data."""
     settings, runtime = stage.settings, stage.runtime
     train_data, validation_data = data
-    at_once = 1 if settings.use_compile else micro_batches_at_once(settings.batch_size, learner.model, runtime)
-    rows_per_micro_batch = settings.batch_size // at_once
     rows_per_step = settings.batch_size * settings.accumulation_steps * runtime.world_size
     sampler = BatchSampler(
-        len(train_data), rows_per_micro_batch, rows_per_step, settings.seed, runtime.rank, runtime.world_size
+        len(train_data), settings.batch_size, rows_per_step, settings.seed, runtime.rank, runtime.world_size
     )
-    plan = Plan(settings, runtime, StoredSteps(train_data, sampler, settings.num_workers), at_once)
+    plan = Plan(settings, runtime, StoredSteps(train_data, sampler, settings.num_workers))
     lineage = {
         "parent": learner.parent,
         "document_start": learner.parent["document_start"] if learner.parent else True,

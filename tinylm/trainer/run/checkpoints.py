@@ -171,6 +171,7 @@ class Checkpoints(RunFolder):
             **({"skipped_steps": progress.num_skipped} if progress.num_skipped else {}),
             **({"changed_on_resume": progress.changes} if progress.changes else {}),
             **({"lowered_batch_size": progress.lowered_batch_size} if progress.lowered_batch_size else {}),
+            **({"compiled": True} if self.plan.compiled else {}),
         }
         with unsharded(self.learner.model):
             if self.stage.runtime.is_main:
@@ -233,6 +234,7 @@ class Checkpoints(RunFolder):
             "num_skipped": progress.num_skipped,
             "changed_on_resume": progress.changes,
             "lowered_batch_size": progress.lowered_batch_size,
+            "compiled": self.plan.compiled,
             "best_validation_loss": progress.best_validation_loss,
             "first_losses": progress.first_losses,
             "first_weights": self.movement.fingerprint,
@@ -276,6 +278,8 @@ class Checkpoints(RunFolder):
         self.progress.num_skipped = state["num_skipped"]
         self.progress.best_validation_loss = state["best_validation_loss"]
         self.progress.first_losses = state.get("first_losses", [])
+        if self.stage.settings.use_compile == "auto":
+            self.plan.compiled = state.get("compiled", False)
         self.progress.changes = [*state.get("changed_on_resume", []), *changes]
 
     def _newest_state(self) -> TrainingState | None:

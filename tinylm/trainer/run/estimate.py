@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tinylm.dataset.batches import Dataset
+from tinylm.model.config import TinyLMConfig
 from tinylm.system.memory import is_out_of_memory, memory_limit, used_memory
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.run.stage import Learner, Plan
@@ -27,6 +28,12 @@ OVERHEAD = {"cpu": 0.3e9, "cuda": 0.6e9}
 """Bytes that the libraries take for themselves when they begin to compute."""
 USABLE = 0.95
 """Share of the memory that a run may plan with."""
+COMPILED_SAVES = {"cpu": 0.15, "cuda": 0.2}
+"""Share of a run's time that compiling saves, measured; on a CPU only for models of at most `NARROW`."""
+NARROW = 384
+"""Width up to which the products leave a CPU time to lose: `tiny` (256 wide) gains, `small` (512) does not."""
+WORTH_COMPILING = 120.0
+"""Seconds that compiling must save; it takes half a minute to a minute itself."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def expected_memory(learner: Learner, plan: Plan) -> Memory:
     used = used_memory(device)  # the weights are part of it
     state = trained * (12 + (12 if kind == "cpu" else 0)) / holders
     state += plan.at_once * _copied_weights(learner, plan)
-    kept = COMPILED_SHARE if settings.use_compile else 1.0
+    kept = COMPILED_SHARE if plan.compiled else 1.0
     per_row = SAVED_FACTOR[kind] * kept * _saved_bytes(learner, plan)
     return Memory(used + OVERHEAD[kind] + state, per_row, plan.rows_in_memory, limit)
 
@@ -151,6 +158,14 @@ def expected_seconds(plan: Plan, matmul_flops: float, flops_per_token: float, va
         batches = num_batches_of(validation, settings.batch_size, settings.eval_batches)
         rows += VALIDATION_COST * plan.num_validations() * min(len(validation), batches * settings.batch_size)
     return rows * settings.max_seq_len * per_token
+
+
+def compiling_saves_time(config: TinyLMConfig, device: torch.device, seconds: float) -> bool:
+    """Whether a run of `seconds` would be shorter with torch.compile by more than compiling takes."""
+    share = COMPILED_SAVES.get(device.type, 0.0)
+    if device.type == "cpu" and config.hidden_size > NARROW:
+        return False
+    return share * seconds > WORTH_COMPILING
 
 
 class Pace:

@@ -1,7 +1,7 @@
-"""What a run does when a step cannot be computed as planned: smaller micro-batches, or no compilation.
+"""How a run computes its steps, compiled or not, and what it does when a step cannot be computed as planned.
 
-The step is computed again in the other way, from the same weights and seeds. So the run continues, to the bit, as one
-that was planned like this from that step on.
+Such a step is computed again, in smaller micro-batches or without compilation, from the same weights and seeds. So the
+run continues, to the bit, as one that was planned like this from that step on.
 """
 
 from __future__ import annotations
@@ -10,45 +10,67 @@ from itertools import islice
 
 import torch
 
+from tinylm.system.compile_cache import cpp_compiler
 from tinylm.system.memory import free_memory
 from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.core.failed_steps import StepFailed, first_line
 from tinylm.trainer.core.gradients import micro_batches_at_once
 from tinylm.trainer.run.checkpoints import Progress
+from tinylm.trainer.run.estimate import compiling_saves_time
 from tinylm.trainer.run.stage import Learner, Plan, Stage
 
 
 class Fallback:
-    """Changes the plan of a run, in place, after a step that could not be computed."""
+    """Changes the plan of a run, in place: before the first step, and after one that could not be computed."""
 
     def __init__(self, stage: Stage, learner: Learner, plan: Plan, progress: Progress) -> None:
         self.stage, self.learner, self.plan, self.progress = stage, learner, plan, progress
-        self.use_compile = stage.settings.use_compile
-        """Whether the model is to run compiled; False after that failed."""
+        self._cut_batches(plan.batch_size)
 
     def resume(self) -> None:
         """Continue with the batch size that the resumed run had after memory ran out."""
         if size := self.progress.lowered_batch_size:
             self._cut_batches(size)
-            self.stage.console.print(
-                f"note: {size} {self._unit} at a time, because memory did not suffice for more before"
-            )
+            self._note(f"{size} {self._unit} at a time, because memory did not suffice for more before")
+
+    def decide_to_compile(self, seconds: float) -> None:
+        """Decide whether the model runs compiled: as told, or for `auto` where a run of `seconds` gains by it.
+
+        A resumed run computes as it did before. Batches that all have another shape would be compiled each.
+        """
+        plan, runtime = self.plan, self.stage.runtime
+        is_auto = self.stage.settings.use_compile == "auto"
+        if is_auto and not self.progress.step:
+            gains = compiling_saves_time(self.learner.model.config, runtime.device, seconds)
+            plan.compiled = runtime.any_rank(gains)
+        if plan.compiled and runtime.any_rank(self._shape() is None):
+            plan.compiled = False
+            if not is_auto:
+                self._note("every batch has another shape, which torch.compile would compile each; the run is eager")
+        lacks_compiler = runtime.device.type == "cpu" and cpp_compiler() is None
+        if is_auto and plan.compiled and runtime.any_rank(lacks_compiler):
+            plan.compiled = False
+            self._note("a C++ compiler, such as g++, would make this run faster, but there is none")
+        self._cut_batches(plan.batch_size)
+
+    def _shape(self) -> tuple[int, int] | None:
+        """Rows and tokens of a micro-batch; None if every batch has another shape."""
+        first, *others = (batch.input_ids.shape for step in islice(self.plan.batches(0), 2) for batch in step)
+        return (first[0], first[1]) if first in others else None
+
+    def _note(self, words: str) -> None:
+        self.stage.console.print(f"note: {words}")
 
     def compile(self) -> None:
-        """Compile the model for the shape of a whole micro-batch, unless every batch has another shape.
+        """Compile the model for the shape of a whole micro-batch.
 
         Most faults show only when it computes; several processes try that here, together.
         """
         model, runtime, reason = self.learner.model, self.stage.runtime, ""
-        first, *others = (batch.input_ids.shape for step in islice(self.plan.batches(0), 2) for batch in step[:1])
-        if first not in others:
-            self._run_eagerly()
-            self.stage.console.print(
-                "note: every batch has another shape, which torch.compile would compile each; the run is eager"
-            )
-            return
+        if warning := self.stage.cache_warning:
+            self.stage.console.print(f"warning: {warning}")
         try:
-            model.compile_for_training(not is_sharded(model), (first[0], first[1]))
+            model.compile_for_training(not is_sharded(model), self._shape())
             if runtime.world_size > 1:
                 self._compute_and_forget()
         except Exception as error:
@@ -88,11 +110,11 @@ class Fallback:
         return self.plan.source.unit
 
     def _cut_batches(self, size: int) -> None:
-        parts = 1 if self.use_compile else micro_batches_at_once(size, self.learner.model, self.stage.runtime)
+        parts = 1 if self.plan.compiled else micro_batches_at_once(size, self.learner.model, self.stage.runtime)
         self.plan.cut_batches(size, parts)
 
     def _run_eagerly(self) -> None:
-        self.use_compile = False
+        self.plan.compiled = False
         self.learner.model.run_eagerly()
         self._cut_batches(self.plan.batch_size)
 

@@ -19,11 +19,10 @@ from tinylm.commandline.terminal import (
     print_facts,
     progress,
 )
-from tinylm.dataset.batches import Dataset
 from tinylm.files.atomic import atomic_write
 from tinylm.trainer.core.loop import StepReport
 from tinylm.trainer.run.checkpoints import Checkpoints
-from tinylm.trainer.run.estimate import Memory, Pace, expected_seconds
+from tinylm.trainer.run.estimate import Memory, Pace
 
 
 class RunReport:
@@ -45,19 +44,20 @@ class RunReport:
         self.words: list[str] = []
         self.show: ShowProgress = lambda words, done=None, total=None, is_due=False: None
 
-    def print_plan(self, matmul_flops: float, memory: Memory, validation_data: Dataset | None) -> None:
+    def print_plan(self, matmul_flops: float, seconds: float, memory: Memory) -> None:
         """Print the plan: sizes, steps, device, estimated time and memory.
 
         Args:
             matmul_flops: the device's measured speed, in operations per second.
+            seconds: what the run is expected to take.
         """
         self.matmul_flops = matmul_flops
         settings, runtime, plan = self.stage.settings, self.stage.runtime, self.plan
-        seconds = expected_seconds(plan, matmul_flops, self.flops_per_token, validation_data)
         device = f"{runtime.device}, {str(runtime.compute_dtype).removeprefix('torch.')}"
         if runtime.world_size > 1:
             shares = ", each a share of the model" if settings.sharding == "fsdp" else ""
             device += f", {runtime.world_size} processes{shares}"
+        device += ", compiled" if plan.compiled else ""
         total, trained = self.num_parameters, self.num_trained
         share = f", of which {trained:,} train ({trained / total:.2%})" if trained < total else ""
         of = f" of {memory.limit / 1e9:,.1f}" if memory.limit else ""

@@ -24,7 +24,7 @@ from tinylm.trainer.core.distributed import is_sharded
 from tinylm.trainer.core.failed_steps import StepFailed, first_line
 from tinylm.trainer.core.loop import StepReport, fit
 from tinylm.trainer.run.checkpoints import Checkpoints, Progress
-from tinylm.trainer.run.estimate import expected_memory, require_memory
+from tinylm.trainer.run.estimate import expected_memory, expected_seconds, require_memory
 from tinylm.trainer.run.fallback import Fallback
 from tinylm.trainer.run.report import MetricsLog, RunReport
 from tinylm.trainer.run.stage import Learner, Plan, Stage
@@ -78,14 +78,17 @@ class Run:
                 self.fallback.resume()
             else:
                 self.checkpoints.require_free()
+            matmul_flops = measured_matmul_flops(self.stage.runtime)
+            seconds = expected_seconds(plan, matmul_flops, self.report.flops_per_token, self.validation_data)
+            self.fallback.decide_to_compile(seconds)
             memory = expected_memory(learner, plan)
             require_memory(memory, plan)
             self.rise = RiseWatch(plan.num_steps, self.progress.first_losses)
-            self.report.print_plan(measured_matmul_flops(self.stage.runtime), memory, self.validation_data)
+            self.report.print_plan(matmul_flops, seconds, memory)
             if not self.checkpoints.should_resume():
                 self.checkpoints.clear()
             start = self.progress.step
-            if self.fallback.use_compile:
+            if plan.compiled:
                 self.fallback.compile()
             with (
                 self.metrics.opened(start, self.progress.evaluation_pending),
@@ -165,7 +168,7 @@ class Run:
         self._save(report.step)
 
     def _log(self, report: StepReport) -> None:
-        if self.fallback.use_compile and report.step == self.progress.step + 1:
+        if self.plan.compiled and report.step == self.progress.step + 1:
             self.stage.console.print(f"compiled in the first step, which took {format_seconds(report.seconds)}")
         record = self.report.show_step(report)
         is_first_or_last = report.step in (1, report.num_steps)

@@ -35,6 +35,8 @@ class Stage(Generic[Settings]):
     settings: Settings
     runtime: Runtime
     console: Console
+    cache_warning: str | None = None
+    """What is wrong with the folder for compiled code; to be said if the run is compiled."""
 
     def with_settings(self, **changes: Any) -> Stage[Settings]:
         """The same stage with some settings replaced."""
@@ -45,12 +47,11 @@ def start_stage(name: str, settings: Settings) -> Stage[Settings]:
     """Choose device and precision, join the other processes, seed the generators, and find room for compiled code."""
     runtime = setup_runtime(settings.device, settings.dtype, settings.timeout, settings.seed)
     seed_everything(settings.seed)
-    stage = Stage(name, settings, runtime, make_console(runtime.is_main))
+    warning = None
     if settings.use_compile:
         cache = shared_cache(*(getattr(settings, name, None) for name in ("cache_dir", "cache_gb")))
-        if warning := keep_compiled_code(cache.root if cache is not None else None):
-            stage.console.print(f"warning: {warning}")
-    return stage
+        warning = keep_compiled_code(cache.root if cache is not None else None)
+    return Stage(name, settings, runtime, make_console(runtime.is_main), warning)
 
 
 @dataclass
@@ -81,14 +82,16 @@ class Plan:
 
     Args:
         source: the batches of each step.
-        at_once: micro-batches computed at a time.
     """
 
-    def __init__(self, settings: TrainSettings, runtime: Runtime, source: StepSource, at_once: int = 1) -> None:
-        self.settings, self.runtime = settings, runtime
-        self.source, self.at_once = source, at_once
+    def __init__(self, settings: TrainSettings, runtime: Runtime, source: StepSource) -> None:
+        self.settings, self.runtime, self.source = settings, runtime, source
+        self.at_once = 1
+        """Micro-batches computed at a time, each on its own CPU cores."""
         self.batch_size = settings.batch_size
         """Rows that a process computes at a time, all parts together; lower than asked for after memory ran out."""
+        self.compiled = settings.use_compile is True
+        """Whether the model runs through torch.compile; `auto` decides later, and False after it failed."""
 
     @property
     def steps_per_epoch(self) -> int:

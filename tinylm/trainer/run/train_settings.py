@@ -104,8 +104,8 @@ class TrainSettings:
     """seconds after which a process that does not answer counts as lost, with several processes"""
     num_workers: int = 0
     """threads that prepare batches ahead"""
-    use_compile: bool = False
-    """compile the model with torch.compile (needs a C++ compiler on a CPU)"""
+    use_compile: bool | Literal["auto"] = "auto"
+    """run the model through torch.compile (on a CPU it needs a C++ compiler); auto: where it saves time"""
     seed: int = 42
     """seed of initialisation, data order and dropout"""
 
