@@ -17,6 +17,7 @@ import xllamacpp
 from torch import Tensor
 
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.tokenizer.tokenizer import Tokenizer
 
 
 class LlamaCpp:
@@ -86,3 +87,14 @@ def greedy(model: TinyLMForCausalLM, ids: list[int], num_tokens: int = 64) -> li
         logprobs[[0, 2]] = -math.inf
         all_ids.append(int(logprobs.argmax()))
     return all_ids[len(ids) :]
+
+
+def bits_per_byte(llama_cpp: LlamaCpp, tokenizer: Tokenizer, texts: list[str], start: list[int]) -> float:
+    """How well llama.cpp predicts texts; each begins with the ids `start`, which are not predicted."""
+    nats, num_bytes = 0.0, 0
+    for text in texts:
+        ids = start + tokenizer.encode(text)
+        for place in range(max(len(start), 1), len(ids)):
+            nats -= float(llama_cpp.next_logprobs(ids[:place], tokenizer.vocab_size)[ids[place]])
+            num_bytes += len(tokenizer.token_bytes(ids[place]))
+    return nats / math.log(2) / num_bytes
