@@ -113,7 +113,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
             output_dir=str(out / "pretrain"),
             tokenizer_path=str(out / "tokenizer"),
             preset="tiny",
-            tinyworld_documents=settings.sized(12_500),
+            tinyworld_documents=settings.sized(10_600),
             qk_norm=True,
             learning_rate=1.2e-2,
             final_lr_fraction=0.5,
@@ -122,7 +122,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
         train_full_sft.FullSFTSettings(
             output_dir=str(out / "full_sft"),
             model_path=str(out / "pretrain"),
-            tinyworld_chats=settings.sized(8_000),
+            tinyworld_chats=settings.sized(6_800),
             learning_rate=6e-3,
             final_lr_fraction=0.05,
             **shared,

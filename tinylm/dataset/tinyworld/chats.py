@@ -72,11 +72,13 @@ WELCOME = "You are welcome!"
 _NICE_TO_MEET_YOU = "Hello! It is nice to meet you."
 _WELL = "I am well, thank you."
 
-# Relative frequencies. Stories are the hard part: half of all chats are about one (see `make_chat`).
+# Relative frequencies. More stories do not teach to answer questions about them sooner; more of the other skills does
+# (docs/trials.md), so most chats are about these.
+STORY_SHARE, SMALL_TALK_SHARE = 0.38, 0.04
 _STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 26}
 _CLOSED_WEIGHTS = {
-    "write_story": 20, "addition": 15, "subtraction": 16, "counting": 11, "comparing": 14, "sorting": 16, "spelling": 5,
-    "reversing": 6, "opposites": 4, "categories": 5, "greeting": 3, "identity": 4, "one_word": 15, "capitals": 5,
+    "write_story": 22, "addition": 19, "subtraction": 20, "counting": 10, "comparing": 17, "sorting": 18, "spelling": 5,
+    "reversing": 9, "opposites": 5, "categories": 6, "greeting": 3, "identity": 3, "one_word": 22, "capitals": 7,
 }  # fmt: skip
 SKILLS = (*_STORY_WEIGHTS, *_CLOSED_WEIGHTS)
 _STORY_DRAW = (tuple(_STORY_WEIGHTS), tuple(_STORY_WEIGHTS.values()))
@@ -188,7 +190,7 @@ def _story_chat(chat: _Chat, split: str, num_questions: int, last_skill: str | N
     for k in range(num_questions):
         if last is not None and k == num_questions - 1:
             question = last
-        elif rng.random() < 0.10:
+        elif rng.random() < 0.15:
             question = _one_word_story(rng, story, split)
         else:
             skill = rng.choices(*_STORY_DRAW)[0]
@@ -226,18 +228,18 @@ def make_chat(
 ) -> tuple[list[Message], Question]:
     """A chat that ends with the answer to a question of `skill` (of any skill if None), and this last question.
 
-    Without a skill, half of the chats are about a story, 4% are small talk, and the rest are questions without a
-    story. A chat has at least three questions, but never more than `max_questions`.
+    Without a skill, `STORY_SHARE` of the chats are about a story, `SMALL_TALK_SHARE` are small talk, and the rest are
+    questions without a story. A chat has at least three questions, but never more than `max_questions`.
     """
     if skill is not None and skill not in SKILLS:
         raise ValueError(f"skill {skill!r}; expected one of {', '.join(SKILLS)}; choose one of them")
     chat, draw = _Chat(rng, voice), rng.random()
     about_story = (
-        skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < 0.5)
+        skill in STORY_QUESTION_SKILLS or (skill == "one_word" and draw < 0.5) or (skill is None and draw < STORY_SHARE)
     )
     if about_story:
         _story_chat(chat, split, min(max_questions, rng.randint(5, 7)), skill)
-    elif skill is None and draw < 0.54 and max_questions >= 4:
+    elif skill is None and draw < STORY_SHARE + SMALL_TALK_SHARE and max_questions >= 4:
         _small_talk(chat, split)
     else:
         _closed_chat(chat, split, min(max_questions, rng.randint(3, 7)), skill)
