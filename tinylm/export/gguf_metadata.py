@@ -124,7 +124,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     names, types = token_list(tokenizer, config.vocab_size)
     model = tokenizer.definition["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
+    bos, eos, pad = config.bos_token_id, next(iter(config.eos_token_ids), None), config.pad_token_id
     adds_bos = is_base_model(tokenizer, lineage) and bool(lineage.get("document_start"))
     if adds_bos:
         bos = tokenizer.endoftext_id
@@ -141,7 +141,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     writer.add_add_eos_token(False)
     if tokenizer.has_chat_tokens:
         writer.add_eot_token_id(tokenizer.im_end_id)
-        writer.add_chat_template(CHAT_TEMPLATE)
+    if tokenizer.can_chat:
+        writer.add_chat_template(tokenizer.their_template or CHAT_TEMPLATE)
     return types.count(gguf.TokenType.UNUSED)
 
 
