@@ -156,12 +156,8 @@ UNSAFE = {
         [USER, ANSWER],
         "",
     ),
-    "blocks": (
-        "qwen",
-        BLOCKS.replace("loop", "x").replace("== 'assistant'", "== 'user'"),
-        CHATS[-1],
-        "generation blocks",
-    ),
+    "blocks": ("qwen", USER_BLOCKS, CHATS[2], "2 generation blocks for 1 answers"),
+    "blocks elsewhere": ("qwen", USER_BLOCKS, CHATS[-1], "the generation block for message 2 does not hold its text"),
     "refused": ("llama2", INST, [USER, AGAIN, ANSWER], "refuses this chat: 'roles must alternate'"),
 }
 

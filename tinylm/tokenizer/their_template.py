@@ -102,6 +102,13 @@ def _spans_of_blocks(
             f"the chat template has {len(spans)} generation blocks for {len(answers)} answers, so they cannot be told "
             f"apart safely; {_OURS}"
         )
+    for number, (start, end) in zip(answers, spans, strict=True):
+        written = guarded[number]["content"].rpartition("</think>")[2].strip()  # templates drop what was thought before
+        if written not in text[start:end]:
+            raise ValueError(
+                f"the generation block for message {number} does not hold its text, so the answers to learn cannot be "
+                f"told apart safely; {_OURS}"
+            )
     return text, spans
 
 
