@@ -40,6 +40,8 @@ SHAPES = {
     },
     "yarn": {"rope_scaling": YARN},
     "qk_norm and yarn": {"qk_norm": True, "rope_scaling": {**YARN, "attention_factor": 0.8}},
+    "slow yarn": {"rope_scaling": {**YARN, "beta_slow": 2.0}},
+    "fast yarn": {"rope_theta": 100.0, "rope_scaling": {**YARN, "beta_fast": 3.0}},
     "another yarn": {"rope_scaling": _ODD_YARN},
     "mscale yarn": {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
     "odd vocabulary": {"vocab_size": 379, "hidden_size": 56, "rms_norm_eps": 1e-3, "rope_theta": 1e4},
