@@ -7,11 +7,15 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tinylm.model.hf_config import config_to_hf
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -37,9 +41,8 @@ def trained_model(**changes) -> TinyLMForCausalLM:
 def reference_of(model: TinyLMForCausalLM):
     """transformers' model with these weights, built from our config.json's contents."""
     data = config_to_hf(model.config)
-    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-    config_class, model_class = classes[data["model_type"]]
-    reference = model_class(config_class(**data, attn_implementation="eager")).eval()
+    config = AutoConfig.for_model(**data)
+    reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     reference.load_state_dict(model.state_dict(), strict=True)
     return reference
 

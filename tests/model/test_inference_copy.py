@@ -12,7 +12,12 @@ from tinylm.model import inference_copy as module
 from tinylm.model.inference_copy import inference_copy
 from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
 
-SHAPES = [{}, {"qk_norm": True, "num_key_value_heads": 1}, {"attention_bias": True, "mlp_bias": True}]
+SHAPES = [
+    {},
+    {"qk_norm": True, "num_key_value_heads": 1},
+    {"attention_bias": True, "mlp_bias": True},
+    {"qkv_bias": True},
+]
 
 
 def steps(model, ids):

@@ -8,14 +8,15 @@ import dataclasses
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from tests.model.small_models import YARN, random_ids, reference_of, small_config, small_model, trained_model
+from tests.model.small_models import LLAMA3, YARN, random_ids, reference_of, small_config, small_model, trained_model
 from tinylm.model import attention as attention_module
 from tinylm.model.attention import document_starts
-from tinylm.model.hf_config import config_from_hf, config_to_hf, require_llama_shape
+from tinylm.model.hf_config import config_from_hf, config_to_hf, require_llama_shape, unused_fields
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}
 SHAPES = {
     "gqa": {},
     "mha": {"num_key_value_heads": 4},
@@ -25,6 +26,9 @@ SHAPES = {
     "yarn_attention_factor": {"rope_scaling": {**YARN, "attention_factor": 1.5, "beta_fast": 16}},
     "untied": {"tie_word_embeddings": False},
     "biases": {"attention_bias": True, "mlp_bias": True},
+    "qkv_biases": {"qkv_bias": True},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    "llama3": {"rope_scaling": LLAMA3},
     "wide_heads": {"head_dim": 32},
     "qwen3": {"qk_norm": True},
     "qwen3_mqa_yarn": {"qk_norm": True, "num_key_value_heads": 1, "rope_scaling": YARN},
@@ -59,7 +63,8 @@ def test_presets_have_their_exact_parameter_counts(preset, count):
 @pytest.mark.parametrize(
     "changes",
     [{"qk_norm": True, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
-     {"position_embedding_type": "learned", "head_dim": 10}],
+     {"position_embedding_type": "learned", "head_dim": 10},
+     {"qkv_bias": True}],
 )  # fmt: skip
 def test_parameter_formula_counts_every_option(changes):
     model = small_model(**changes)
@@ -218,7 +223,18 @@ BAD_SHAPES = [
     ({"hidden_dropout": 1.0}, "hidden_dropout 1.0"),
     ({"max_position_embeddings": 10**9}, "max_position_embeddings is 1000000000"),
     ({"rope_theta": 0.0}, "rope_theta 0.0"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type 'llama3'"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 8}}, "rope_type 'longrope'"),
+    ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type "),
+    ({"rope_scaling": {"rope_type": "linear"}}, "no factor; rope_type linear needs it"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}, "unknown key 'beta_fast'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "no low_freq_factor"),
+    ({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, "high_freq_factor above the low one"),
+    ({"rope_scaling": {"rope_type": "default", "mrope_section": 2}}, "unknown key 'mrope_section'"),
+    ({"attention_bias": True, "qkv_bias": True}, "attention_bias and qkv_bias are both true"),
+    ({"qkv_bias": 1}, "qkv_bias is 1"),
+    ({"eos_token_id": [2, True]}, "eos_token_id is "),
+    ({"eos_token_id": False}, "eos_token_id is False"),
+    ({"bos_token_id": [1]}, "bos_token_id is "),
     ({"rope_scaling": {"rope_type": "yarn", "factr": 8}}, "unknown key 'factr'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor of at least 1"),
 ]
@@ -254,8 +270,22 @@ def test_input_longer_than_the_model_is_refused(kind):
         model(random_ids(1, 1), document_ids=torch.zeros(1, 1), cache=cache)
 
 
+TINYLM_ONLY: list[dict] = [
+    {"position_embedding_type": "learned"},
+    {"qkv_bias": True, "mlp_bias": True},
+    {"qkv_bias": True, "qk_norm": True},
+]
+
+
 def test_hf_dict_round_trip_and_both_generations_of_keys():
-    for changes in ({}, {"qk_norm": True}, {"rope_scaling": YARN}, {"position_embedding_type": "learned"}):
+    for changes in (
+        {},
+        {"qk_norm": True},
+        {"rope_scaling": YARN},
+        {"qkv_bias": True},
+        {"eos_token_id": [2, 9]},
+        *TINYLM_ONLY,
+    ):
         config = small_config(**changes)
         assert config_from_hf(config_to_hf(config)) == config
     data = config_to_hf(small_config(rope_scaling=YARN, rope_theta=5e5))
@@ -266,27 +296,39 @@ def test_hf_dict_round_trip_and_both_generations_of_keys():
     assert data["rope_theta"] == data["rope_parameters"]["rope_theta"] == 5e5
 
 
-@pytest.mark.parametrize("kind, config_class", [("llama", LlamaConfig), ("qwen3", Qwen3Config)])
-def test_what_a_config_leaves_out_is_what_transformers_assumes(kind, config_class):
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_what_a_config_leaves_out_is_what_transformers_assumes(config_class):
     """Our own defaults differ: an rms_norm_eps of 1e-5, and a head width that follows from the model's."""
-    data = {"model_type": kind, "vocab_size": 300, "hidden_size": 96, "num_hidden_layers": 2}
-    data |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    ours, theirs = config_from_hf(data), config_class(**data)
-    for name in ("rms_norm_eps", "head_dim", "tie_word_embeddings", "intermediate_size", "initializer_range"):
-        default = {"intermediate_size": 11008}.get(name, getattr(theirs, name))
-        assert getattr(ours, name) == default, name
-    assert (ours.rms_norm_eps, ours.head_dim) == (1e-6, 24 if kind == "llama" else 128)
+    kind = config_class.model_type
+    data = {"model_type": kind, "vocab_size": 300, "hidden_size": 512, "num_hidden_layers": 2}
+    data |= {"sliding_window": None} if kind == "mistral" else {}
+    ours, theirs = config_from_hf(data | {"max_position_embeddings": 64}), config_class(**data)
+    for name in ("rms_norm_eps", "tie_word_embeddings", "intermediate_size", "initializer_range", "bos_token_id",
+                 "num_attention_heads", "num_key_value_heads", "eos_token_id", "pad_token_id"):  # fmt: skip
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == getattr(theirs, "head_dim", 512 // 32) and ours.rms_norm_eps == 1e-6
+    longest = config_from_hf(data | {"hidden_size": 2048}).max_position_embeddings
+    assert longest == theirs.max_position_embeddings
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; expected llama, mistral, qwen2, qwen3 or"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures .*expected LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear'"),
+        (MISTRAL, "sliding_window 4096 is not supported"),  # which is assumed where the key is absent
+        ({**MISTRAL, "sliding_window": 255}, "sliding_window 255 is not supported; .* max_position_embeddings 8192"),
+        ({**MISTRAL, "sliding_window": "no"}, "sliding_window 'no'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ({"layer_types": "full_attention"}, "layer_types has 'full_attention'; expected full_attention in every"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "settings for 'full_attention' alone"),
+        ({"rope_scaling": {"type": "su", "factor": 2}}, "rope_type 'su'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"attention_sink_size": 4}, "'attention_sink_size' is 4"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",
@@ -300,11 +342,25 @@ def test_configs_that_cannot_be_honoured_are_refused_with_the_reason(changes, me
         config_from_hf({**config_to_hf(small_config()), **changes})
 
 
+def test_a_window_of_the_whole_context_hides_nothing():
+    data = {**config_to_hf(small_config()), **MISTRAL, "max_position_embeddings": 256}
+    assert config_from_hf({**data, "sliding_window": 256}) == config_from_hf({**data, "sliding_window": None})
+    assert config_from_hf({**config_to_hf(small_config()), "sliding_window": 16}) == small_config()  # Qwen's unused one
+
+
+def test_fields_without_a_meaning_are_named():
+    assert unused_fields(config_to_hf(small_config())) == []
+    assert unused_fields({**config_to_hf(small_config()), "z_loss": 1, "logit_scale": 2}) == ["logit_scale", "z_loss"]
+
+
 def test_models_without_a_llama_equivalent_say_so():
     for changes, reason in (
         ({"position_embedding_type": "learned"}, "position_embedding_type 'learned'"),
         ({"position_embedding_type": "sinusoidal"}, "position_embedding_type 'sinusoidal'"),
         ({"qk_norm": True, "mlp_bias": True}, "qk_norm with mlp_bias"),
+        ({"qk_norm": True, "qkv_bias": True}, "qkv_bias with qk_norm"),
+        ({"mlp_bias": True, "qkv_bias": True}, "qkv_bias with mlp_bias"),
+        ({"hidden_size": 66, "head_dim": 16, "mlp_bias": True}, "hidden_size 66 is not divisible"),
     ):
         config = small_config(**changes)
         assert config_to_hf(config)["model_type"] == "tinylm"

@@ -9,13 +9,15 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from tests.model.small_models import YARN, random_ids, small_config, small_model
+from tests.model.small_models import LLAMA3, YARN, random_ids, small_config, small_model
 from tinylm.model.hf_config import config_to_hf
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.positions import RotaryEmbedding, apply_rotary, sinusoidal_table
 
 
-@pytest.mark.parametrize("scaling", [None, YARN, {"rope_type": "yarn", "factor": 2.5}])
+@pytest.mark.parametrize(
+    "scaling", [None, YARN, {"rope_type": "yarn", "factor": 2.5}, LLAMA3, {"rope_type": "linear", "factor": 3.0}]
+)
 def test_rotary_equals_transformers(scaling):
     config = small_config(rope_scaling=scaling)
     reference = LlamaRotaryEmbedding(LlamaConfig(**config_to_hf(config)))

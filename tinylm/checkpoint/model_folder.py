@@ -67,7 +67,7 @@ def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer,
 
 def _generation_config(config: TinyLMConfig) -> dict[str, Any]:
     """Defaults for `generate` in other engines: our own sampling settings, and both tokens that end a text."""
-    stops = [i for i in dict.fromkeys((config.eos_token_id, config.pad_token_id)) if i is not None]
+    stops = [i for i in dict.fromkeys((*config.eos_token_ids, config.pad_token_id)) if i is not None]
     return {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": stops or None,

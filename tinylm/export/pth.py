@@ -31,6 +31,7 @@ def unlike_the_original(config: TinyLMConfig) -> list[str]:
         "tie_word_embeddings": True,
         "qk_norm": False,
         "attention_bias": False,
+        "qkv_bias": False,
         "mlp_bias": False,
         "rope_scaling": None,
     }

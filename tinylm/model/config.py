@@ -15,29 +15,31 @@ _SMALL_TABLE = 2**24
 """Numbers that any position table may have (64 MB: 131,072 positions of heads 64 wide). A larger table must not outgrow
 the model's weights."""
 
-_YARN_KEYS = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
+_ROPE_NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
+    "linear": {"factor": (1.0, 1e4)},
+    "llama3": {
+        "factor": (1.0, 1e4),
+        "low_freq_factor": (1e-3, 1e6),
+        "high_freq_factor": (1e-3, 1e6),
+        "original_max_position_embeddings": (1, 2**31),
+    },
+    "yarn": {
+        "factor": (1.0, 1e4),
+        "original_max_position_embeddings": (1, 2**31),
+        "attention_factor": (1e-3, 1e3),
+        "beta_fast": (1e-3, 1e6),
+        "beta_slow": (1e-3, 1e6),
+        "mscale": (0.0, 1e3),
+        "mscale_all_dim": (0.0, 1e3),
+    },
 }
-_YARN_LIMITS = {
-    "factor": (1.0, 1e4),
-    "original_max_position_embeddings": (1, 2**31),
-    "attention_factor": (1e-3, 1e3),
-    "beta_fast": (1e-3, 1e6),
-    "beta_slow": (1e-3, 1e6),
-    "mscale": (0.0, 1e3),
-    "mscale_all_dim": (0.0, 1e3),
+"""The numbers of each kind of `rope_scaling`, with the lowest and highest value: wider than any in use (a factor of 4
+to 40, betas of 32 and 1)."""
+_ROPE_REQUIRED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
 }
-"""Lowest and highest value of YaRN's numbers: wider than any in use (a factor of 4 to 40, betas of 32 and 1)."""
 
 
 def is_number(value: object) -> bool:
@@ -74,14 +76,16 @@ class TinyLMConfig:
     rope_theta: float = 1e6
     """Base of the rotary wavelengths."""
     rope_scaling: dict[str, Any] | None = None
-    """YaRN context extension in Hugging Face's keys, e.g. {"rope_type": "yarn", "factor": 4.0,
-    "original_max_position_embeddings": 2048}."""
+    """Context extension in Hugging Face's keys: rope_type linear, llama3 or yarn, e.g. {"rope_type": "yarn",
+    "factor": 4.0, "original_max_position_embeddings": 2048}."""
     tie_word_embeddings: bool = True
     """Use one matrix for the embedding and the output projection."""
     qk_norm: bool = False
     """RMSNorm on every query and key head before RoPE, as Qwen3 does."""
     attention_bias: bool = False
     """Biases on the four attention projections."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections only, as Qwen2 has them."""
     mlp_bias: bool = False
     """Biases on the three feed-forward projections."""
     hidden_dropout: float = 0.0
@@ -94,8 +98,8 @@ class TinyLMConfig:
     """"rope", or "sinusoidal" / "learned" for study (those two cannot be exported as a Llama)."""
     bos_token_id: int | None = 1
     """Token id that starts a message."""
-    eos_token_id: int | None = 2
-    """Token id that ends a message."""
+    eos_token_id: int | list[int] | None = 2
+    """Token id that ends a message, or several."""
     pad_token_id: int | None = 0
     """Token id of padding and of a document's end."""
 
@@ -138,15 +142,14 @@ class TinyLMConfig:
                 f"rms_norm_eps {self.rms_norm_eps} must be >= 0, rope_theta {self.rope_theta} > 1 and "
                 f"initializer_range {self.initializer_range} > 0; correct the one that is not"
             )
-        for name in ("tie_word_embeddings", "qk_norm", "attention_bias", "mlp_bias"):
+        for name in ("tie_word_embeddings", "qk_norm", "attention_bias", "qkv_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {shown(getattr(self, name))}; it must be true or false")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | None) or abs(value or 0) >= 2**31:
-                raise ValueError(f"{name} is {shown(value)}; it must be a whole number or null")
+        if self.attention_bias and self.qkv_bias:
+            raise ValueError("attention_bias and qkv_bias are both true; set the one that describes the biases")
+        self._check_tokens()
         if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", checked_yarn(self.rope_scaling, self.max_position_embeddings))
+            object.__setattr__(self, "rope_scaling", checked_rope(self.rope_scaling, self.max_position_embeddings))
         self._check_tables()
 
     def _check_heads(self) -> None:
@@ -168,6 +171,13 @@ class TinyLMConfig:
                 f"{self.num_key_value_heads}; every key/value head must serve the same number of query heads; choose "
                 f"num_key_value_heads {_near_divisors(self.num_attention_heads, self.num_key_value_heads)}"
             )
+
+    def _check_tokens(self) -> None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            several = value if isinstance(value, list) and name == "eos_token_id" else [value or 0]
+            if not all(type(token_id) is int and abs(token_id) < 2**31 for token_id in several) or value is False:
+                raise ValueError(f"{name} is {shown(value)}; it must be a whole number or null")
 
     def _check_tables(self) -> None:
         """Position tables are computed, not stored, so no file size limits them: a config alone could ask for 100 GB.
@@ -198,6 +208,12 @@ class TinyLMConfig:
         """The inner width of the feed-forward layers as a plain int."""
         return int(self.intermediate_size or 0)
 
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The ids that end a message, as a list: none, one or several."""
+        several = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return [token_id for token_id in several if token_id is not None]
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TinyLMConfig:
         """One of `PRESETS`, with fields replaced. A new `hidden_size` takes its usual `intermediate_size`."""
@@ -212,7 +228,8 @@ class TinyLMConfig:
         """Number of distinct weights of the model (a tied matrix counts once)."""
         width, head = self.hidden_size, self.head_width
         query, key = self.num_attention_heads * head, self.num_key_value_heads * head
-        attention = width * (2 * query + 2 * key) + self.attention_bias * (query + 2 * key + width)
+        attention = width * (2 * query + 2 * key)
+        attention += (self.attention_bias or self.qkv_bias) * (query + 2 * key) + self.attention_bias * width
         mlp = 3 * width * self.ffn_width + self.mlp_bias * (2 * self.ffn_width + width)
         block = attention + mlp + 2 * width + self.qk_norm * 2 * head
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
@@ -229,27 +246,38 @@ def _near_divisors(number: int, wanted: int, divided_by: int = 1) -> str:
     return " or ".join(map(str, below + above))
 
 
-def checked_yarn(scaling: dict[str, Any], max_positions: int) -> dict[str, Any] | None:
-    """`rope_scaling` with defaults filled in, or ValueError."""
+def checked_rope(scaling: dict[str, Any], max_positions: int) -> dict[str, Any] | None:
+    """`rope_scaling` with defaults filled in, None for the default kind, or ValueError."""
     kind = scaling.get("rope_type", scaling.get("type"))
+    if not isinstance(kind, str) or kind not in (*_ROPE_NUMBERS, "default"):
+        raise ValueError(f"rope_type {shown(kind)} is not supported; expected default, {', '.join(_ROPE_NUMBERS)}")
+    numbers = _ROPE_NUMBERS.get(kind, {})
+    known = {"rope_type", "type", "rope_theta", *numbers, *(("truncate",) if kind == "yarn" else ())}
+    if unknown := sorted(set(scaling) - known):
+        raise ValueError(
+            f"rope_scaling has the unknown key {shown(unknown[0])}; for rope_type {kind}, expected "
+            f"{', '.join(sorted(known))}"
+        )
     if kind == "default":
         return None
-    if kind != "yarn":
-        raise ValueError(f"rope_type {shown(kind)} is not supported; expected default or yarn")
-    if unknown := sorted(set(scaling) - _YARN_KEYS):
-        raise ValueError(
-            f"rope_scaling has the unknown key {shown(unknown[0])}; expected {', '.join(sorted(_YARN_KEYS))}"
-        )
     out = {key: value for key, value in scaling.items() if key not in ("type", "rope_theta") and value is not None}
-    out["rope_type"] = "yarn"
-    out.setdefault("original_max_position_embeddings", max_positions)
-    for name, (least, most) in _YARN_LIMITS.items():
+    out["rope_type"] = kind
+    if missing := [name for name in _ROPE_REQUIRED[kind] if name not in out]:
+        raise ValueError(f"rope_scaling has no {missing[0]}; rope_type {kind} needs it")
+    if "original_max_position_embeddings" in numbers:
+        out.setdefault("original_max_position_embeddings", max_positions)
+    for name, (least, most) in numbers.items():
         if not is_number(value := out.get(name, least)) or not least <= value <= most:
             raise ValueError(
                 f"rope_scaling has {name} {shown(value)}; expected a {name} of at least {least:g} and at most {most:g}"
             )
-    original = out["original_max_position_embeddings"]
-    out.setdefault("factor", max_positions / original)
+    if kind == "llama3" and out["high_freq_factor"] <= out["low_freq_factor"]:
+        raise ValueError(
+            f"rope_scaling has high_freq_factor {out['high_freq_factor']} and low_freq_factor "
+            f"{out['low_freq_factor']}; expected a high_freq_factor above the low one"
+        )
+    if kind == "yarn":
+        out.setdefault("factor", max_positions / out["original_max_position_embeddings"])
     return out
 
 

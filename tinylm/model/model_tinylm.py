@@ -1,6 +1,7 @@
 """The transformer: embeddings, blocks of attention and feed-forward layers, and the next-token logits.
 
-The shapes and names are Llama's (and Qwen3's with `qk_norm`), so a checkpoint is a Hugging Face checkpoint.
+The shapes and names are Llama's (Qwen2's with `qkv_bias`, Qwen3's with `qk_norm`), so a checkpoint is a Hugging Face
+checkpoint.
 
 Shapes: B batch, T time, C width, H query heads, K key/value heads, D head dim, F feed-forward width,
 V vocabulary.
@@ -107,9 +108,10 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         queries = config.num_attention_heads * self.head_dim
         keys = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        has_bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=has_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=has_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=has_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary embeddings (RoPE) with YaRN; sinusoidal and learned positions for study.
+"""Where a token stands: rotary embeddings (RoPE), also for longer contexts; sinusoidal and learned positions for study.
 
 Shapes: B batch, T time, C width, H heads, D head dim, P positions in the table.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, T time, C width, H heads, D head dim, P positions in the table.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +19,42 @@ def rope_frequencies(config: TinyLMConfig) -> tuple[Tensor, float]:
 
     Plain RoPE (Su et al. 2021, arXiv:2104.09864): theta_i = base ** (-2i/D), factor 1.
 
-    YaRN (Peng et al. 2023, arXiv:2309.00071): pairs that turn often within the original context keep their
+    Linear position interpolation (Chen et al. 2023, arXiv:2306.15595): theta_i / s for a factor of s.
+    """
+    dim, base, scaling = config.head_width, config.rope_theta, config.rope_scaling or {"rope_type": "default"}
+    inverse_speeds = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    kind = scaling["rope_type"]
+    if kind == "yarn":
+        return _yarn_speeds(inverse_speeds, base, scaling), _yarn_temperature(scaling, scaling["factor"])
+    speeds = 1.0 / inverse_speeds
+    if kind == "linear":
+        speeds = speeds / scaling["factor"]
+    elif kind == "llama3":
+        speeds = _llama3_speeds(speeds, scaling)
+    return speeds, 1.0
+
+
+def _llama3_speeds(speeds: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Llama 3.1's rule (Grattafiori et al. 2024, arXiv:2407.21783; the code of Meta's release states it):
+
+        theta' = theta                               where the pair turns more than `high` times in the original context
+        theta' = theta / s                           where it turns less than `low` times
+        theta' = (1 - r) theta / s + r theta         between, r = (turns - low) / (high - low)
+
+    with turns = original_context * theta / 2 pi.
+    """
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    wavelengths = 2 * math.pi / speeds
+    kept = ((scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * speeds / factor + kept * speeds
+
+
+def _yarn_speeds(inverse_speeds: Tensor, base: float, yarn: dict[str, Any]) -> Tensor:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): pairs that turn often within the original context keep their
     speed, pairs that never complete a turn are slowed by `factor`, and a linear ramp joins the two; the
     attention temperature of its equation 22 is folded into cos and sin as 0.1 ln(factor) + 1.
     """
-    dim, base = config.head_width, config.rope_theta
-    inverse_speeds = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    speeds = 1.0 / inverse_speeds
-    yarn = config.rope_scaling
-    if yarn is None:
-        return speeds, 1.0
-
-    original, factor = yarn["original_max_position_embeddings"], yarn["factor"]
+    dim, original, factor = 2 * len(inverse_speeds), yarn["original_max_position_embeddings"], yarn["factor"]
 
     def pair_turning(turns: float) -> float:
         """The (fractional) pair index that makes `turns` full turns within the original context."""
@@ -43,11 +68,10 @@ def rope_frequencies(config: TinyLMConfig) -> tuple[Tensor, float]:
     slowed = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
     # Rounded like the reference: an error of 1e-7 in a speed becomes 1e-5 in the angle after a hundred positions.
     kept = 1 - slowed
-    speeds = 1.0 / (factor * inverse_speeds) * (1 - kept) + speeds * kept
-    return speeds, _yarn_temperature(yarn, factor)
+    return 1.0 / (factor * inverse_speeds) * (1 - kept) + 1.0 / inverse_speeds * kept
 
 
-def _yarn_temperature(yarn: dict, factor: float) -> float:
+def _yarn_temperature(yarn: dict[str, Any], factor: float) -> float:
     if "attention_factor" in yarn:
         return float(yarn["attention_factor"])
 
