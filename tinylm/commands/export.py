@@ -1,9 +1,9 @@
 """Write a model for other programs.
 
-    tinylm export --model_path out/dpo --format pth --output dpo_512_epoch0.pth
+    tinylm export --model_path out/dpo --format gguf --dtype q8_0 --output model.gguf
 
-A model folder is already a Hugging Face folder. This command writes the `.pth` of the
-original project, lyuzlion/Tiny-Language-Model.
+A model folder is already a Hugging Face folder. This command writes a GGUF for llama.cpp and Ollama, or the `.pth` of
+the original project, lyuzlion/Tiny-Language-Model.
 """
 
 from __future__ import annotations
@@ -13,16 +13,25 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
 
 from tinylm.checkpoint.loading import load_for_use
+from tinylm.checkpoint.model_folder import adapter_base
 from tinylm.checkpoint.model_path import ADAPTER
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console, print_next
+from tinylm.commands.merge import merged_lineage
+from tinylm.export.modelfile import modelfile
 from tinylm.export.pth import export_pth, unlike_the_original
-from tinylm.files.atomic import require_new
+from tinylm.files.atomic import atomic_write, require_new
 from tinylm.model.hf_config import require_llama_shape
+from tinylm.model.lora import has_lora
+
+if TYPE_CHECKING:
+    from tinylm.export.gguf import Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +39,23 @@ class ExportSettings:
     """Settings of exporting."""
 
     model_path: str
-    """the model folder; an adapter folder is folded into its base model"""
+    """the model folder, or an adapter folder"""
     output: str
     """the file to write"""
-    format: Literal["pth"] = "pth"
-    """pth: weights under the names of lyuzlion/Tiny-Language-Model"""
+    format: Literal["pth", "gguf"] = "pth"
+    """pth: weights under the names of lyuzlion/Tiny-Language-Model; gguf: for llama.cpp and Ollama, with tokenizer and
+    chat template, and a Modelfile beside it"""
+    dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
+    """numbers of a GGUF: f32, f16, bf16, q8_0 or q4_0 (32, 16, 16, 8.5 or 4.5 bits each); f16 if none is given"""
+    merge: bool = False
+    """fold an adapter into its base model; without it, the GGUF of an adapter folder holds the adapter alone (a .pth
+    always holds both)"""
+    license: str = ""
+    """the model's licence for the GGUF's metadata, such as mit or apache-2.0"""
     tokenizer_path: str | None = None
     """tokenizer folder, for a .pth that does not fit the default one"""
     overwrite: bool = False
-    """replace the file `output`"""
+    """replace the file `output`, and the Modelfile beside it"""
 
 
 def main(argv: list[str]) -> int:
@@ -46,6 +63,17 @@ def main(argv: list[str]) -> int:
     settings = parse_settings(ExportSettings, argv, "tinylm export", "Write a model for other programs.")
     output, console = Path(settings.output), make_console()
     require_new(output, settings.overwrite or output.is_dir(), "output")  # a folder is refused as one
+    if settings.format == "gguf":
+        _to_gguf(settings, output, console)
+    else:
+        _to_pth(settings, output, console)
+    return 0
+
+
+def _to_pth(settings: ExportSettings, output: Path, console: Console) -> None:
+    for flag in ("dtype", "license"):
+        if getattr(settings, flag):
+            raise ValueError(f"--{flag} is for a GGUF; a .pth holds float32 weights and nothing else; leave it out")
     loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path)
     require_llama_shape(loaded.model.config)
     if unlike := unlike_the_original(loaded.model.config):
@@ -56,7 +84,49 @@ def main(argv: list[str]) -> int:
     export_pth(loaded.model, output)
     console.print(f"{loaded.path} written to {output}")
     print_next(console, f"talk to it: tinylm chat --model_path {quote(str(output))}")
-    return 0
+
+
+def _to_gguf(settings: ExportSettings, output: Path, console: Console) -> None:
+    try:
+        from tinylm.export.gguf import export_gguf, export_gguf_adapter
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise ValueError("the package gguf is not installed; install it with: pip install 'tinylm[export]'") from None
+    loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path, merge=settings.merge)
+    dtype, is_adapter = settings.dtype or "f16", (loaded.path / ADAPTER).is_file()
+    if settings.merge and not is_adapter:
+        raise ValueError(f"{loaded.path} is a full model; --merge is for an adapter folder; leave it out")
+    if has_lora(loaded.model):
+        written = export_gguf_adapter(loaded.model, loaded.lineage, output, dtype, loaded.path.stem, settings.license)
+        _report(console, loaded.path, output, written)
+        base = adapter_base(loaded.path)
+        command = f"tinylm export --model_path {quote(str(base))} --format gguf --output {quote(base.stem)}.gguf"
+        print_next(console, f"write its base model too: {command}")
+        print_next(console, f"run both: llama-cli -m {quote(base.stem)}.gguf --lora {quote(str(output))}")
+        return
+    beside = output.with_name("Modelfile")
+    require_new(beside, settings.overwrite, "output")
+    lineage = merged_lineage(loaded.path, loaded.lineage) if is_adapter else loaded.lineage
+    written = export_gguf(loaded.model, loaded.tokenizer, lineage, output, dtype, loaded.path.stem, settings.license)
+    with atomic_write(beside) as file:
+        file.write(modelfile(output, loaded.model.config, loaded.tokenizer, lineage).encode("utf-8"))
+    _report(console, loaded.path, output, written)
+    print_next(console, f"run it: llama-cli -m {quote(str(output))}")
+    print_next(console, f"or with Ollama: ollama create {quote(output.stem)} -f {quote(str(beside))}")
+
+
+def _report(console: Console, model: Path, output: Path, written: Written) -> None:
+    """What was written, and what is not in the type that was asked for."""
+    tensors = ", ".join(f"{count} tensors in {kind}" for kind, count in written.tensors.items())
+    console.print(f"{model} written to {output}: {written.num_bytes / 1e6:,.1f} MB, {tensors}")
+    if written.kept:
+        console.print(
+            f"{written.kept} matrices are in a wider type than asked for: their rows are no multiple of 32 numbers, or "
+            "hold numbers too large for it"
+        )
+    if written.unused:
+        console.print(f"{written.unused} entries of the model have no token; they are named [PAD...] and unused")
 
 
 def _instead(model: Path) -> str:

@@ -57,11 +57,5 @@ def export_pth(model: TinyLMForCausalLM, path: str | Path) -> None:
         raise ValueError(f"the original project's code cannot load this model: {', '.join(unlike)}")
     state = {name_to_original(name): tensor.detach().cpu() for name, tensor in base_state(model).items()}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    try:
-        with atomic_write(path) as file:
-            torch.save(state, file)
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        error.filename = str(path)  # a full disk: the system's error does not name the file
-        raise
+    with atomic_write(path) as file:
+        torch.save(state, file)

@@ -46,9 +46,11 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             os.chmod(name, target.stat().st_mode & 0o777 if target.exists() else _default_mode(0o666))
             os.replace(name, target)
             _sync(parent)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 os.unlink(name)
+            if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+                error.filename = str(path)  # a full disk: the system's error does not name the file
             raise
 
 
@@ -119,6 +121,16 @@ def require_new(path: Path, overwrite: bool, flag: str) -> None:
     """
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists already; pass --overwrite to replace it, or choose another --{flag}")
+
+
+def require_room(path: Path, num_bytes: int) -> None:
+    """Raise ValueError if the disk of `path` has less room: better now than in the middle of the file."""
+    there = next(place for place in path.absolute().parents if place.exists())
+    if (free := shutil.disk_usage(there).free) < num_bytes:
+        raise ValueError(
+            f"{path} needs {num_bytes / 1e6:,.1f} MB and {there} has {free / 1e6:,.1f} MB free; make room there, or "
+            "choose another --output"
+        )
 
 
 def require_file_name(output: str) -> None:

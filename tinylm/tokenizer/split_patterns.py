@@ -69,6 +69,16 @@ class of characters are safe, so they are accepted too. Normalisers are limited 
 "replace a by aa" turns one letter into a gigabyte.
 """
 
+_LLAMA_CPP_NAMES = {
+    (SPLIT_PATTERN,): "qwen2",
+    (_LLAMA3,): "llama-bpe",
+    (_GPT2,): "gpt-2",
+    ("digits", _GPT2): "smollm",
+}
+"""Steps of a pre-tokenizer -> `tokenizer.ggml.pre`. Each was compared with llama.cpp on the texts of the tests."""
+_IGNORE_MERGES = ("llama-bpe",)
+"""There, llama.cpp takes a piece that is a token as a whole, whatever the merges say."""
+
 # One class of characters, repeated or not: one step per character on any text.
 _ONE_CLASS = re.compile(r"(\\[pP]\{\w{1,20}\}|\\[dswDSW]|\[[^\[\]\\&]{1,200}\]|\w)([+*?]|\{[0-9](,[0-9])?\})?")
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
@@ -123,6 +133,34 @@ def safe_cuts(definition: dict[str, Any]) -> re.Pattern[str] | None:
             return None
         cuts = KNOWN_PATTERNS[pattern]
     return cuts
+
+
+def llama_cpp_name(definition: dict[str, Any]) -> str:
+    """The name under which llama.cpp splits text as this tokenizer does: `qwen2` for ours.
+
+    llama.cpp normalises no text, so NFC is left out there: text that is in NFC already, as nearly all is, gets the same
+    tokens.
+
+    Raises:
+        ValueError: llama.cpp has no such pre-tokenizer.
+    """
+    normalizers = [step["type"] for step in _steps(definition.get("normalizer"), "normalizers")]
+    ignores_merges = definition["model"].get("ignore_merges") is True
+    steps = []
+    for step in _steps(definition.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] == "ByteLevel" and not step.get("add_prefix_space", True):
+            steps += [_GPT2] if step.get("use_regex", True) else []
+        elif step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            steps.append(_plain(step["pattern"].get("Regex", "")))
+        else:
+            steps.append("digits" if step == {"type": "Digits", "individual_digits": True} else "?")
+    name = _LLAMA_CPP_NAMES.get(tuple(steps))
+    if name is None or ignores_merges != (name in _IGNORE_MERGES) or set(normalizers) - {"NFC"}:
+        raise ValueError(
+            f"llama.cpp has no pre-tokenizer that splits as this tokenizer does ({shown(steps or normalizers)}); "
+            f"expected the steps of {', '.join(_LLAMA_CPP_NAMES.values())}: use the model folder in transformers"
+        )
+    return name
 
 
 def check_text_steps(definition: dict[str, Any]) -> None:
