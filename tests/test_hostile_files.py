@@ -222,12 +222,44 @@ def test_a_manifest_may_not_be_large(good: Path, tmp_path: Path) -> None:
     refused(load_model, tmp_path / "m", match="manifest.json is not a manifest")
 
 
-def test_templates_and_settings_of_other_programs_are_never_read(folders: Path) -> None:
-    """Our chat format is Python; a stranger's chat_template.jinja is never opened. These would wait."""
-    for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json", "modeling_x.py"):
+def test_settings_and_code_of_other_programs_are_never_read(folders: Path) -> None:
+    """These would wait."""
+    for name in ("generation_config.json", "modeling_x.py"):
         (folders / "model" / name).unlink(missing_ok=True)
         os.mkfifo(folders / "model" / name)
     load_model(folders / "model")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_the_settings_of_a_tokenizer_are_plain_files(folders: Path, name: str) -> None:
+    path = folders / "model" / name
+    path.unlink()
+    os.mkfifo(path)
+    refused(load_model, folders / "model", match="not a regular file")
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+    refused(load_model, folders / "model", match="leads out of its folder")
+    path.unlink()
+    path.write_text("x" * 2_000_000)
+    refused(load_model, folders / "model", match="2000000 bytes")
+
+
+TOKENIZER_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "role": ({"bos_token": 7}, "bos_token 7; expected the name of a token"),
+    "role object": ({"eos_token": {"content": ["x"]}}, "eos_token {'content'"),
+    "absent token": ({"eos_token": "<nowhere>"}, "eos_token is '<nowhere>'; expected a token that tokenizer.json has"),
+    "template": ({"chat_template": 3}, "chat_template of type int"),
+    "long template": ({"chat_template": "x" * 300_000}, "up to 262144 characters"),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZER_SETTINGS)
+def test_tokenizer_settings_of_the_wrong_kind(folders: Path, case: str) -> None:
+    changes, message = TOKENIZER_SETTINGS[case]
+    path = folders / "model" / "tokenizer_config.json"
+    (folders / "model" / "chat_template.jinja").unlink()
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    refused(load_model, folders / "model", match=message)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -593,7 +625,7 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "two patterns": (set_pattern({"Regex": SPLIT_PATTERN, "String": "a"}), "split pattern"),
     "no pattern": (set_pattern(5), "split pattern None"),
     "doubling": (replacing({"type": "Sequence", "normalizers": [DOUBLE] * 60}, "normalizer"), "cannot use"),
-    "one doubling": (replacing(DOUBLE, "normalizer"), "cannot use the normalizer 'Replace'"),
+    "one doubling": (replacing(DOUBLE, "normalizer"), "normalizer {'type': 'Replace', .*; expected one that"),
     "nested": (replacing({"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": []}]}, "normalizer"),
                "cannot use the normalizer 'Sequence'"),
     "steps": (lambda d: d["pre_tokenizer"].update(pretokenizers=[{"type": "Digits"}] * 99), "up to 16"),

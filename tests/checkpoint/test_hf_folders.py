@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -18,7 +19,10 @@ from transformers import (
 )
 
 from tests.model.small_models import LLAMA3, YARN, random_ids
+from tests.tokenizer.other_tokenizers import write_tokenizer
+from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import load_model, save_model
+from tinylm.generation.engine import Engine
 from tinylm.model.inference_copy import inference_copy
 from tinylm.tokenizer.tokenizer import Tokenizer
 
@@ -150,3 +154,24 @@ def test_several_ends_stay_several(tmp_path, tokenizer):
     save_model(tmp_path / "out", ours, tokenizer, {})
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"][:2] == [7, 9]
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama3", "mistral"])
+def test_their_tokenizer_says_how_a_text_starts_and_ends(tmp_path, name):
+    """The model's several ends count where they are control tokens: our own default of 2 may be a letter there."""
+    write_tokenizer(name, tmp_path)
+    theirs = theirs_of("llama")
+    theirs.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    tokenizer = Tokenizer.load(tmp_path)
+    special = sorted(tokenizer.special_ids)
+    (tmp_path / "config.json").write_text(json.dumps({**data, "vocab_size": 600, "eos_token_id": [special[0], 70]}))
+    theirs.resize_token_embeddings(600)
+    theirs.save_pretrained(tmp_path / "larger")
+    (tmp_path / "larger" / "model.safetensors").replace(tmp_path / "model.safetensors")
+    loaded = load_for_use(tmp_path)
+    assert loaded.document_start == ([] if name == "qwen" else [tokenizer.bos_id])
+    engine = Engine(loaded.model, loaded.tokenizer, torch.float32, loaded.document_start)
+    assert set(engine.stop_ids) == {tokenizer.endoftext_id, tokenizer.eos_id, special[0]}
+    expected = AutoTokenizer.from_pretrained(tmp_path)("The dog")["input_ids"]
+    assert engine.text_prompt("The dog") == expected

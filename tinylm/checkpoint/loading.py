@@ -30,8 +30,13 @@ class LoadedModel:
 
     @property
     def document_start(self) -> list[int]:
-        """What documents began with when the model was pretrained: <|endoftext|>, or nothing before November 2026."""
-        return [self.tokenizer.endoftext_id] if self.lineage.get("document_start") else []
+        """What documents began with when the model was pretrained: <|endoftext|>, or nothing before November 2026.
+
+        With the tokenizer of another maker, what that one puts before a text.
+        """
+        theirs = self.tokenizer.text_start
+        has_start = self.lineage.get("document_start", bool(theirs))
+        return (theirs or [self.tokenizer.endoftext_id]) if has_start else []
 
 
 def load_for_use(

@@ -153,7 +153,7 @@ def load_partner(settings: ChatSettings) -> Partner:
         )
     engine.context_length = settings.max_seq_len or engine.context_length
     stage = settings.weight or ("pretrain" if path.name.startswith("pretrain") else loaded.lineage.get("stage", ""))
-    is_base = (stage == "pretrain" and not settings.adapter) or not loaded.tokenizer.has_chat_tokens
+    is_base = (stage == "pretrain" and not settings.adapter) or not loaded.tokenizer.can_chat
     if not is_base:
         engine.prompt([{"role": "user", "content": ""}], settings.sampling)  # an error if the context is too short
     stopped = unfinished_run(states_of(path))

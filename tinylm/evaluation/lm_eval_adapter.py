@@ -140,9 +140,9 @@ def make_lm_eval_model(
             return f"tinylm-{engine.tokenizer.fingerprint}"
 
         def chat_template(self, chat_template: bool | str = False) -> str:
-            return CHAT_TEMPLATE
+            return engine.tokenizer.their_template or CHAT_TEMPLATE
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return render_chat(chat_history, add_generation_prompt=add_generation_prompt)
+            return render_chat(chat_history, add_generation_prompt, tokenizer=engine.tokenizer)
 
     return TinyLMForLMEval()

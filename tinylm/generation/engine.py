@@ -182,9 +182,14 @@ class Engine:
         return [self.tokenizer.decode(answer) for answer in answers]
 
     @property
-    def stop_ids(self) -> tuple[int, int]:
-        """The tokens that end an answer: end of document and end of message."""
-        return (self.tokenizer.endoftext_id, self.tokenizer.im_end_id)
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: end of document and end of message, by the tokenizer and by the model.
+
+        A model may name several, or, trained with another maker's tokenizer, numbers that are ordinary tokens there.
+        """
+        tokenizer = self.tokenizer
+        stated = [i for i in getattr(self.model.config, "eos_token_ids", ()) if i in tokenizer.special_ids]
+        return tuple(dict.fromkeys((tokenizer.endoftext_id, tokenizer.im_end_id, tokenizer.eos_id, *stated)))
 
     # ----------------------------------------------------------------------------------------------- internals
 

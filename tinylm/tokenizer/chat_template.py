@@ -9,6 +9,8 @@ The same template exists twice. `CHAT_TEMPLATE` (chat_template_jinja.py) goes in
 transformers, vLLM and llama.cpp. Our own code uses the functions below. They place the control tokens by id, from
 the structure of the chat, so no text in a message can forge a control token or move the loss mask. For chats that
 do not contain control tokens as text, both give the same ids; tests compare them.
+
+A model of another maker brings a template of its own, which `their_template` renders; the functions here take either.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE as CHAT_TEMPLATE
 from tinylm.tokenizer.chat_template_jinja import TOOLS_INTRODUCTION
+from tinylm.tokenizer.their_template import their_prompt, their_text, their_turns
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, Any]
@@ -31,8 +34,15 @@ def render_chat(
     messages: Sequence[Message],
     add_generation_prompt: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> str:
-    """The chat as text, exactly as `CHAT_TEMPLATE` renders it. For people and tests only: do not encode this text."""
+    """The chat as text, exactly as `CHAT_TEMPLATE` renders it, or the template of `tokenizer`, if that has its own.
+
+    For people and tests only: do not encode this text.
+    """
+    if tokenizer is not None and tokenizer.their_template:
+        _checked_turns(messages, tools)
+        return their_text(tokenizer, messages, add_generation_prompt, tools)
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content, _ in _checked_turns(messages, tools))
     return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
@@ -52,7 +62,12 @@ def chat_turns(
     Header and content are encoded separately, so the start of the content is known and need not be searched for. This
     changes no id: the content is stripped, and the split pattern always cuts between a newline and a visible
     character (see `cut_text`).
+
+    Raises ValueError also where the answers cannot be told apart safely in the template of another maker.
     """
+    if tokenizer.their_template:
+        turns_to_learn = [is_target for _, _, is_target in _checked_turns(messages, None)]
+        return their_turns(tokenizer, messages, turns_to_learn, tools)
     if not tokenizer.has_chat_tokens:
         raise ValueError("this tokenizer has no <|im_start|> and <|im_end|>; a chat needs them; use another tokenizer")
     newline = tokenizer.encode("\n")
@@ -73,9 +88,15 @@ def encode_chat(
 ) -> tuple[list[int], list[bool]]:
     """Ids and loss mask of a chat: its `chat_turns` joined, and on request the header that asks for an answer.
 
+    In the template of another maker, a prompt may be written otherwise than a finished chat; its mask is all False.
+
     Raises ValueError for an unknown role, a content that is not a string (both with the message's number), or an empty
     chat.
     """
+    if tokenizer.their_template and add_generation_prompt:
+        _checked_turns(messages, None)
+        prompt = their_prompt(tokenizer, messages, tools)
+        return prompt, [False] * len(prompt)
     ids: list[int] = []
     mask: list[bool] = []
     for turn_ids, turn_mask in chat_turns(tokenizer, messages, tools):

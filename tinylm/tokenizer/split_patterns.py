@@ -81,8 +81,10 @@ _IGNORE_MERGES = ("llama-bpe",)
 
 # One class of characters, repeated or not: one step per character on any text.
 _ONE_CLASS = re.compile(r"(\\[pP]\{\w{1,20}\}|\\[dswDSW]|\[[^\[\]\\&]{1,200}\]|\w)([+*?]|\{[0-9](,[0-9])?\})?")
-_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
-_PRE_TOKENIZERS = ("ByteLevel", "Digits", "Punctuation", "Split")
+_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Prepend", "Replace")
+_PRE_TOKENIZERS = ("ByteLevel", "Digits", "Punctuation", "Split", "Metaspace")
+BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
+"""▁, which SentencePiece writes for a blank."""
 _MAX_STEPS = 16
 
 
@@ -114,11 +116,11 @@ def safe_cuts(definition: dict[str, Any]) -> re.Pattern[str] | None:
     Args:
         definition: the content of a tokenizer.json that `check_text_steps` accepts.
     """
-    normalizers = _steps(definition.get("normalizer"), "normalizers")
+    normalizers = steps_of(definition.get("normalizer"), "normalizers")
     if any(step["type"] not in ("NFC", "NFD") for step in normalizers):  # the others may turn a character into blanks
         return None
     cuts, in_bytes = None, False
-    for step in _steps(definition.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps_of(definition.get("pre_tokenizer"), "pretokenizers"):
         if in_bytes:  # this step sees other characters: a newline is a letter there
             return None
         if step["type"] == "ByteLevel" and not step.get("add_prefix_space", True):
@@ -191,21 +193,26 @@ def steps_from_llama_cpp(name: Any) -> dict[str, Any]:
 
 def check_text_steps(definition: dict[str, Any]) -> None:
     """Raise ValueError unless the normaliser and the pre-tokenizer consist of known steps that take linear time."""
-    for step in _steps(definition.get("normalizer"), "normalizers"):
+    for step in steps_of(definition.get("normalizer"), "normalizers"):
         if step.get("type") not in _NORMALIZERS:
             raise ValueError(
                 f"cannot use the normalizer {shown(step.get('type'))}; expected none, or {', '.join(_NORMALIZERS)}"
             )
-    for step in _steps(definition.get("pre_tokenizer"), "pretokenizers"):
+        is_blank = step.get("prepend") == BLANK, step.get("pattern") == {"String": " "} and step.get("content") == BLANK
+        if step["type"] in ("Prepend", "Replace") and not is_blank[step["type"] == "Replace"]:
+            raise ValueError(f"cannot use the normalizer {shown(step)}; expected one that writes {BLANK} for a blank")
+    for step in steps_of(definition.get("pre_tokenizer"), "pretokenizers"):
         if step.get("type") not in _PRE_TOKENIZERS:
             raise ValueError(
                 f"cannot use the pre-tokenizer {shown(step.get('type'))}; expected {', '.join(_PRE_TOKENIZERS)}"
             )
         if step["type"] == "Split":
             _check_pattern(step.get("pattern"))
+        if step["type"] == "Metaspace" and step.get("replacement") != BLANK:
+            raise ValueError(f"cannot use the Metaspace {shown(step.get('replacement'))}; expected {BLANK}")
 
 
-def _steps(part: Any, key: str) -> list[dict[str, Any]]:
+def steps_of(part: Any, key: str) -> list[dict[str, Any]]:
     """The steps of a normaliser or pre-tokenizer: none, one, or a flat sequence."""
     steps = (
         part.get(key) if isinstance(part, dict) and part.get("type") == "Sequence" else [] if part is None else [part]

@@ -13,6 +13,7 @@ from typing import Any
 
 from tinylm.files.untrusted import parse_json, shown
 from tinylm.tokenizer.bpe import BYTE_TO_CHARACTER, BytePairEncoding
+from tinylm.tokenizer.sentencepiece import is_sentencepiece, missing_byte
 from tinylm.tokenizer.split_patterns import SPLIT_PATTERN, check_text_steps
 
 MAX_FILE_BYTES = 64 << 20
@@ -142,12 +143,12 @@ def read_definition(path: Path) -> Any:
 
 
 def check_definition(definition: Any) -> None:
-    """Raise ValueError unless this has the shape and sizes of a byte-level BPE tokenizer.json."""
+    """Raise ValueError unless this is a tokenizer.json of byte-level BPE or SentencePiece's kind, within the limits."""
     if not isinstance(definition, dict) or not isinstance(definition.get("model"), dict):
         raise ValueError("no `model` object; expected the content of a tokenizer.json")
     model = definition["model"]
     if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"model type is {shown(model.get('type'))}; expected BPE (byte-level)")
+        raise ValueError(f"model type is {shown(model.get('type'))}; expected BPE (byte-level, or with byte_fallback)")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ValueError(f"cannot use the {name} {shown(model[name])}; expected none, as in byte-level BPE")
@@ -162,14 +163,25 @@ def check_definition(definition: Any) -> None:
         if type(token_id) is not int or not 0 <= token_id < MAX_VOCAB_SIZE:
             raise ValueError(f"token id {shown(token_id, 40)}; expected a whole number from 0 to {MAX_VOCAB_SIZE - 1}")
     _check_one_token_per_id(vocab, added)
+    controls = {token["content"] for token in added if token.get("special")}
     for merge in merges:
-        if any(part not in vocab for part in _pair(merge)):
+        pair = _pair(merge)
+        if any(part not in vocab for part in pair):
             raise ValueError(f"merge {shown(merge)} has a part that is not in the vocabulary")
-    missing = [byte for byte in range(256) if BYTE_TO_CHARACTER[byte] not in vocab]
+        if not controls.isdisjoint((*pair, "".join(pair))):
+            raise ValueError(f"merge {shown(merge)} makes a control token of plain text; expected none that does")
     check_text_steps(definition)
+    if is_sentencepiece(definition):
+        if absent := missing_byte(definition):
+            raise ValueError(f"byte_fallback is true, and the vocabulary has no {absent}; expected all 256 byte tokens")
+        return
+    missing = [byte for byte in range(256) if BYTE_TO_CHARACTER[byte] not in vocab]
     if missing or "ByteLevel" not in json.dumps(definition.get("pre_tokenizer")):
         what = f"byte 0x{missing[0]:02x} has no token" if missing else "its pre-tokenizer is not ByteLevel"
-        raise ValueError(f"not a byte-level tokenizer: {what}; expected byte-level BPE (as of GPT-2, Qwen, Llama 3)")
+        raise ValueError(
+            f"not a byte-level tokenizer: {what}; expected byte-level BPE (as of GPT-2, Qwen, Llama 3), or BPE with "
+            "byte_fallback (as of Llama 2)"
+        )
 
 
 def _check_one_token_per_id(vocab: dict[str, int], added: list[dict[str, Any]]) -> None:
