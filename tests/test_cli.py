@@ -89,7 +89,8 @@ def test_help_has_one_style(module: str, name: str) -> None:
         assert text, f"{name}.{field.name} has no help"
         assert not text.endswith(".") or text.endswith("..."), f"{name}.{field.name}: {text}"
         assert not text[0].isupper() or text.startswith(NAMES), f"{name}.{field.name}: {text}"
-        assert hints[field.name] == DtypeName or field.name != "dtype"
+        # An export's dtype is that of the numbers in a file, of which there are more than a machine computes with.
+        assert hints[field.name] == DtypeName or field.name != "dtype" or name == "ExportSettings"
     assert (cls.__doc__ or "").startswith("Settings of "), cls.__doc__
 
 

@@ -45,8 +45,8 @@ class ExportSettings:
     format: Literal["pth", "gguf"] = "pth"
     """pth: weights under the names of lyuzlion/Tiny-Language-Model; gguf: for llama.cpp and Ollama, with tokenizer and
     chat template, and a Modelfile beside it"""
-    dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
-    """numbers of a GGUF: f32, f16, bf16, q8_0 or q4_0 (32, 16, 16, 8.5 or 4.5 bits each); f16 if none is given"""
+    dtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = "auto"
+    """numbers of a GGUF, of 32, 16, 16, 8.5 or 4.5 bits each; auto: f16 (and f32 in a .pth)"""
     merge: bool = False
     """fold an adapter into its base model; without it, the GGUF of an adapter folder holds the adapter alone (a .pth
     always holds both)"""
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> int:
 
 
 def _to_pth(settings: ExportSettings, output: Path, console: Console) -> None:
-    for flag in ("dtype", "license"):
-        if getattr(settings, flag):
+    for flag, unset in (("dtype", ("auto", "f32")), ("license", ("",))):
+        if getattr(settings, flag) not in unset:
             raise ValueError(f"--{flag} is for a GGUF; a .pth holds float32 weights and nothing else; leave it out")
     loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path)
     require_llama_shape(loaded.model.config)
@@ -94,7 +94,8 @@ def _to_gguf(settings: ExportSettings, output: Path, console: Console) -> None:
             raise
         raise ValueError("the package gguf is not installed; install it with: pip install 'tinylm[export]'") from None
     loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path, merge=settings.merge)
-    dtype, is_adapter = settings.dtype or "f16", (loaded.path / ADAPTER).is_file()
+    dtype = "f16" if settings.dtype == "auto" else settings.dtype
+    is_adapter = (loaded.path / ADAPTER).is_file()
     if settings.merge and not is_adapter:
         raise ValueError(f"{loaded.path} is a full model; --merge is for an adapter folder; leave it out")
     if has_lora(loaded.model):
