@@ -121,6 +121,12 @@ class GGUFModel:
             raise ValueError(f"{self.path}: {error}") from None
         return tokenizer
 
+    @property
+    def unused(self) -> list[str]:
+        """Keys that say nothing about the model and its tokenizer, or that have no meaning here."""
+        known = ("general.", f"{self.contents.values['general.architecture']}.", "tokenizer.ggml.", "split.", "tinylm.")
+        return [key for key in self.contents.values if not key.startswith(known) and key != "tokenizer.chat_template"]
+
     def lineage(self) -> dict[str, Any]:
         """Where the model comes from: the file's name, and what it says about its maker or our own run."""
         values = self.contents.values
@@ -130,7 +136,7 @@ class GGUFModel:
             for key, value in values.items()
             if key.startswith("general.") and isinstance(value, str | int) and key not in _NOT_LINEAGE
         }
-        return {"stage": "imported", **own, "parent": self.path.name, "gguf": general}
+        return {"stage": "imported", **own, "licence": values.get("general.license"), "gguf": general}
 
 
 def open_gguf(path: Path) -> GGUFModel:

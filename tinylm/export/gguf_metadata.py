@@ -125,9 +125,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     model = tokenizer.definition["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
-    adds_bos = is_base_model(tokenizer, lineage) and bool(lineage.get("document_start"))
+    adds_bos = bool(tokenizer.text_start) or is_base_model(tokenizer, lineage) and bool(lineage.get("document_start"))
     if adds_bos:
-        bos = tokenizer.endoftext_id
+        bos = tokenizer.text_start[0] if tokenizer.text_start else tokenizer.endoftext_id
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(llama_cpp_name(tokenizer.definition))
     writer.add_token_list(names)
@@ -141,7 +141,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     writer.add_add_eos_token(False)
     if tokenizer.has_chat_tokens:
         writer.add_eot_token_id(tokenizer.im_end_id)
-        writer.add_chat_template(CHAT_TEMPLATE)
+    if (template := tokenizer.their_template or (CHAT_TEMPLATE if tokenizer.has_chat_tokens else None)) is not None:
+        writer.add_chat_template(template)
     return types.count(gguf.TokenType.UNUSED)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tinylm.files.untrusted import shown
+from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE
 from tinylm.tokenizer.split_patterns import steps_from_llama_cpp
-from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tinylm.tokenizer.tokenizer_settings import MAX_TEMPLATE_CHARACTERS, ROLES, TokenizerSettings
 
 _KEY = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
@@ -24,7 +26,22 @@ def tokenizer_from_gguf(values: dict[str, Any]) -> Tokenizer:
     Raises:
         ValueError: as for `definition_from_gguf`, or as for `Tokenizer`.
     """
-    return Tokenizer(definition_from_gguf(values))
+    definition = definition_from_gguf(values)
+    names = values[_KEY + "tokens"]
+    template = values.get("tokenizer.chat_template", "")
+    if not isinstance(template, str) or len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise ValueError(
+            f"tokenizer.chat_template is of type {type(template).__name__}; expected a text of up to "
+            f"{MAX_TEMPLATE_CHARACTERS} characters"
+        )
+    if tuple(names[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS and template in ("", CHAT_TEMPLATE):
+        return Tokenizer({**definition, "post_processor": None})  # our own; the lineage says how documents begin
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for role, key in zip(ROLES, ("bos", "eos", "padding"), strict=True):
+        token_id = values.get(f"{_KEY}{key}_token_id")
+        is_known = type(token_id) is int and 0 <= token_id < len(names)
+        config[role] = names[token_id] if is_known else None
+    return Tokenizer(definition, TokenizerSettings(config, template or None))
 
 
 def definition_from_gguf(values: dict[str, Any]) -> dict[str, Any]:
