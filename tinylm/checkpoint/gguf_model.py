@@ -302,7 +302,7 @@ def _rope_scaling(settings: _Settings, context: int) -> dict[str, Any] | None:
 
 
 def _scaling_from_factors(config: TinyLMConfig, factors: Tensor) -> dict[str, Any] | None:
-    """The settings of Llama 3's rule, or of linear scaling, whose rotation speeds are the plain ones / `factors`, [D/2].
+    """The settings of Llama 3's rule, or of linear scaling, that divide the rotation speeds by `factors`, [D/2].
 
     Llama 3 keeps the speed of the first pairs, divides that of the last ones by the factor s, and joins them by a line:
 
@@ -334,7 +334,7 @@ def _scaling_from_factors(config: TinyLMConfig, factors: Tensor) -> dict[str, An
 
 def _candidates(turns: Tensor, kept: Tensor, factor: float) -> list[dict[str, Any]]:
     """Settings of Llama 3's rule for the points of its line: from the points themselves, then the usual ones."""
-    rule = partial(dict, rope_type="llama3", factor=factor)
+    rule: Any = partial(dict, rope_type="llama3", factor=factor)
     found = []
     if len(turns) > 1:
         slope = float((kept[0] - kept[-1]) / (turns[0] - turns[-1]))

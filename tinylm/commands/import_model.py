@@ -91,9 +91,7 @@ def _folder_of(source: str) -> Path:
         return _download(source.removeprefix(_HUB))
     folder = Path(source)
     if not folder.exists():
-        raise FileNotFoundError(
-            f"{source} does not exist; expected a Hugging Face folder, .gguf file or hub:owner/name"
-        )
+        raise FileNotFoundError(f"{source} does not exist; expected a Hugging Face folder, .gguf or hub:owner/name")
     if folder.is_file() and folder.suffix == ".gguf":
         return folder
     if not (folder / CONFIG).is_file():

@@ -124,7 +124,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     names, types = token_list(tokenizer, config.vocab_size)
     model = tokenizer.definition["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
+    bos, ends, pad = config.bos_token_id, config.eos_token_ids or [tokenizer.eos_id], config.pad_token_id
     adds_bos = bool(tokenizer.text_start) or is_base_model(tokenizer, lineage) and bool(lineage.get("document_start"))
     if adds_bos:
         bos = tokenizer.text_start[0] if tokenizer.text_start else tokenizer.endoftext_id
@@ -135,12 +135,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     writer.add_token_merges(merges)
     # Always written: without these keys, llama.cpp takes the ids of GPT-2.
     writer.add_bos_token_id(tokenizer.bos_id if bos is None else bos)
-    writer.add_eos_token_id(tokenizer.eos_id if eos is None else eos)
+    writer.add_eos_token_id(ends[0])
     writer.add_pad_token_id(tokenizer.pad_id if pad is None else pad)
     writer.add_add_bos_token(adds_bos)
     writer.add_add_eos_token(False)
-    if tokenizer.has_chat_tokens:
-        writer.add_eot_token_id(tokenizer.im_end_id)
+    if tokenizer.has_chat_tokens or len(ends) > 1:  # a format for two ends: of a text and of an answer
+        writer.add_eot_token_id(tokenizer.im_end_id if tokenizer.has_chat_tokens else ends[1])
     if (template := tokenizer.their_template or (CHAT_TEMPLATE if tokenizer.has_chat_tokens else None)) is not None:
         writer.add_chat_template(template)
     return types.count(gguf.TokenType.UNUSED)

@@ -61,7 +61,8 @@ def definition_from_gguf(values: dict[str, Any]) -> dict[str, Any]:
     if len(types) != len(names):
         raise ValueError(f"{_KEY}token_type has {len(types)} items; expected {len(names)}, one for each token")
     control = {values.get(f"{_KEY}{role}_token_id") for role in _ROLES}
-    vocab, added = {}, []
+    vocab: dict[str, int] = {}
+    added: list[dict[str, Any]] = []
     last = max((number for number, kind in enumerate(types) if kind == _NORMAL), default=-1)
     for number, (name, kind) in enumerate(zip(names, types, strict=True)):
         if kind not in (_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED):

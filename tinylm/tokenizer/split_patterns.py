@@ -146,10 +146,10 @@ def llama_cpp_name(definition: dict[str, Any]) -> str:
     Raises:
         ValueError: llama.cpp has no such pre-tokenizer.
     """
-    normalizers = [step["type"] for step in _steps(definition.get("normalizer"), "normalizers")]
+    normalizers = [step["type"] for step in steps_of(definition.get("normalizer"), "normalizers")]
     ignores_merges = definition["model"].get("ignore_merges") is True
     steps = []
-    for step in _steps(definition.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps_of(definition.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] == "ByteLevel" and not step.get("add_prefix_space", True):
             steps += [_GPT2] if step.get("use_regex", True) else []
         elif step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
