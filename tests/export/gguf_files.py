@@ -64,7 +64,7 @@ def rewrite(
 
 
 def quantised(kind: Kind) -> Change:
-    """Matrices in this type of numbers; those that the package cannot write have random bits and a scale of 1/1000."""
+    """Matrices in this type of numbers; those that the package cannot write have random bits and a small scale."""
     rng = np.random.default_rng(0)
 
     def change(name: str, numbers: np.ndarray) -> tuple[np.ndarray, Kind]:
@@ -73,9 +73,10 @@ def quantised(kind: Kind) -> Change:
         if kind not in _SCALES:
             return gguf.quants.quantize(numbers, kind), kind
         block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+        scale = {Kind.Q5_K: 3e-4, Kind.Q6_K: 1e-4}.get(kind, 1e-3)
         raw = rng.integers(0, 256, (len(numbers), numbers.shape[1] // block, num_bytes), dtype=np.uint8)
         for place in _SCALES[kind]:
-            raw[..., place : place + 2] = np.frombuffer(np.float16(1e-3).tobytes(), np.uint8)
+            raw[..., place : place + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
         return raw.reshape(len(numbers), -1), kind
 
     return change

@@ -59,7 +59,7 @@ def test_every_shape_comes_back(shape: Shape, small_tokenizer: Tokenizer, name: 
     speeds, temperature = rope_frequencies(model.config)
     expected_speeds, expected_temperature = rope_frequencies(loaded.model.config)
     assert torch.equal(speeds, expected_speeds) and temperature == pytest.approx(expected_temperature, rel=1e-6)
-    assert (tokenizer == small_tokenizer) == (name != "odd vocabulary") and tokenizer.settings is None
+    assert tokenizer == small_tokenizer and tokenizer.settings is None
     assert (lineage["stage"], lineage["document_start"]) == ("full_sft", True)
     assert greedy(model, IDS[:40]) == loaded.llama_cpp.greedy(IDS[:40])
 
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "types": ({"tokenizer.ggml.token_type": [1, 1]}, "token_type has 2 items; expected 373"),
     "type": ({"tokenizer.ggml.token_type": [9] * 373}, "item 0 of tokenizer.ggml.token_type is 9; expected 1 to 5"),
     "merge": ({"tokenizer.ggml.merges": ["a \x1b"]}, r"merge 'a \\x1b' has a part"),
-    "tokens": ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "has 'a' twice"),
+    "tokens": ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "has 'a' twice|'a' has two ids"),
     "begin": ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 9999}, "bos_token_id is 9999"),
 }  # fmt: skip
 

@@ -333,23 +333,27 @@ def _scaling_from_factors(config: TinyLMConfig, factors: Tensor) -> dict[str, An
 
 
 def _candidates(turns: Tensor, kept: Tensor, factor: float) -> list[dict[str, Any]]:
-    """Settings of Llama 3's rule for the points of its line: from the points themselves, then the usual ones."""
-    rule: Any = partial(dict, rope_type="llama3", factor=factor)
-    found = []
+    """Settings of Llama 3's rule for the points of its line; one point alone leaves high free too: 4, as in Llama 3.
+
+    The settings are round numbers, which the rounding of the factors blurs, so the rounded ones come first.
+    """
     if len(turns) > 1:
         slope = float((kept[0] - kept[-1]) / (turns[0] - turns[-1]))
         start = float(kept[0]) - slope * float(turns[0])
-        if slope > 0 > start:
-            high = 1 - 1 / start
-            original = slope * (high - 1)
-            for digits in (0, 3, 6):  # the settings are round numbers, which the file's rounding blurs
-                context = round(original) if digits == 0 else original
-                found.append(rule(low_freq_factor=1.0, high_freq_factor=round(high, digits),
-                                  original_max_position_embeddings=context))  # fmt: skip
-    if len(turns) == 1:
-        original = round(float((kept[0] * 3 + 1) / turns[0]))
-        found.append(rule(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=original))
-    return found
+        if not slope > 0 > start:
+            return []
+        high = 1 - 1 / start
+        original = slope * (high - 1)
+    elif len(turns) == 1:
+        high = 4.0
+        original = float((kept[0] * 3 + 1) / turns[0])
+    else:
+        return []
+    rule: Any = partial(dict, rope_type="llama3", factor=factor, low_freq_factor=1.0)
+    return [
+        rule(high_freq_factor=round(high, digits), original_max_position_embeddings=context)
+        for digits, context in ((1, round(original)), (3, round(original)), (6, original))
+    ]
 
 
 def _in_our_order(name: str, tensor: Tensor, config: TinyLMConfig) -> Tensor:
