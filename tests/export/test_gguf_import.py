@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "types": ({"tokenizer.ggml.token_type": [1, 1]}, "token_type has 2 items; expected 373"),
     "type": ({"tokenizer.ggml.token_type": [9] * 373}, "item 0 of tokenizer.ggml.token_type is 9; expected 1 to 5"),
     "merge": ({"tokenizer.ggml.merges": ["a \x1b"]}, r"merge 'a \\x1b' has a part"),
-    "tokens": ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "has 'a' twice|'a' has two ids"),
+    "tokens": ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "'a' (has two ids|twice)"),
     "begin": ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 9999}, "bos_token_id is 9999"),
 }  # fmt: skip
 
