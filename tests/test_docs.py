@@ -31,9 +31,9 @@ SCRIPTS = {
 }
 """The original project's script names -> our commands."""
 OTHER_FLAGS = {"help", "version"} | {
-    "nnodes", "nproc_per_node", "max_restarts", "rdzv_conf", "rdzv_endpoint", "rdzv_id", "net"
+    "nnodes", "nproc_per_node", "max_restarts", "rdzv_conf", "rdzv_endpoint", "rdzv_id", "net", "lora"
 }  # fmt: skip
-"""argparse's own; torchrun's, unshare's."""
+"""argparse's own; torchrun's, unshare's, llama.cpp's."""
 
 
 def blocks(page: Path, *languages: str) -> list[str]:

@@ -56,9 +56,7 @@ def test_an_imported_model_is_used_and_tuned_like_one_of_ours(tmp_path: Path, na
             torch.testing.assert_close(model, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
     data, pairs = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
-    data.write_text(json.dumps({"messages": MESSAGES}, ensure_ascii=False) + "\n" * 2)
     pair = {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": [{"role": "assistant", "content": "No."}]}
-    pairs.write_text(json.dumps(pair) + "\n")
     data.write_text((json.dumps({"messages": MESSAGES}, ensure_ascii=False) + "\n") * 8)
     pairs.write_text((json.dumps(pair) + "\n") * 8)
     small = ["--epochs", 1, "--batch_size", 2, "--device", "cpu", "--max_seq_len", 128]

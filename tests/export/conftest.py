@@ -27,8 +27,21 @@ SHAPES = {
     "qk_norm": {"qk_norm": True},
     "wide heads": {"qk_norm": True, "head_dim": 48, "tie_word_embeddings": False},
     "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "three biases": {"qkv_bias": True},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
     "yarn": {"rope_scaling": YARN},
     "qk_norm and yarn": {"qk_norm": True, "rope_scaling": {**YARN, "attention_factor": 0.8}},
+    "slow yarn": {"rope_scaling": {**YARN, "beta_slow": 2.0}},
+    "fast yarn": {"rope_theta": 100.0, "rope_scaling": {**YARN, "beta_fast": 3.0}},
     "another yarn": {"rope_scaling": _ODD_YARN},
     "mscale yarn": {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}},
     "odd vocabulary": {"vocab_size": 379, "hidden_size": 56, "rms_norm_eps": 1e-3, "rope_theta": 1e4},

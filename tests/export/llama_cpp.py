@@ -36,6 +36,8 @@ class LlamaCpp:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = xllamacpp.Server(params)
+        # A server that is destroyed before its loop runs waits for ever; one that has answered is past that.
+        self._complete([0], n_predict=1)
 
     def _post(self, route: str, content: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(content).encode("utf-8")

@@ -18,6 +18,7 @@ from tinylm.export.gguf_metadata import token_list
 from tinylm.tokenizer.chat_template import encode_chat
 from tinylm.tokenizer.split_patterns import KNOWN_PATTERNS, llama_cpp_name
 from tinylm.tokenizer.tokenizer import Tokenizer
+from tinylm.tokenizer.tokenizer_settings import TokenizerSettings
 
 PATTERNS = list(KNOWN_PATTERNS)
 CHAT = [
@@ -196,3 +197,20 @@ def test_a_base_models_documents_begin_as_in_training(
     ]:
         llama_cpp = in_llama_cpp(small_tokenizer, lineage)
         assert llama_cpp.tokens("Ein größeres", add_special=True, parse_special=True) == start + text
+
+
+def test_another_makers_template_and_first_token(
+    in_llama_cpp: Callable[..., LlamaCpp], small_tokenizer: Tokenizer
+) -> None:
+    """Both go into the file as they are: the template, and the token that their library puts before a text."""
+    piece = [{"SpecialToken": {"id": "<think>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    definition = {**small_tokenizer.definition, "post_processor": {"type": "TemplateProcessing", "single": piece}}
+    template = "{% for m in messages %}<think>{{ m.role }}: {{ m.content }}</think>\n{% endfor %}"
+    tokenizer = Tokenizer(definition, TokenizerSettings({"eos_token": "</think>"}, template))
+    llama_cpp = in_llama_cpp(tokenizer, eos_token_id=[8, 9])
+    text = tokenizer.encode("größe")
+    assert llama_cpp.tokens("größe", add_special=True) == [7, *text]
+    # The template writes the first token itself, so it is not put there twice.
+    assert llama_cpp.chat_tokens([{"role": "user", "content": "größe"}]) == [
+        7, *tokenizer.encode("user: größe"), 8, *tokenizer.encode("\n")
+    ]  # fmt: skip

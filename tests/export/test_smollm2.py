@@ -43,8 +43,10 @@ def greedy_answer(engine: Engine, prompt: list[int], num_tokens: int) -> list[in
 
 
 def test_it_answers_as_in_llama_cpp_and_goes_out_again(file: Path, tmp_path: Path) -> None:
-    """llama.cpp rounds the activations to 8 bits where weights have 4. So on the same file probabilities differ by up to
-    0.05, and the likeliest token is the same; on the export in float32 log-probabilities differ by less than 1e-3.
+    """llama.cpp rounds the activations to 8 bits where weights have 4.
+
+    So on the same file probabilities differ by up to 0.05, and the likeliest token is the same; on the float32 export
+    log-probabilities differ by less than 1e-3.
     """
     status, said = tinylm("import", file, "--output_dir", tmp_path / "in")
     assert status == 0 and "134,515,008 parameters" in said, said

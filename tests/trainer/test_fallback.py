@@ -368,6 +368,14 @@ def test_a_resumed_run_obeys_a_flag_that_is_given(tmp_path, monkeypatch, asked, 
     assert run.progress.step == 3 and run.plan.compiled is compiled
 
 
+def test_auto_does_not_compile_in_several_processes(tmp_path, monkeypatch):
+    """One in which it fails in the middle of a step leaves the others waiting."""
+    for ranks, compiled in (((0, 1), True), ((0, 2), False)):
+        run = long_run(tmp_path, monkeypatch, ranks=ranks)
+        run.fallback.decide_to_compile(3600.0)
+        assert run.plan.compiled is compiled
+
+
 def test_auto_without_a_compiler_says_what_one_would_gain(tmp_path, monkeypatch):
     run = long_run(tmp_path, monkeypatch, compiler=None)
     run.learner.model.compile_for_training = lambda *_: pytest.fail("compiled")

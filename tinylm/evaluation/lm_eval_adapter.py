@@ -61,7 +61,7 @@ class LMEvalRequests:
             prompts = [self._begun(self.tokenizer.encode(requests[index].args[0])) for index in indices]
             answers = self.engine.generate_batch(prompts, settings)
             for index, ids in zip(indices, answers, strict=True):
-                texts[index] = cut_at(self.tokenizer.decode(ids), stop_strings(requests[index].args[1]))
+                texts[index] = cut_at(self.engine.text_of(ids), stop_strings(requests[index].args[1]))
         return texts
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:

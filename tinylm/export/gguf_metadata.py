@@ -36,10 +36,10 @@ def architecture_of(config: TinyLMConfig) -> str:
         ValueError: llama.cpp has no architecture that computes this model; the message says why.
     """
     require_llama_shape(config)
-    if config.qk_norm and config.attention_bias:
+    if config.qk_norm and (config.attention_bias or config.qkv_bias):
         raise ValueError(
-            "qk_norm with attention_bias cannot be a GGUF: llama.cpp's qwen3 has query/key norms but no biases, its "
-            "llama biases but no norms; turn one of them off and train again"
+            "qk_norm with attention_bias or qkv_bias cannot be a GGUF: llama.cpp's qwen3 has query/key norms but no "
+            "biases, its llama biases but no norms; turn one of them off and train again"
         )
     if config.qk_norm and rope_factors(config) is not None:
         raise ValueError(
@@ -124,10 +124,13 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     names, types = token_list(tokenizer, config.vocab_size)
     model = tokenizer.definition["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    bos, ends, pad = config.bos_token_id, config.eos_token_ids or [tokenizer.eos_id], config.pad_token_id
-    adds_bos = bool(tokenizer.text_start) or is_base_model(tokenizer, lineage) and bool(lineage.get("document_start"))
-    if adds_bos:
-        bos = tokenizer.text_start[0] if tokenizer.text_start else tokenizer.endoftext_id
+    bos, ends, pad = config.bos_token_id, config.eos_token_ids, config.pad_token_id
+    starts_document = is_base_model(tokenizer, lineage) and bool(lineage.get("document_start"))
+    start = tokenizer.text_start or ([tokenizer.endoftext_id] if starts_document else [])
+    if len(start) > 1:
+        raise ValueError(f"the tokenizer puts {len(start)} tokens before a text; llama.cpp puts one there, or none")
+    if start:
+        bos = start[0]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(llama_cpp_name(tokenizer.definition))
     writer.add_token_list(names)
@@ -135,14 +138,14 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     writer.add_token_merges(merges)
     # Always written: without these keys, llama.cpp takes the ids of GPT-2.
     writer.add_bos_token_id(tokenizer.bos_id if bos is None else bos)
-    writer.add_eos_token_id(ends[0])
+    writer.add_eos_token_id(ends[0] if ends else tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.pad_id if pad is None else pad)
-    writer.add_add_bos_token(adds_bos)
+    writer.add_add_bos_token(bool(start))
     writer.add_add_eos_token(False)
-    if tokenizer.has_chat_tokens or len(ends) > 1:  # a format for two ends: of a text and of an answer
-        writer.add_eot_token_id(tokenizer.im_end_id if tokenizer.has_chat_tokens else ends[1])
-    if (template := tokenizer.their_template or (CHAT_TEMPLATE if tokenizer.has_chat_tokens else None)) is not None:
-        writer.add_chat_template(template)
+    if tokenizer.has_chat_tokens or len(ends) > 1:  # of several that end an answer, llama.cpp knows two by these keys
+        writer.add_eot_token_id(tokenizer.im_end_id if tokenizer.has_chat_tokens else ends[-1])
+    if tokenizer.can_chat:
+        writer.add_chat_template(tokenizer.their_template or CHAT_TEMPLATE)
     return types.count(gguf.TokenType.UNUSED)
 
 

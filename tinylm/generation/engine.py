@@ -162,7 +162,7 @@ class Engine:
         """Continue token ids in pieces of text; empty pieces (half a character so far) are left out."""
         decoder = StreamDecoder(self.tokenizer)
         for token_id in self.generate(prompt_ids, settings, self.stop_ids):
-            piece = decoder.feed(token_id)
+            piece = decoder.feed(token_id) if token_id < self.tokenizer.vocab_size else ""
             if piece:
                 yield piece
         rest = decoder.flush()
@@ -179,7 +179,11 @@ class Engine:
         """Answer many conversations, in their order."""
         prompts = [self.prompt(messages, settings).ids for messages in conversations]
         answers = self.generate_batch(prompts, settings, self.stop_ids, batch_size)
-        return [self.tokenizer.decode(answer) for answer in answers]
+        return [self.text_of(answer) for answer in answers]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """An answer as text. A model may have more rows than its tokenizer has entries: other ids write nothing."""
+        return self.tokenizer.decode(token_id for token_id in ids if token_id < self.tokenizer.vocab_size)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -155,7 +155,8 @@ def llama_cpp_name(definition: dict[str, Any]) -> str:
         elif step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
             steps.append(_plain(step["pattern"].get("Regex", "")))
         else:
-            steps.append("digits" if step == {"type": "Digits", "individual_digits": True} else "?")
+            is_digits = step == {"type": "Digits", "individual_digits": True}
+            steps.append("digits" if is_digits else step["type"])
     name = _LLAMA_CPP_NAMES.get(tuple(steps))
     if name is None or ignores_merges != (name in _IGNORE_MERGES) or set(normalizers) - {"NFC"}:
         raise ValueError(

@@ -77,7 +77,7 @@ _WELL = "I am well, thank you."
 STORY_SHARE, SMALL_TALK_SHARE = 0.38, 0.04
 _STORY_WEIGHTS = {"who_has": 30, "where_is": 24, "what_colour": 14, "how_feels": 16, "not_in_story": 26}
 _CLOSED_WEIGHTS = {
-    "write_story": 22, "addition": 19, "subtraction": 20, "counting": 10, "comparing": 17, "sorting": 18, "spelling": 5,
+    "write_story": 25, "addition": 19, "subtraction": 20, "counting": 10, "comparing": 17, "sorting": 18, "spelling": 5,
     "reversing": 9, "opposites": 5, "categories": 6, "greeting": 3, "identity": 3, "one_word": 22, "capitals": 7,
 }  # fmt: skip
 SKILLS = (*_STORY_WEIGHTS, *_CLOSED_WEIGHTS)

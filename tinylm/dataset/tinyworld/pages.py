@@ -8,7 +8,7 @@ from tinylm.dataset.tinyworld.drills import make_drill
 from tinylm.dataset.tinyworld.plots import all_facts, ask, make_story
 from tinylm.dataset.tinyworld.skills import CLOSED
 
-STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.10, 0.21, 0.34  # the rest are pages of closed skills
+STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.20, 0.20, 0.31  # the rest are pages of closed skills
 
 # Skills whose answers state the complete fact: "7 plus 5 is 12."
 _FACTS = ("addition", "subtraction", "spelling", "opposites", "categories", "comparing")

@@ -36,19 +36,19 @@ class Fallback:
     def decide_to_compile(self, seconds: float) -> None:
         """Decide whether the model runs compiled: as told, or for `auto` where a run of `seconds` gains by it.
 
-        A resumed run computes as it did before. Batches that all have another shape would be compiled each.
+        A resumed run computes as it did before. Batches that all have another shape would be compiled each. Several
+        processes compile only if told, because one in which that fails would stop them all.
         """
         plan, runtime = self.plan, self.stage.runtime
         is_auto = self.stage.settings.use_compile == "auto"
         if is_auto and not self.progress.step:
             gains = compiling_saves_time(self.learner.model.config, runtime.device, seconds)
-            plan.compiled = runtime.any_rank(gains)
+            plan.compiled = gains and runtime.world_size == 1
         if plan.compiled and runtime.any_rank(self._shape() is None):
             plan.compiled = False
             if not is_auto:
                 self._note("every batch has another shape, which torch.compile would compile each; the run is eager")
-        lacks_compiler = runtime.device.type == "cpu" and cpp_compiler() is None
-        if is_auto and plan.compiled and runtime.any_rank(lacks_compiler):
+        if is_auto and plan.compiled and runtime.device.type == "cpu" and cpp_compiler() is None:
             plan.compiled = False
             self._note("a C++ compiler, such as g++, would make this run faster, but there is none")
         self._cut_batches(plan.batch_size)
