@@ -129,7 +129,7 @@ def _sums(rng: random.Random, split: str) -> str:
 
 _DRILLS = (
     (_remember, _look_up, _sums, _say_again, _backwards, _letters),
-    (0.22, 0.18, 0.26, 0.09, 0.11, 0.14),
+    (0.32, 0.26, 0.24, 0.06, 0.06, 0.06),
 )
 
 

@@ -8,13 +8,13 @@ from tinylm.dataset.tinyworld.drills import make_drill
 from tinylm.dataset.tinyworld.plots import all_facts, ask, make_story
 from tinylm.dataset.tinyworld.skills import CLOSED
 
-STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.20, 0.20, 0.31  # the rest are pages of closed skills
+STORY_SHARE, STORY_WITH_QUESTIONS_SHARE, DRILL_SHARE = 0.04, 0.33, 0.40  # the rest are pages of closed skills
 
 # Skills whose answers state the complete fact: "7 plus 5 is 12."
 _FACTS = ("addition", "subtraction", "spelling", "opposites", "categories", "comparing")
 _PAGE_WEIGHTS = {
     "addition": 11, "subtraction": 12, "counting": 13, "comparing": 15, "sorting": 17, "spelling": 6,
-    "reversing": 11, "opposites": 9, "categories": 8, "capitals": 10,
+    "reversing": 7, "opposites": 6, "categories": 6, "capitals": 7,
 }  # fmt: skip
 
 
