@@ -134,8 +134,8 @@ def test_a_gguf_is_imported_and_goes_out_again(tmp_path: Path) -> None:
     assert second.tokenizer.their_template == CHATML and second.document_start == first.document_start
     run("verify", tmp_path / "out")
     run("chat", "--model_path", tmp_path / "a.gguf", "--prompt", "The dog?", "--max_new_tokens", 4)
-    run(*export, tmp_path / "out", "--output", tmp_path / "b.gguf")
-    again = load_model(tmp_path / "b.gguf")
+    run(*export, tmp_path / "out", "--output", tmp_path / "again" / "b.gguf")
+    again = load_model(tmp_path / "again" / "b.gguf")
     assert again[1].their_template == CHATML
     assert all(torch.equal(tensor, second.model.state_dict()[name]) for name, tensor in again[0].state_dict().items())
 

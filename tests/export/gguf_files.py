@@ -73,7 +73,7 @@ def quantised(kind: Kind) -> Change:
         if kind not in _SCALES:
             return gguf.quants.quantize(numbers, kind), kind
         block, num_bytes = gguf.GGML_QUANT_SIZES[kind]
-        scale = {Kind.Q5_K: 3e-4, Kind.Q6_K: 1e-4}.get(kind, 1e-3)
+        scale = {Kind.Q5_K: 3e-4, Kind.Q6_K: 5e-5}.get(kind, 1e-3)
         raw = rng.integers(0, 256, (len(numbers), numbers.shape[1] // block, num_bytes), dtype=np.uint8)
         for place in _SCALES[kind]:
             raw[..., place : place + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
