@@ -30,7 +30,7 @@ COMMANDS = {
     "chat": Command("tinylm.commands.chat:main", "talk with a model in the terminal"),
     "eval": Command("tinylm.commands.evaluate:main", "measure a model"),
     "merge": Command("tinylm.commands.merge:main", "fold an adapter into its model"),
-    "import": Command("tinylm.commands.import_model:main", "take in a Hugging Face folder of another maker"),
+    "import": Command("tinylm.commands.import_model:main", "take in a Hugging Face folder or a GGUF of another maker"),
     "export": Command("tinylm.commands.export:main", "write a model for other programs"),
     "verify": Command("tinylm.commands.verify:main", "check a model's files and where it comes from"),
     "bench": Command("tinylm.commands.bench:main", "measure the speed of this machine"),

@@ -15,6 +15,7 @@ from tests.command_line import tinylm
 from tests.tokenizer.other_tokenizers import write_tokenizer
 from tests.tokenizer.test_their_template import CHATML, INST
 from tinylm.checkpoint.loading import load_for_use
+from tinylm.checkpoint.model_folder import load_model
 
 CARD = "---\nlanguage: de\nlicense: apache-2.0\n---\n# A model\nlicense: mit\n"
 MESSAGES = [{"role": "user", "content": "The dog?"}, {"role": "assistant", "content": "The fox. Größe!"}]
@@ -95,7 +96,7 @@ def test_every_end_is_kept_and_ours_replaces_a_template_on_request(tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "nowhere does not exist; expected a Hugging Face folder, or hub:owner/name"),
+        (["nowhere"], "nowhere does not exist; expected a Hugging Face folder, .gguf or hub:owner/name"),
         (["hub:some/name"], "hub:some/name cannot be downloaded .*; give the folder of a copy"),
         (["empty"], "empty is no Hugging Face folder; expected a folder with config.json"),
         (["theirs", "--output_dir", "theirs", "--overwrite"], "is the folder to import, or holds it"),
@@ -115,3 +116,32 @@ def test_what_cannot_be_imported_is_one_line(
     status, said = tinylm("import", *words)
     assert status != 0 and re.search(message.replace("|", r"\|"), said), said
     assert len(said.strip().splitlines()) == 1 and not (tmp_path / "out" / "imported").exists()
+
+
+def test_a_gguf_is_imported_and_goes_out_again(tmp_path: Path) -> None:
+    """Their tokenizer, template and licence come along; the file that goes out holds the same."""
+    run("import", their_folder(tmp_path / "theirs"), "--output_dir", tmp_path / "folder")
+    export = ("export", "--format", "gguf", "--dtype", "f32", "--license", "apache-2.0", "--model_path")
+    run(*export, tmp_path / "folder", "--output", tmp_path / "a.gguf")
+    said = run("import", tmp_path / "a.gguf", "--output_dir", tmp_path / "out")
+    assert "parameters written to" in said
+    lineage = json.loads((tmp_path / "out" / "lineage.json").read_text())
+    assert (lineage["licence"], lineage["source"]) == ("apache-2.0", str(tmp_path / "a.gguf"))
+    first, second = load_for_use(tmp_path / "folder"), load_for_use(tmp_path / "out")
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], tensor), name
+    assert second.model.config.eos_token_ids[0] == first.model.config.eos_token_ids[0]
+    assert second.tokenizer.their_template == CHATML and second.document_start == first.document_start
+    run("verify", tmp_path / "out")
+    run("chat", "--model_path", tmp_path / "a.gguf", "--prompt", "The dog?", "--max_new_tokens", 4)
+    run(*export, tmp_path / "out", "--output", tmp_path / "again" / "b.gguf")
+    again = load_model(tmp_path / "again" / "b.gguf")
+    assert again[1].their_template == CHATML
+    assert all(torch.equal(tensor, second.model.state_dict()[name]) for name, tensor in again[0].state_dict().items())
+
+
+def test_a_damaged_gguf_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(40))
+    status, said = tinylm("import", tmp_path / "a.gguf", "--output_dir", tmp_path / "out")
+    assert status != 0 and "a.gguf: it is of version 0; expected a little-endian GGUF" in said
+    assert len(said.strip().splitlines()) == 1 and not (tmp_path / "out").exists()

@@ -205,3 +205,19 @@ def mutate_pickle(rng: Random, program: bytes) -> bytes:
         else:
             steps[at] = mutate_bytes(rng, steps[at], 1)
     return b"".join(steps)
+
+
+def mutate_gguf(rng: Random, data: bytes) -> bytes:
+    """A number of the header or of the weights exchanged; sometimes blind damage."""
+    if rng.random() < 0.3:
+        return mutate_bytes(rng, data, 2)
+    found = bytearray(data)
+    header = data.index(b"output_norm.weight") if rng.random() < 0.6 else len(data) - 64
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(4, header)
+        if rng.random() < 0.5:
+            found[at] = rng.randrange(256)
+        else:
+            size = rng.choice("IQ")
+            found[at : at + struct.calcsize(size)] = struct.pack(f"<{size}", rng.choice(NUMBERS) % 2**32)
+    return bytes(found)

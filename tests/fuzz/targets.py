@@ -14,7 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.saved_states import save_state
-from tests.fuzz.mutations import NASTY, mutate_bytes, mutate_json, mutate_lines, mutate_pth, mutate_safetensors
+from tests.fuzz.mutations import (
+    NASTY,
+    mutate_bytes,
+    mutate_gguf,
+    mutate_json,
+    mutate_lines,
+    mutate_pth,
+    mutate_safetensors,
+)
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.checkpoint.training_state import load_training_state
@@ -23,6 +31,7 @@ from tinylm.commandline.settings import parse_settings
 from tinylm.dataset.shards.shard_cache import cached_token_shards
 from tinylm.dataset.shards.token_shards import open_shard
 from tinylm.dataset.sources.records import iterate_texts, load_conversations, load_preferences
+from tinylm.export.gguf import export_gguf
 from tinylm.export.pth import export_pth
 from tinylm.files.atomic import write_manifest
 from tinylm.model.lora import LoRAConfig, apply_lora
@@ -60,6 +69,8 @@ def make_seeds(root: Path) -> None:
     save_model(root / "yarn", stretched, tokenizer, {})
     _save_sharded(root)
     export_pth(model, root / "pth" / "model.pth")
+    (root / "gguf").mkdir()
+    export_gguf(model, tokenizer, {}, root / "gguf" / "model.gguf", "f32")
     tokenizer.save(root / "pth" / "model")
     apply_lora(model, LoRAConfig(rank=2, target_modules=("q_proj", "down_proj")))
     save_adapter(model, root / "adapter", "../model", {"stage": "lora", "parent": {"path": "../model"}})
@@ -177,6 +188,7 @@ TARGETS = {
     ),
     "lineage.json": Target("adapter", "lineage.json", mutate_json, lambda path: _run_model(path.parent)),
     "manifest.json": Target("manifest", "manifest.json", mutate_json, lambda path: _run_model(path.parent)),
+    "GGUF": Target("gguf", "model.gguf", mutate_gguf, _run_model),
     ".pth": Target("pth", "model.pth", mutate_pth, _run_model),
     "token shard": Target("tokens", "meta.json", mutate_json, _read_shard),
     "token shard, offsets": Target("tokens", "offsets.bin", mutate_bytes, _read_shard),

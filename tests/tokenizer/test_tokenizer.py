@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import random
@@ -16,7 +17,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.tokenizer.bpe import BytePairEncoding
+from tinylm.tokenizer.bpe import BYTE_TO_CHARACTER, BytePairEncoding
 from tinylm.tokenizer.chat_template import CHAT_TEMPLATE
 from tinylm.tokenizer.split_patterns import SPLIT_PATTERN
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
@@ -333,3 +334,10 @@ def test_a_missing_or_huge_file_is_refused(tmp_path: Path) -> None:
         file.truncate(1 << 30)
     with pytest.raises(ValueError, match="1073741824 bytes"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_control_character_may_have_no_token(tokenizer: Tokenizer) -> None:
+    """SmolLM2 has no token for 21 bytes; these characters have no ids there. A letter's byte must have one."""
+    definition = copy.deepcopy(tokenizer.definition)
+    del definition["model"]["vocab"][BYTE_TO_CHARACTER[4]]
+    assert Tokenizer(definition).encode("a\x04b") == [*tokenizer.encode("a"), *tokenizer.encode("b")]

@@ -68,6 +68,10 @@ def load_for_use(
     if merge:
         merge_lora(model)
     notice = ""
-    if path.is_file() and not tokenizer_path and not (path.with_suffix("") / "tokenizer.json").is_file():
+    if (
+        path.suffix in (".pth", ".pt")
+        and not tokenizer_path
+        and not (path.with_suffix("") / "tokenizer.json").is_file()
+    ):
         notice = f"{path} names no tokenizer: the default one is used; give the right one with --tokenizer_path"
     return LoadedModel(path, model, tokenizer, lineage, notice)

@@ -1,4 +1,4 @@
-"""Models on disk: write a model folder atomically; load a model folder, an adapter folder or a `.pth` file.
+"""Models on disk: write a model folder atomically; load a model folder, an adapter folder, a `.pth` or `.gguf` file.
 
 A model folder is a Hugging Face folder: config.json, generation_config.json, model.safetensors, the tokenizer's files,
 and lineage.json (where the model comes from). Loading checks sizes before it takes memory, demands every tensor under
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tinylm.checkpoint.adapter_folder import load_adapter
+from tinylm.checkpoint.gguf_model import open_gguf
 from tinylm.checkpoint.model_path import ADAPTER, CONFIG, resolve_model_path
 from tinylm.checkpoint.original_pth import config_from_tensors, read_pth
 from tinylm.checkpoint.weight_shards import WEIGHTS, shapes_of, weight_files
@@ -84,7 +85,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     tokenizer_path: str | Path | None = None,
 ) -> tuple[TinyLMForCausalLM, Tokenizer, dict[str, Any]]:
-    """(model in eval mode, tokenizer, lineage) from a folder, or a `.pth` of lyuzlion/Tiny-Language-Model.
+    """(model in eval mode, tokenizer, lineage) from a folder, a GGUF, or a `.pth` of lyuzlion/Tiny-Language-Model.
 
     Args:
         path: as for `resolve_model_path`. For an adapter folder, its base model is loaded and the adapter attached.
@@ -96,7 +97,8 @@ def load_model(
     """
     path = resolve_model_path(path)
     if path.is_file():
-        model, tokenizer, lineage = _load_pth(path, tokenizer_path)
+        load = _load_gguf if path.suffix == ".gguf" else _load_pth
+        model, tokenizer, lineage = load(path, tokenizer_path)
     elif (path / CONFIG).is_file():
         model, tokenizer, lineage = _load_folder(path, tokenizer_path)
     else:
@@ -232,6 +234,15 @@ def _load_pth(path: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForC
     check_shapes(path, found, _expected_shapes(config))
     tokenizer = _tokenizer_for(path.with_suffix(""), config, tokenizer_path)
     return _assemble(config, tensors), tokenizer, {"stage": "original", "parent": path.name}
+
+
+def _load_gguf(path: Path, tokenizer_path: str | Path | None) -> tuple[TinyLMForCausalLM, Tokenizer, dict]:
+    file = open_gguf(path)
+    _check_size(path, file.config, file.shapes)
+    check_shapes(path, file.shapes, _expected_shapes(file.config))
+    tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path else file.tokenizer()
+    _check_vocab(tokenizer, file.config, path)
+    return _assemble(file.config, file.read()), tokenizer, file.lineage()
 
 
 def _tokenizer_for(folder: Path, config: TinyLMConfig, tokenizer_path: str | Path | None) -> Tokenizer:

@@ -23,7 +23,7 @@ _MOST_NAMES = 8
 
 
 def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) -> Path:
-    """A model folder, an adapter folder or a `.pth` file: the path itself, or the one inside it.
+    """A model folder, an adapter folder, a `.pth` or `.gguf` file: the path itself, or the one inside it.
 
     Args:
         stage: consider only models inside whose name starts with this; empty means all.
@@ -37,13 +37,13 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
         raise ValueError(f"{path} is an address; models are read from this machine; download it, then give its folder")
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a model folder, an adapter folder or a .pth file")
+        raise FileNotFoundError(f"{path} does not exist; give a model folder, an adapter folder, a .gguf or .pth file")
     if path.is_file():
-        if path.suffix not in (".pth", ".pt"):
-            raise ValueError(f"{path} is a {path.suffix or 'nameless'} file; give its folder, or a .pth file")
+        if path.suffix not in (".pth", ".pt", ".gguf"):
+            raise ValueError(f"{path} is a {path.suffix or 'nameless'} file; give its folder, or a .gguf or .pth file")
         return path
     if not path.is_dir():
-        raise ValueError(f"{path} is neither a file nor a folder; give a model folder or a .pth file")
+        raise ValueError(f"{path} is neither a file nor a folder; give a model folder, a .gguf or .pth file")
     if (path / WEIGHTS).is_file() and not (path / CONFIG).is_file():
         raise ValueError(f"{path} has {WEIGHTS} but no {CONFIG}; copy the config that belongs to these weights")
     if is_model(path):

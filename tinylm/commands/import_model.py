@@ -1,6 +1,7 @@
-"""Take in a model of another maker: a Hugging Face folder becomes a model folder on which every command works.
+"""Take in a model of another maker: a Hugging Face folder or a GGUF becomes a model folder for every command.
 
     tinylm import SmolLM2-135M --output_dir out/imported
+    tinylm import SmolLM2-135M-Instruct.Q4_1.gguf --output_dir out/imported
 
 The weights are kept in float32, the tokenizer and the chat template as they are. Nothing in the folder is run.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
+from tinylm.checkpoint.gguf_model import open_gguf
 from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.checkpoint.model_path import ADAPTER, CONFIG
 from tinylm.commandline.exit_status import run_main
@@ -42,7 +44,7 @@ class ImportSettings:
     """Settings of importing."""
 
     model_path: str
-    """a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3), or hub:owner/name to download one"""
+    """a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3), a .gguf file, or hub:owner/name to download a folder"""
     output_dir: str = "out/imported"
     """folder for the model"""
     chat_template: Literal["theirs", "chatml"] = "theirs"
@@ -63,14 +65,16 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"output_dir {output} is the folder to import, or holds it; choose another --output_dir")
     for notice in notices(folder):
         console.print(notice)
-    model, tokenizer, _ = load_model(folder)
+    model, tokenizer, theirs = load_model(folder)
     tokenizer = with_template(tokenizer, settings.chat_template)
+    facts = theirs if folder.is_file() else {}  # of a GGUF: its own folder is gone
     lineage = {
         "stage": "imported",
+        **facts,
         "parent": {"path": str(folder), "stage": None, "weights": weights_fingerprint(model)},
         "source": settings.model_path,
-        "licence": licence_of(folder),
-        "document_start": bool(tokenizer.text_start),
+        "licence": facts.get("licence") or licence_of(folder),
+        "document_start": facts.get("document_start", bool(tokenizer.text_start)),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         **code_version(),
     }
@@ -82,15 +86,17 @@ def main(argv: list[str]) -> int:
 
 
 def _folder_of(source: str) -> Path:
-    """The folder to import, downloaded if it is `hub:owner/name`."""
+    """The folder or GGUF to import, downloaded if it is `hub:owner/name`."""
     if source.startswith(_HUB):
         return _download(source.removeprefix(_HUB))
     folder = Path(source)
     if not folder.exists():
-        raise FileNotFoundError(f"{source} does not exist; expected a Hugging Face folder, or hub:owner/name")
+        raise FileNotFoundError(f"{source} does not exist; expected a Hugging Face folder, .gguf or hub:owner/name")
+    if folder.is_file() and folder.suffix == ".gguf":
+        return folder
     if not (folder / CONFIG).is_file():
         found = "an adapter: import its base model" if (folder / ADAPTER).is_file() else "no Hugging Face folder"
-        raise ValueError(f"{source} is {found}; expected a folder with {CONFIG} and safetensors files")
+        raise ValueError(f"{source} is {found}; expected a folder with {CONFIG} and safetensors files, or a .gguf")
     return folder
 
 
@@ -108,6 +114,9 @@ def _download(name: str) -> Path:
 
 def notices(folder: Path) -> list[str]:
     """What in the folder is not used, one line each."""
+    if folder.is_file():
+        unused = open_gguf(folder).unused
+        return [f"not used: {len(unused)} keys ({', '.join(map(shown, unused[:8]))})"] if unused else []
     data = read_json(folder / CONFIG)
     found = []
     code = sorted(path.name for path in folder.glob("*.py"))

@@ -166,6 +166,32 @@ def llama_cpp_name(definition: dict[str, Any]) -> str:
     return name
 
 
+def steps_from_llama_cpp(name: Any) -> dict[str, Any]:
+    """The parts of a tokenizer.json that split as llama.cpp's pre-tokenizer `name` does: the inverse of
+    `llama_cpp_name`.
+
+    Raises:
+        ValueError: we do not know that pre-tokenizer.
+    """
+    steps = next((steps for steps, known in _LLAMA_CPP_NAMES.items() if known == name), None)
+    if steps is None:
+        raise ValueError(
+            f"tokenizer.ggml.pre is {shown(name)}; expected {', '.join(_LLAMA_CPP_NAMES.values())}: the others split "
+            "text in ways that are not known here"
+        )
+    *first, pattern = steps
+    parts: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True} for _ in first]
+    is_gpt2 = pattern == _GPT2  # which ByteLevel itself holds
+    if not is_gpt2:
+        parts.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
+    parts.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": is_gpt2})
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts},
+        "ignore_merges": name in _IGNORE_MERGES,
+    }
+
+
 def check_text_steps(definition: dict[str, Any]) -> None:
     """Raise ValueError unless the normaliser and the pre-tokenizer consist of known steps that take linear time."""
     for step in steps_of(definition.get("normalizer"), "normalizers"):
