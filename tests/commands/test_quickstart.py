@@ -31,7 +31,7 @@ from tinylm.system.runtime import setup_runtime
 from tinylm.trainer import train_full_sft
 from tinylm.trainer.core import loop
 
-WIDTH, SCALE = 128, "0.08"
+WIDTH, SCALE = 128, "0.1"
 INTERRUPTED_AT = 12
 
 
@@ -126,7 +126,7 @@ def test_the_picture_shows_the_last_losses_of_a_resumed_run(miniature):
         assert f">held out {miniature.last_value(stage, 'validation_loss'):.3f}<" in picture
     assert " in all" not in picture, "two calls made it, of which the second does not know the first's time"
     assert (
-        f">cpu, {json.loads((miniature.folder / 'scoreboard.json').read_text())['key']['dtype']} · seed 42 · 8% of"
+        f">cpu, {json.loads((miniature.folder / 'scoreboard.json').read_text())['key']['dtype']} · seed 42 · 10% of"
         in picture
     )
 
@@ -147,7 +147,7 @@ def test_it_says_how_far_the_whole_is_and_what_to_type_next(miniature):
     assert re.fullmatch(r"tokenizer, pretrain, full_sft, lora, dpo, scoreboard in .*: about \S+ \(cpu, \w+\)", lines[0])
     assert "the same command continues" in lines[1] and "asks 8 held-out items per skill, not 100" in first
     assert "2/6 pretrain · 1% of the whole is done, about" in first
-    assert "6/6 scoreboard · 91% of the whole is done, about" in second
+    assert "6/6 scoreboard · 93% of the whole is done, about" in second
     assert f"all of it as a picture: {miniature.folder}/report.svg" in second
     assert "goals of this run" in second and "of the 8 questions of this skill are right" in second
     items = [tinyworld.test_item("addition", index).messages for index in range(8)]

@@ -24,7 +24,7 @@ from tinylm.dataset.tinyworld.words import (
 )
 
 CLOSED_PAIRS = {"addition": "plus", "subtraction": "minus"}
-GOLDEN = "fd65041e68d4c159"
+GOLDEN = "8720cd7658772581"
 
 
 def exam(skill: str, n: int = 200, split: str = "test") -> list[tw.Item]:
@@ -315,7 +315,7 @@ def test_chats_alternate_and_end_with_the_assistant():
     first = [item.messages[0]["content"] for item in tw.conversations(2000)]
     about_story = sum(len(text.split()) > 25 for text in first)
     assert 0.3 < sum("\n" not in text for text in first if len(text.split()) > 25) / about_story < 0.45
-    assert 0.45 < about_story / 2000 < 0.55
+    assert 0.34 < about_story / 2000 < 0.43
 
 
 def test_an_asked_skill_is_the_last_question():

@@ -153,8 +153,9 @@ def _existing(token_ids: Any, vocab_size: Any) -> Any:
     if not isinstance(vocab_size, int):
         return token_ids
     several = token_ids if isinstance(token_ids, list) else [token_ids]
-    kept = [number for number in several if type(number) is not int or 0 <= number < vocab_size]
-    return kept if len(kept) > 1 else kept[0] if kept else None
+    exist = (number for number in several if type(number) is not int or 0 <= number < vocab_size)
+    kept = [number for number in exist if number is not None]
+    return kept[0] if len(kept) == 1 and not isinstance(kept[0], list) else kept or None
 
 
 def _check_supported(kind: str, data: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ class Plan:
         """Micro-batches computed at a time, each on its own CPU cores."""
         self.batch_size = settings.batch_size
         """Rows that a process computes at a time, all parts together; lower than asked for after memory ran out."""
-        self.compiled = settings.use_compile is True
+        self.compiled = settings.use_compile not in (False, "auto")
         """Whether the model runs through torch.compile; `auto` decides later, and False after it failed."""
 
     @property
