@@ -1,7 +1,7 @@
 """`tinylm ...` as processes that can be watched, signalled and compared.
 
 Importing torch takes seconds, and hundreds of commands are run: they are forked from one process (this file, run as a
-program) that has imported everything and has no threads. With `anew` a command is `python -m tinylm.cli`, from nothing.
+program) that has imported everything and has no threads. With `cold` a command is `python -m tinylm.cli`, from nothing.
 """
 
 from __future__ import annotations
@@ -112,14 +112,14 @@ class Commands:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, *words: object, anew: bool = False, **fault: Any) -> Process:
+    def start(self, *words: object, cold: bool = False, **fault: Any) -> Process:
         """Start `tinylm WORDS`.
 
         Faults: `arm` = (folder, call, action, flags) as in disk_faults; `clock` in seconds; `strike` = (signal, step,
         seconds), a signal so long after the command has begun the step (from 1; 0 is its start).
         """
         log = self.logs / f"{len(self.processes)}.txt"
-        request = {"argv": [str(word) for word in words], "log": str(log), "anew": anew, **fault}
+        request = {"argv": [str(word) for word in words], "log": str(log), "cold": cold, **fault}
         self.processes.append(Process(self, self.ask(request), log))
         return self.processes[-1]
 
@@ -239,7 +239,7 @@ def _child(request: dict[str, Any]) -> None:
     with open(request["log"], "wb") as log, open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0), os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     os.setsid()
-    if request["anew"]:
+    if request["cold"]:
         os.execv(sys.executable, [sys.executable, "-m", "tinylm.cli", *request["argv"]])
     status = 1
     try:

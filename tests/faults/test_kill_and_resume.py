@@ -37,9 +37,9 @@ def killed_in(commands, words, folder, step, number=signal.SIGKILL, within=0.02)
     return process.wait(), process
 
 
-def killed_anew(commands, words, folder, step):
+def killed_cold(commands, words, folder, step):
     """As above, of a run in a Python of its own, which is killed when the step is seen."""
-    process = commands.start(*words, "--output_dir", folder, anew=True)
+    process = commands.start(*words, "--output_dir", folder, cold=True)
     wait_for_step(process, folder, step)
     assert process.poll() is None, f"it had ended before it could be killed: {process.said}"
     process.send(signal.SIGKILL)
@@ -71,8 +71,8 @@ def test_killed_and_resumed_from_nothing(commands, stages, undisturbed, tmp_path
     whole = undisturbed(stage)
     for step in (3, 15, 30):
         words = [*stages.words(stage), "--resume"]
-        assert killed_anew(commands, words, tmp_path, step) == -signal.SIGKILL
-    commands.run(*stages.words(stage), "--resume", "--output_dir", tmp_path, anew=True)
+        assert killed_cold(commands, words, tmp_path, step) == -signal.SIGKILL
+    commands.run(*stages.words(stage), "--resume", "--output_dir", tmp_path, cold=True)
     lost = differences(tmp_path, whole)
     tally(f"kill -9 and resume ({stage}), bit for bit", 3, bool(lost))
     assert not lost
@@ -83,9 +83,9 @@ def test_killed_and_resumed_from_nothing(commands, stages, undisturbed, tmp_path
 @pytest.mark.parametrize("stage", ["pretrain", "lora"])
 def test_killed_and_resumed_compiled(commands, stages, undisturbed, tmp_path, tally, stage):
     compiled = ["--use_compile", "true"]
-    whole = undisturbed(stage, *compiled, anew=True)
-    assert killed_anew(commands, [*stages.words(stage), *compiled], tmp_path, 13) == -signal.SIGKILL
-    said = commands.run(*stages.words(stage), *compiled, "--resume", "--output_dir", tmp_path, anew=True)
+    whole = undisturbed(stage, *compiled, cold=True)
+    assert killed_cold(commands, [*stages.words(stage), *compiled], tmp_path, 13) == -signal.SIGKILL
+    said = commands.run(*stages.words(stage), *compiled, "--resume", "--output_dir", tmp_path, cold=True)
     assert "compiled in the first step" in said and "torch.compile failed" not in said  # eager runs prove nothing here
     lost = differences(tmp_path, whole)
     tally(f"kill -9 and resume ({stage}, compiled), bit for bit", 1, bool(lost))
@@ -95,7 +95,7 @@ def test_killed_and_resumed_compiled(commands, stages, undisturbed, tmp_path, ta
 @pytest.mark.slow
 def test_the_same_settings_give_the_same_bits_twice(commands, stages, undisturbed, tmp_path, tally):
     whole = undisturbed("pretrain")
-    commands.run(*stages.words("pretrain"), "--output_dir", tmp_path, anew=True)
+    commands.run(*stages.words("pretrain"), "--output_dir", tmp_path, cold=True)
     lost = differences(tmp_path, whole)
     tally("the same run twice, bit for bit", 1, bool(lost))
     assert not lost

@@ -34,7 +34,7 @@ from tinylm.tokenizer.tokenizer_settings import TokenizerSettings
 
 _HUB = "hub:"
 _FILES = ["*.json", "*.safetensors", "*.jinja", "README.md"]
-_OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".onnx", ".model")
+_OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".model")
 _CARD_BYTES = 1 << 16
 _LICENCE = re.compile(r"^license:\s*['\"]?([\w.+-]{1,60})", flags=re.MULTILINE)
 
@@ -124,9 +124,7 @@ def notices(folder: Path) -> list[str]:
         found.append(f"not run: the folder's own code ({', '.join(map(shown, code)) or 'auto_map in config.json'})")
     if unused := unused_fields(data):
         found.append(f"not used: {len(unused)} fields of config.json ({', '.join(map(shown, unused))})")
-    other = [
-        path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pth", ".pt", ".gguf", ".model")
-    ]
+    other = [path.name for path in sorted(folder.iterdir()) if path.suffix in _OTHER_FORMATS]
     if other:
         found.append(f"not read: {', '.join(map(shown, other))}")
     return found

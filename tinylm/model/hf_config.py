@@ -148,7 +148,7 @@ def config_from_hf(data: dict[str, Any]) -> TinyLMConfig:
 def _existing(token_ids: Any, vocab_size: Any) -> Any:
     """The token id or ids without those that do not exist.
 
-    In older files, -1 or the vocabulary's size means that there is no such token; as an index it would fail.
+    Older files write -1 or the vocabulary's size for a token that does not exist; such an index would fail.
     """
     if not isinstance(vocab_size, int):
         return token_ids

@@ -8,6 +8,7 @@ from tinylm.files.untrusted import shown
 from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE
 from tinylm.tokenizer.split_patterns import steps_from_llama_cpp
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
+from tinylm.tokenizer.tokenizer_json import added_token, byte_level_bpe
 from tinylm.tokenizer.tokenizer_settings import MAX_TEMPLATE_CHARACTERS, ROLES, TokenizerSettings
 
 _KEY = "tokenizer.ggml."
@@ -71,33 +72,20 @@ def definition_from_gguf(values: dict[str, Any]) -> dict[str, Any]:
             continue
         is_added = kind != _NORMAL or number in control
         if is_added:
-            added.append(_added_token(number, name, is_special=kind != _USER_DEFINED or number in control))
+            added.append(added_token(number, name, is_special=kind != _USER_DEFINED or number in control))
         if not is_added or number < last:  # those behind the ordinary tokens were added to them later
             if name in vocab:
                 raise ValueError(f"{_KEY}tokens has {shown(name)} twice, as {vocab[name]} and {number}; expected once")
             vocab[name] = number
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": steps["normalizer"],
-        "pre_tokenizer": steps["pre_tokenizer"],
-        "post_processor": _post_processor(values, names),
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": steps["ignore_merges"],
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
+    return byte_level_bpe(
+        vocab,
+        merges,
+        added,
+        pre_tokenizer=steps["pre_tokenizer"],
+        normalizer=steps["normalizer"],
+        post_processor=_post_processor(values, names),
+        ignore_merges=steps["ignore_merges"],
+    )
 
 
 _LISTS: tuple[tuple[str, type], ...] = (("tokens", str), ("token_type", int), ("merges", str))
@@ -119,11 +107,6 @@ def _list_of(values: dict[str, Any], name: str, kind: type) -> list[Any]:
         what = "missing" if found is None else f"of type {type(found).__name__}"
         raise ValueError(f"{_KEY}{name} is {what}; expected a list of one item or more: the tokens are not known")
     return found
-
-
-def _added_token(number: int, name: str, is_special: bool) -> dict[str, Any]:
-    off = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": number, "content": name, **off, "special": is_special}
 
 
 def _post_processor(values: dict[str, Any], names: list[str]) -> dict[str, Any] | None:

@@ -38,42 +38,50 @@ def definition_from_bpe(bpe: BytePairEncoding, special_tokens: tuple[str, ...]) 
     """The content of tokenizer.json for our tokenizer: special tokens have the first ids, then bytes, then merges."""
     names = [*special_tokens, *(token_to_text(token) for token in bpe.tokens)]
     ordinary = names[len(special_tokens) :]
+    added = [added_token(token_id, name) for token_id, name in enumerate(special_tokens)]
+    pre_tokenizer = {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": SPLIT_PATTERN},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
+    vocab = {name: token_id for token_id, name in enumerate(names)}
+    # "left right" in one string is the older spelling, which all versions of the loaders read
+    merges = [f"{ordinary[left]} {ordinary[right]}" for left, right in bpe.merges]
+    return byte_level_bpe(vocab, merges, added, pre_tokenizer)
+
+
+def added_token(token_id: int, name: str, is_special: bool = True) -> dict[str, Any]:
+    """The entry of a token that is found in a text by its name alone."""
+    off = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": token_id, "content": name, **off, "special": is_special}
+
+
+def byte_level_bpe(
+    vocab: dict[str, int],
+    merges: list[str],
+    added: list[dict[str, Any]],
+    pre_tokenizer: dict[str, Any],
+    normalizer: dict[str, Any] | None = None,
+    post_processor: dict[str, Any] | None = None,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """The content of the tokenizer.json of a byte-level BPE."""
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": token_id,
-                "content": name,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token_id, name in enumerate(special_tokens)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": SPLIT_PATTERN},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-            ],
-        },
-        "post_processor": None,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": True,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
+        "added_tokens": added,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -82,10 +90,9 @@ def definition_from_bpe(bpe: BytePairEncoding, special_tokens: tuple[str, ...]) 
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {name: token_id for token_id, name in enumerate(names)},
-            # "left right" in one string is the older spelling, which all versions of the loaders read
-            "merges": [f"{ordinary[left]} {ordinary[right]}" for left, right in bpe.merges],
+            "ignore_merges": ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
         },
     }
 
