@@ -21,6 +21,10 @@ MAX_FILE_BYTES = 64 << 20
 
 MAX_VOCAB_SIZE = 1 << 20
 
+MODEL_INPUTS = ["input_ids", "attention_mask"]
+"""Without these names in tokenizer_config.json, transformers 4 also hands `token_type_ids` to the model, which takes
+none."""
+
 _WITHOUT_TEXT = {*range(0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - set(b"\t\n\r")
 """Bytes that no text but control characters and unassigned ones has. SmolLM2 has no tokens for 21 of them, so that
 these characters have no ids there, in transformers and llama.cpp too."""
@@ -110,6 +114,7 @@ def config_for_transformers(endoftext: str, im_start: str, im_end: str, chat_tem
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": False,
+        "model_input_names": MODEL_INPUTS,
     }
     if chat_template is not None:
         config["chat_template"] = chat_template  # for transformers before 4.52, which does not read .jinja files
