@@ -142,7 +142,9 @@ def _converted(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinite numbers; the model is broken: export an earlier one")
         wider = "bf16 or f32" if dtype == "f16" else "f32"
-        raise ValueError(f"{name} holds {float(tensor.abs().max()):.4g}, too large for {dtype}; use --dtype {wider}")
+        raise ValueError(
+            f"{name} holds {float(tensor.detach().abs().max()):.4g}, too large for {dtype}; use --dtype {wider}"
+        )
     return converted
 
 
