@@ -188,6 +188,10 @@ def test_it_comes_in_again_and_is_trained_on(models: tuple[Path, Path], tmp_path
         words = ["sft", "--model_path", tmp_path / parent, "--output_dir", tmp_path / f"sft_{parent}", *run]
         status, said = tinylm(*words, "--validation_fraction", 0.3)
         assert status == 0, said
+    said = write(tmp_path / "a", tmp_path / "again")
+    body = card_of(tmp_path / "again")[1]
+    assert "| supervised fine-tuning | not recorded |" in body and "What came before is not recorded." in body
+    assert "the lineage does not say what the model was trained from" in said and "no licence" not in said
     write(tmp_path / "sft_b", tmp_path / "c")
     head, body = card_of(tmp_path / "c")
     assert head["license"] == "apache-2.0" and "## Licence\n\napache-2.0" in body and "language" not in head

@@ -238,7 +238,8 @@ def _data(lineage: dict[str, Any], base_model: str) -> str:
     if lineage.get("source") is not None:
         return f"that of {base_model}" if base_model else "not recorded"
     fingerprint = lineage.get("data_fingerprint")
-    return f"the maker's own (fingerprint {_plain(fingerprint)})" if isinstance(fingerprint, str) else "not recorded"
+    marked = f" (fingerprint {_plain(fingerprint)})" if isinstance(fingerprint, str) else ""
+    return ("the maker's own" if settings.get("data_path") else "not recorded") + marked
 
 
 def _optimizer(lineage: dict[str, Any]) -> str:
