@@ -52,6 +52,9 @@ _END_NAMES = ("<|im_end|>", "<|eot_id|>", *_ENDOFTEXT_NAMES)
 _NOT_KEPT = ("auto_map", "name_or_path", "tokenizer_file", "chat_template")
 """Of a stranger's settings: what names code or places on the maker's machine, and what is written from elsewhere."""
 
+_TO_BYTES = {code: "\uffff" for code in range(256)} | {ord(name): chr(byte) for name, byte in CHARACTER_TO_BYTE.items()}
+"""Byte characters to the bytes as Latin-1, which has no U+FFFF."""
+
 _DEFAULT_FOLDER = Path(__file__).parent / "default"
 
 
@@ -319,9 +322,10 @@ def _build_fast(definition: dict[str, Any], controls: set[str]) -> tokenizers.To
 
 def _token_bytes(name: str) -> bytes:
     """The name of an ordinary token of byte-level BPE spells its bytes in byte characters."""
-    if any(character not in CHARACTER_TO_BYTE for character in name):
+    try:
+        return name.translate(_TO_BYTES).encode("latin-1")
+    except UnicodeEncodeError:  # a character that stands for no byte
         return name.encode("utf-8")
-    return bytes(CHARACTER_TO_BYTE[character] for character in name)
 
 
 def _find(names: dict[str, int], candidates: tuple[str, ...]) -> int:

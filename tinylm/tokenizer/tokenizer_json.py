@@ -182,10 +182,10 @@ def check_definition(definition: Any) -> None:
     _check_one_token_per_id(vocab, added)
     controls = {token["content"] for token in added if token.get("special")}
     for merge in merges:
-        pair = _pair(merge)
-        if any(part not in vocab for part in pair):
+        left, right = _pair(merge)
+        if left not in vocab or right not in vocab:
             raise ValueError(f"merge {shown(merge)} has a part that is not in the vocabulary")
-        if not controls.isdisjoint((*pair, "".join(pair))):
+        if left in controls or right in controls or left + right in controls:
             raise ValueError(f"merge {shown(merge)} makes a control token of plain text; expected none that does")
     check_text_steps(definition)
     if is_sentencepiece(definition):
@@ -214,6 +214,6 @@ def _check_one_token_per_id(vocab: dict[str, int], added: list[dict[str, Any]]) 
 def _pair(merge: Any) -> list[str]:
     """A merge in either spelling, "left right" or ["left", "right"], as a list of two."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
-    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-        raise ValueError(f"merge {shown(merge)}; expected a pair of tokens")
-    return pair
+    if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str):
+        return pair
+    raise ValueError(f"merge {shown(merge)}; expected a pair of tokens")
