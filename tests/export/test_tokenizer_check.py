@@ -6,7 +6,6 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,19 @@ OWN = ["<|fim|>", "<|lang:de|>", "[SEP]", "<|日本|>"]
 
 
 def large(digits: Digits) -> Tokenizer:
-    """74,000 entries without a training: all Chinese and Korean characters, alone and after a blank, and own tokens.
+    """97,000 entries without a training: all Chinese and Korean characters, alone, after a blank and after a bracket.
 
     The ids pass 65,536, where shards of tokens take four bytes instead of two.
     """
     bpe = BytePairEncoding([], digits)
     ids = {bytes([byte]): token_id for token_id, byte in enumerate(BYTE_ALPHABET)}
     characters = [chr(code) for span in ((0x4E00, 0xA000), (0xAC00, 0xD7A4)) for code in range(*span)]
-    for token in map(partial(str.encode, encoding="utf-8"), [*characters, *(f" {each}" for each in characters)]):
-        left, right = (token[:1], token[1:]) if token[0] == 0x20 else (token[:2], token[2:])
+    for token in (f"{before}{each}".encode() for before in ("", " ", "(") for each in characters):
+        left, right = (token[:1], token[1:]) if token[0] < 128 else (token[:2], token[2:])
         if left not in ids:
             ids[left] = bpe.add_merge((ids[left[:1]], ids[left[1:]]))
         ids[token] = bpe.add_merge((ids[left], ids[right]))
+    assert 97_000 < 256 + len(bpe.merges) < 98_000
     return Tokenizer(definition_from_bpe(bpe, SPECIAL_TOKENS, tuple(OWN)))
 
 
@@ -153,7 +153,7 @@ def test_a_tokenizer_json_that_differs_is_refused(tmp_path: Path) -> None:
         (lambda d: d["model"]["merges"].reverse(), "tokenizer.json reads the text .* as the tokens"),
         (lambda d: d.update(normalizer={"type": "Lowercase"}), "reads the text .Hello, world"),
         (lambda d: d["pre_tokenizer"]["pretokenizers"].pop(0), "tokenizer.json reads the text . a  b "),
-        (lambda d: d["added_tokens"].pop(), r"reads '<\|日本\|>' as \[.*\]; expected the control token 699"),
+        (lambda d: d["added_tokens"].pop(), r"reads '<\|\\u65e5\\u672c\|>' as \[.*\]; expected the control token 699"),
     ]
     for change, message in changes:
         changed = copy.deepcopy(definition)
@@ -170,6 +170,14 @@ def test_tokenizers_of_others_pass(name: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_tokenizer(name, tmp_path / "in"))
     tokenizer.save(tmp_path / "out")
     check_tokenizer_json(tokenizer, tmp_path / "out" / "tokenizer.json")
+
+
+def test_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["größer"], 272)
+    assert Tokenizer(tokenizer.definition).encode("ö") == [16 + BYTE_ALPHABET.index(byte) for byte in "ö".encode()]
+    with pytest.raises(ValueError, match="the tokenizer has no merges, and llama.cpp opens no such file; train one"):
+        export_gguf(trained_model(vocab_size=272, hidden_size=32), tokenizer, {}, tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_check_needs_its_probes(exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
