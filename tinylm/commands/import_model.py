@@ -148,7 +148,7 @@ def with_their_tokens(config: TinyLMConfig, tokenizer: Tokenizer, folder: Path) 
     ends = [tokenizer.eos_id, *config.eos_token_ids, *(i for i in several if type(i) is int)]
     known = list(dict.fromkeys(i for i in ends if 0 <= i < config.vocab_size))
     eos: Any = known if len(known) > 1 else known[0]
-    return dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=eos, pad_token_id=tokenizer.pad_id)
+    return dataclasses.replace(config, **{**tokenizer.role_ids, "eos_token_id": eos})
 
 
 def licence_of(folder: Path) -> str | None:

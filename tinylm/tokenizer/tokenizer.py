@@ -72,6 +72,7 @@ class Tokenizer:
         fingerprint: 16 hex digits that name the definition, for caches and lineage.
         endoftext_id, im_start_id, im_end_id: control tokens, in our own tokenizers 0, 1 and 2.
         pad_id, bos_id, eos_id: the tokens with these roles in other libraries; in our own tokenizers the same three.
+        role_ids: the same under their names in a config.
         special_ids: ids that `decode` leaves out by default.
         added_ids: ids by name of the tokens that a template may write, control tokens and others; no text holds them.
         own_tokens: names of the special tokens that are not ours: the user's own, or another maker's.
@@ -123,6 +124,7 @@ class Tokenizer:
         self.pad_id = found.get("pad_token", self.endoftext_id)
         self.bos_id = found.get("bos_token", self.im_start_id)
         self.eos_id = found.get("eos_token", self.im_end_id)
+        self.role_ids = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
         self.text_start = [names[name] for name in names_before_text(self.definition) if name in names]
         self.has_chat_tokens: bool = "<|im_start|>" in names and "<|im_end|>" in names
         template = self.settings.chat_template if self.settings else None
