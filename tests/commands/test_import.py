@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tests.command_line import tinylm
 from tests.tokenizer.other_tokenizers import write_tokenizer
-from tests.tokenizer.test_their_template import CHATML, INST
+from tests.tokenizer.their_templates import CHATML, INST
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import load_model
 
