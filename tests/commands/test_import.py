@@ -50,7 +50,9 @@ def test_an_imported_model_is_used_and_tuned_like_one_of_ours(tmp_path: Path, na
 
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     again, loaded = AutoModelForCausalLM.from_pretrained(out), load_for_use(out)
-    ids = AutoTokenizer.from_pretrained(out).apply_chat_template(MESSAGES, return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(out).apply_chat_template(MESSAGES, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
     with torch.no_grad():
         for model in (again(ids).logits, loaded.model(ids)):
             torch.testing.assert_close(model, theirs(ids).logits, rtol=1e-5, atol=1e-5)

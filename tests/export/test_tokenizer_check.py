@@ -17,6 +17,7 @@ from tests.tokenizer.other_tokenizers import write_tokenizer
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.export import gguf_metadata, tokenizer_check
 from tinylm.export.gguf import export_gguf
+from tinylm.export.hf import export_hf
 from tinylm.export.tokenizer_check import PROBES, check_gguf, check_tokenizer_json, probes
 from tinylm.tokenizer.bpe import BYTE_ALPHABET, BytePairEncoding
 from tinylm.tokenizer.split_patterns import DIGIT_PATTERNS, Digits
@@ -162,6 +163,18 @@ def test_a_tokenizer_json_that_differs_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as error:
             check_tokenizer_json(tokenizer, path)
         assert "\n" not in str(error.value)
+
+
+def test_a_folder_to_publish_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, other = Tokenizer.train([TEXT], 700, special_tokens=OWN), Tokenizer.train([TEXT], 690)
+    model = trained_model(vocab_size=700, hidden_size=32)
+    export_hf(model, tokenizer, {}, tmp_path / "good", "bf16", card="")
+    assert Tokenizer.load(tmp_path / "good") == tokenizer
+    save = Tokenizer.save
+    monkeypatch.setattr(Tokenizer, "save", lambda self, folder: save(other, folder))
+    with pytest.raises(ValueError, match=r"tokenizer.json reads '<\|fim\|>' as \[.*\]; expected the control token 696"):
+        export_hf(model, tokenizer, {}, tmp_path / "bad", "bf16", card="")
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "smollm2", "qwen", "llama3", "llama2", "mistral"])

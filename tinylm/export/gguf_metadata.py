@@ -13,6 +13,7 @@ import gguf
 from torch import Tensor
 
 from tinylm import __version__
+from tinylm.checkpoint.lineage import facts_of
 from tinylm.export.modelfile import is_base_model
 from tinylm.files.untrusted import shown
 from tinylm.model.config import TinyLMConfig
@@ -21,12 +22,6 @@ from tinylm.model.positions import rope_frequencies
 from tinylm.tokenizer.chat_template import CHAT_TEMPLATE
 from tinylm.tokenizer.split_patterns import llama_cpp_name
 from tinylm.tokenizer.tokenizer import Tokenizer
-
-_LINEAGE_KEYS = (
-    "stage", "step", "epoch", "finished", "validation_loss", "seed", "version", "code", "data_fingerprint",
-    "tokenizer_fingerprint", "document_start",
-)  # fmt: skip
-"""Facts of the lineage that go into the file. Settings and parents are left out: they hold paths of this machine."""
 
 
 def architecture_of(config: TinyLMConfig) -> str:
@@ -60,16 +55,15 @@ def add_general(writer: gguf.GGUFWriter, kind: str, lineage: dict[str, Any], nam
     writer.add_name(name)
     writer.add_license(license_name)  # an empty text adds no key
     writer.add_string("tinylm.exporter_version", __version__)
-    for key in _LINEAGE_KEYS:
-        value = lineage.get(key)
+    for key, value in facts_of(lineage).items():
         if isinstance(value, bool):
             writer.add_bool(f"tinylm.{key}", value)
-        elif isinstance(value, float) and math.isfinite(value):
+        elif isinstance(value, float):
             writer.add_float64(f"tinylm.{key}", value)
-        elif isinstance(value, int) and abs(value) < 2**63:
-            writer.add_int64(f"tinylm.{key}", value)
         elif isinstance(value, str):
             writer.add_string(f"tinylm.{key}", value)
+        elif abs(value) < 2**63:
+            writer.add_int64(f"tinylm.{key}", value)
 
 
 def add_shape(writer: gguf.GGUFWriter, config: TinyLMConfig) -> None:

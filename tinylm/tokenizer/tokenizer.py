@@ -196,6 +196,7 @@ class Tokenizer:
         if self.settings:
             config = {key: value for key, value in self.settings.config.items() if key not in _NOT_KEPT}
             config |= {} if chat_template is None else {"chat_template": chat_template}
+            config.setdefault("model_input_names", tokenizer_json.MODEL_INPUTS)
         else:
             config = tokenizer_json.config_for_transformers(
                 endoftext=self.token_bytes(self.endoftext_id).decode(),

@@ -27,6 +27,10 @@ MAX_TRAINED_VOCAB = 1 << 18
 _LLAMA_CPP_NAMES: dict[Digits, str] = {"split": "qwen2", "grouped": "llama-bpe"}
 """llama.cpp's pre-tokenizers of our two patterns."""
 
+MODEL_INPUTS = ["input_ids", "attention_mask"]
+"""Without these names in tokenizer_config.json, transformers 4 also hands `token_type_ids` to the model, which takes
+none."""
+
 _WITHOUT_TEXT = {*range(0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - set(b"\t\n\r")
 """Bytes that no text but control characters and unassigned ones has. SmolLM2 has no tokens for 21 of them, so that
 these characters have no ids there, in transformers and llama.cpp too."""
@@ -114,6 +118,7 @@ def config_for_transformers(
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": False,
+        "model_input_names": MODEL_INPUTS,
     }
     if own_tokens:
         config["additional_special_tokens"] = list(own_tokens)
