@@ -77,6 +77,7 @@ class Tokenizer:
         added_ids: ids by name of the tokens that a template may write, control tokens and others; no text holds them.
         own_tokens: names of the special tokens that are not ours: the user's own, or another maker's.
         text_start: ids that the maker's library puts before a plain text; none in our own tokenizers.
+        document_start: ids in front of a document in pretraining: `text_start`, or else <|endoftext|>.
         their_template: the chat template of another maker; None where it is ours, or there is none.
         safe_cuts: matches where a text may be cut without changing its tokens; None if that is not known.
         has_chat_tokens: whether <|im_start|> and <|im_end|> exist, which our own template needs.
@@ -126,6 +127,7 @@ class Tokenizer:
         self.eos_id = found.get("eos_token", self.im_end_id)
         self.role_ids = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
         self.text_start = [names[name] for name in names_before_text(self.definition) if name in names]
+        self.document_start = self.text_start or [self.endoftext_id]
         self.has_chat_tokens: bool = "<|im_start|>" in names and "<|im_end|>" in names
         template = self.settings.chat_template if self.settings else None
         self.their_template: str | None = None if template == CHAT_TEMPLATE else template
