@@ -203,7 +203,7 @@ def _code(card: Card) -> str:
 
 
 def _licence(card: Card) -> str:
-    return card.license_name or "The maker has not stated one."
+    return _plain(card.license_name) or "The maker has not stated one."
 
 
 # --------------------------------------------------------------------------------------------------
