@@ -18,6 +18,7 @@ from tests.command_line import SHAPE, tinylm
 from tests.stage_files import write_stage_files
 from tests.tokenizer.other_tokenizers import write_tokenizer
 from tinylm import cli
+from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.model.lora import adapters_disabled, unload_lora
 
@@ -254,6 +255,7 @@ def test_a_model_has_the_ends_of_its_tokenizer(tmp_path):
     ids = {token["content"]: token["id"] for token in added}
     assert made["bos_token_id"] == ids["<|begin_of_text|>"] > 2
     assert made["eos_token_id"] == ids["<|eot_id|>"] and made["pad_token_id"] == ids["<|end_of_text|>"]
+    assert load_for_use(tmp_path / "out").document_start == [ids["<|begin_of_text|>"]]  # as in the rows
 
 
 @pytest.mark.slow

@@ -113,11 +113,13 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     A base model whose documents began with <|endoftext|> gets it as its first token. A chat has no such token.
 
     Raises:
-        ValueError: llama.cpp has no pre-tokenizer that splits text in this way.
+        ValueError: llama.cpp has no pre-tokenizer that splits text in this way, or the tokenizer has no merges.
     """
     names, types = token_list(tokenizer, config.vocab_size)
     model = tokenizer.definition["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        raise ValueError("the tokenizer has no merges, and llama.cpp opens no such file; train one with more entries")
     bos, ends, pad = config.bos_token_id, config.eos_token_ids, config.pad_token_id
     starts_document = is_base_model(tokenizer, lineage) and bool(lineage.get("document_start"))
     start = tokenizer.text_start or ([tokenizer.endoftext_id] if starts_document else [])

@@ -19,6 +19,7 @@ from tinylm.checkpoint.model_folder import write_configs
 from tinylm.checkpoint.model_path import ADAPTER
 from tinylm.checkpoint.weight_shards import write_weights
 from tinylm.checkpoint.weights_file import read_weights, write_tensors
+from tinylm.export.tokenizer_check import check_tokenizer_json
 from tinylm.files.atomic import atomic_folder, require_new, require_room, write_json
 from tinylm.files.untrusted import read_json, shown
 from tinylm.model.hf_config import require_llama_shape
@@ -57,7 +58,7 @@ def export_hf(
 
     Raises:
         ValueError: transformers has no class for the model, a weight does not fit the dtype, the disk has too little
-            room, or the folder exists.
+            room, the folder exists, or its tokenizer.json gives a text other tokens.
     """
     if has_lora(model):
         raise ValueError("the model has adapters attached; merge_lora, or export them with export_hf_adapter")
@@ -67,6 +68,7 @@ def export_hf(
         files = write_weights(fresh, tensors, shard_bytes)
         write_configs(fresh, model.config, DTYPES[dtype])
         tokenizer.save(fresh)
+        check_tokenizer_json(tokenizer, fresh / "tokenizer.json")
         _write_origin(fresh, lineage, card)
     return files
 
