@@ -308,12 +308,12 @@ class TinyLMForCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embed_tokens.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.model.embed_tokens.weight.dtype
+        return next(self.parameters()).dtype
 
     def num_parameters(self) -> int:
         """Number of distinct weights (a tied matrix counts once)."""
@@ -329,13 +329,14 @@ class TinyLMForCausalLM(nn.Module):
 
         Args:
             with_head: compile the output head with the softmax behind it, too. Not for FSDP, which gathers the head's
-                weights only where it is called as a module.
+                weights only where it is called as a module. An adapted head is never compiled.
             batch_shape: (B, T) of the batches to run so; all others run eagerly. An epoch's last batch, which may have
                 fewer rows, is not worth half a minute of compilation. None: batches of every shape, each compiled.
             options: of `torch.compile`.
         """
         self.model.compile(dynamic=False, **options)
         self._compiled_shape = batch_shape
+        with_head = with_head and type(self.lm_head) is OutputHead
         self._compiled_head = torch.compile(head_log_probs, **options) if with_head else None
 
     @property
@@ -365,7 +366,7 @@ class TinyLMForCausalLM(nn.Module):
         causal, so about half of `context_length`. An untied embedding table multiplies nothing.
         """
         config = self.config
-        lookup = 0 if config.tie_word_embeddings else self.model.embed_tokens.weight.numel()
+        lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_width
         return 6.0 * (self.num_parameters() - lookup) + attention * context_length / 2
 
