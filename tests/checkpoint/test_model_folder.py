@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.model.small_models import YARN, random_ids, reference_of, small_model
 from tinylm.checkpoint.adapter_folder import save_adapter
-from tinylm.checkpoint.model_folder import load_model, save_model
+from tinylm.checkpoint.model_folder import adapter_base, load_model, save_model
 from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.export.pth import export_pth
 from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
@@ -274,6 +274,7 @@ def test_adapter_folder_loads_base_and_adapter(tmp_path, folder, tokenizer, rela
     again, _, lineage = load_model(tmp_path / "lora")
     ids = random_ids(1, 20)
     assert torch.equal(again(ids), model.eval()(ids))
+    assert adapter_base(tmp_path / "lora") == folder  # and not lora/../model
     assert lineage["stage"] == "lora" and lineage["base_fingerprint"] == weights_fingerprint(model)
     assert load_model(tmp_path / "lora", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 

@@ -7,6 +7,7 @@ its exact name and shape, and unpickles nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,9 @@ def adapter_base(folder: Path) -> Path:
             f"{folder / ADAPTER} names the base model {stated}, which does not exist; correct "
             "base_model_name_or_path (absolute, or relative to the adapter's folder)"
         )
+    plain = Path(os.path.normpath(base))  # without `..`, for people to read; behind a link it may be another place
+    if plain.exists() and plain.samefile(base):
+        base = plain
     try:
         base = resolve_model_path(base)
     except (ValueError, OSError) as error:

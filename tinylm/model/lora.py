@@ -258,11 +258,12 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
     return found
 
 
-def indistinct_tokens(table: Tensor, token_ids: Tensor, cosine: float = 0.98) -> Tensor:
+def indistinct_tokens(table: Tensor, token_ids: Tensor, cosine: float = 0.995) -> Tensor:
     """[N] bool: which of `token_ids` [N] have a row in `table` [V, C] that points the same way as another row.
 
     All tokens that never occur in training are pushed away from every output alike, so their rows become one. A model
-    whose table is frozen cannot learn to write such a token rather than another.
+    whose table is frozen cannot learn to write such a token rather than another. In our models such rows have a cosine
+    of at least 0.999. `<|im_end|>` of SmolLM2-135M-Instruct, which fine-tuning alone has taught, has 0.991.
     """
     rows = F.normalize(table.detach().float(), dim=1)
     found = []

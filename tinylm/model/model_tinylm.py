@@ -362,13 +362,19 @@ class TinyLMForCausalLM(nn.Module):
         """Floating-point operations of one training step per token: 6 per weight that multiplies, plus attention.
 
         A matrix product costs 2 operations per weight forwards and 4 backwards (Kaplan et al. 2020, arXiv:2001.08361,
-        section 2.1). Attention's two products cost 12 L H D operations per token and per position it looks at;
-        causal, so about half of `context_length`. An untied embedding table multiplies nothing.
+        section 2.1), of which a frozen weight saves the 2 for its own gradient. Attention's two products cost 12 L H D
+        operations per token and per position it looks at; causal, so about half of `context_length`. An untied
+        embedding table multiplies nothing.
         """
         config = self.config
-        lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        embedding = self.model.embed_tokens
+        looked_up = {id(getattr(embedding, "lora_embedding_A", None))}
+        if not config.tie_word_embeddings:
+            looked_up.add(id(getattr(embedding, "base", embedding).weight))
+        trained = [(p.requires_grad, p.numel()) for p in self.parameters() if id(p) not in looked_up]
+        weights = sum((6.0 if has_gradient else 4.0) * size for has_gradient, size in trained)
         attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_width
-        return 6.0 * (self.num_parameters() - lookup) + attention * context_length / 2
+        return weights + attention * context_length / 2
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for this model: `batch_size` rows with room for `max_length` tokens each."""
