@@ -19,8 +19,8 @@ FLAG = re.compile(r"(?<![\w-])--([a-zA-Z][\w-]*)")
 NO_COMMAND = {"cannot", "did", "wrote"}
 """Words that follow the program's name in a sentence."""
 
-NO_SETTING = {"nproc_per_node", "rdzv_id", "help", "version", "setting", "flag", "lora"}
-"""Flags of torchrun and llama.cpp, and words that stand for any flag."""
+NO_SETTING = {"nproc_per_node", "rdzv_id", "help", "version", "setting", "flag", "lora", "local_dir"}
+"""Flags of torchrun, llama.cpp and hf, and words that stand for any flag."""
 
 
 def all_flags() -> set[str]:

@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -65,6 +66,8 @@ def theirs_of(name: str):
     config_class, changes = CONFIGS[name]
     settings = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, **changes}
+    if int(transformers.__version__.partition(".")[0]) < 5 and (rope := dict(settings.pop("rope_parameters", {}))):
+        settings |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     config = config_class(**settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -138,8 +141,10 @@ def test_a_folder_of_older_versions_reads_the_same(tmp_path, tokenizer):
     tokenizer.save(tmp_path)
     new = load_model(tmp_path)[0].config
     data = json.loads((tmp_path / "config.json").read_text())
-    rope = data.pop("rope_parameters")
-    data |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
+    if "rope_parameters" in data:
+        rope = data.pop("rope_parameters")
+        data |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    data["rope_scaling"]["type"] = data["rope_scaling"].pop("rope_type")
     (tmp_path / "config.json").write_text(json.dumps(data))
     assert load_model(tmp_path)[0].config == new and new.rope_scaling["factor"] == 4.0 and new.rope_theta == THETA
 

@@ -188,5 +188,5 @@ def test_learned_positions_are_refused(
 
 def test_flags_of_a_gguf_are_not_for_a_pth(base: Path, tmp_path: Path) -> None:
     for flags in (["--dtype", "f16"], ["--license", "mit"]):
-        with pytest.raises(ValueError, match=f"{flags[0]} is for a GGUF; a .pth holds float32 weights"):
+        with pytest.raises(ValueError, match=f"{flags[0]} is not for a .pth, which holds float32 weights"):
             export(["--model_path", str(base), "--output", str(tmp_path / "a.pth"), *flags])

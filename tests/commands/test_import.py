@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tests.command_line import tinylm
 from tests.tokenizer.other_tokenizers import write_tokenizer
-from tests.tokenizer.test_their_template import CHATML, INST
+from tests.tokenizer.their_templates import CHATML, INST
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import load_model
 
@@ -50,7 +50,9 @@ def test_an_imported_model_is_used_and_tuned_like_one_of_ours(tmp_path: Path, na
 
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     again, loaded = AutoModelForCausalLM.from_pretrained(out), load_for_use(out)
-    ids = AutoTokenizer.from_pretrained(out).apply_chat_template(MESSAGES, return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(out).apply_chat_template(MESSAGES, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
     with torch.no_grad():
         for model in (again(ids).logits, loaded.model(ids)):
             torch.testing.assert_close(model, theirs(ids).logits, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,20 @@ def test_only_the_first_piece_of_a_document_begins_with_endoftext(tokenizer) -> 
     assert all(row.position_ids[row.input_ids == tokenizer.endoftext_id].sum() == 0 for row in rows)
 
 
+def test_a_document_begins_as_the_maker_of_the_tokenizer_begins_a_text(tokenizer) -> None:
+    """With <s>, or with two tokens, of which rows of 3 positions may hold one."""
+    for start in ([7], [9, 7]):
+        theirs = copy.copy(tokenizer)
+        theirs.document_start = start
+        dataset = PretrainDataset.from_texts(TEXTS, theirs, 3)
+        rows = [dataset.row(index) for index in range(len(dataset))]
+        documents = [[*start, *tokenizer.encode(text), tokenizer.endoftext_id] for text in TEXTS if text]
+        assert [token for row in rows for token in row.targets] == [token for ids in documents for token in ids[1:]]
+        assert [token for row in rows for token in row.input_ids] == [token for ids in documents for token in ids[:-1]]
+        assert dataset.num_bytes == sum(len(text.encode()) for text in TEXTS)
+        assert dataset.fingerprint != PretrainDataset.from_texts(TEXTS, tokenizer, 3).fingerprint
+
+
 def test_only_the_last_row_is_padded_and_eos_is_a_target(tokenizer) -> None:
     """The end of a document was once masked wherever pad and end were the same id."""
     dataset = PretrainDataset.from_texts(TEXTS, tokenizer, 11)
@@ -60,7 +75,7 @@ def test_num_bytes_is_that_of_the_scored_text(tokenizer) -> None:
     assert dataset.num_bytes == sum(len(text.encode()) for text in TEXTS)
     whole = PretrainDataset.from_texts(["ünü one two three " * 20], tokenizer, 11)
     train, held = whole.split(0.2, seed=0)
-    assert held is not None and train.begins.tolist() == [1] and held.begins.tolist() == [0]
+    assert held is not None and train.num_before.tolist() == [1] and held.num_before.tolist() == [0]
     cut = tokenizer.token_bytes(int(held.row(0).input_ids[0]))  # seen by both, scored by training alone
     text = "ünü one two three " * 20
     assert train.num_bytes + held.num_bytes + len(cut) == len(text.encode())

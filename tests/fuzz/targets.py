@@ -23,6 +23,8 @@ from tests.fuzz.mutations import (
     mutate_pth,
     mutate_safetensors,
 )
+from tests.tokenizer.other_tokenizers import write_tokenizer
+from tests.tokenizer.their_templates import INST, LLAMA3
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.checkpoint.training_state import load_training_state
@@ -36,6 +38,7 @@ from tinylm.export.pth import export_pth
 from tinylm.files.atomic import write_manifest
 from tinylm.model.lora import LoRAConfig, apply_lora
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
+from tinylm.tokenizer.chat_template import encode_chat
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.train_lora import LoRASettings
 
@@ -54,7 +57,8 @@ class Target:
     load: Callable[[Path], Any]
     """(the damaged file) -> reads it as the program does; raises ValueError or OSError, or (settings) SystemExit"""
     names_file: bool = True
-    """whether every error must name the file or its folder; settings may also be wrong together, or be too few"""
+    """whether every error must name the file or its folder; settings may also be wrong together, or be too few, and a
+    chat template is named as the model's"""
 
 
 def make_seeds(root: Path) -> None:
@@ -68,6 +72,7 @@ def make_seeds(root: Path) -> None:
     stretched = TinyLMForCausalLM(TinyLMConfig(**{**vars(config), "rope_scaling": yarn}))
     save_model(root / "yarn", stretched, tokenizer, {})
     _save_sharded(root)
+    _save_theirs(root)
     export_pth(model, root / "pth" / "model.pth")
     (root / "gguf").mkdir()
     export_gguf(model, tokenizer, {}, root / "gguf" / "model.gguf", "f32")
@@ -116,6 +121,22 @@ def _save_sharded(root: Path) -> None:
     (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _save_theirs(root: Path) -> None:
+    """Two folders as others publish them, with their tokenizers and templates: Llama 3's kind and SentencePiece's."""
+    for name, kind, template in (("llama3", "llama3", LLAMA3), ("sentencepiece", "llama2", INST)):
+        write_tokenizer(kind, root / "tokenizers" / name)
+        (root / "tokenizers" / name / "chat_template.jinja").write_text(template, encoding="utf-8")
+        tokenizer = Tokenizer.load(root / "tokenizers" / name)
+        stretch = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16,
+                   "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # fmt: skip
+        config = TinyLMConfig(
+            tokenizer.vocab_size, 16, 64, 2, 2, 2, max_position_embeddings=32, rope_scaling=stretch, qkv_bias=True
+        )
+        save_model(root / name, TinyLMForCausalLM(config), tokenizer, {})
+        for ours in ("manifest.json", "lineage.json"):
+            (root / name / ours).unlink(missing_ok=True)
+
+
 def _save_shard(root: Path, tokenizer: Tokenizer) -> None:
     """Tokenised text, in the one folder that the cache makes for its file."""
     (root / "text").mkdir()
@@ -147,6 +168,11 @@ def _read_tokenizer(path: Path) -> None:
     tokenizer.decode(tokenizer.encode(TEXT * 20 + "a" * 3000))
 
 
+def _chat(path: Path) -> None:
+    """Load another maker's tokenizer and template, and write a chat with them."""
+    encode_chat(Tokenizer.load(path.parent), CHAT)
+
+
 def _read_settings(path: Path) -> None:
     parse_settings(LoRASettings, ["--config", str(path)], "tinylm lora", "")
 
@@ -172,6 +198,16 @@ _YAML_SIGNS = [
     *(str(value).encode() for value in NASTY),
 ]  # fmt: skip
 
+_TEMPLATE_SIGNS = [
+    b"{{", b"}}", b"{%", b"%}", b"{#", b"#}", b"{%- for m in messages %}", b"{%- endfor %}", b"{%- if true %}",
+    b"| trim",
+    b"{{ messages }}", b"{{ cycler.__init__.__globals__ }}", b"{{ ''.__class__.__mro__ }}", b"{{ 'a' * 10**10 }}",
+    b"{% include '/etc/passwd' %}", b"{% for i in range(10**9) %}x{% endfor %}", b"{{ raise_exception('no') }}",
+    b"{% set ns = namespace(x=messages) %}", b"{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", b"\xff", b"\0",
+    b"{{ messages|tojson }}", b"{% generation %}", b"{% endgeneration %}", b"{{ 9**9**9 }}", b"{% break %}",
+]  # fmt: skip
+CHAT = [{"role": "user", "content": "Grüß Gott"}, {"role": "assistant", "content": "a cat 12"}]
+
 TARGETS = {
     "safetensors": Target("model", "model.safetensors", mutate_safetensors, read_tensors),
     "model weights": Target("model", "model.safetensors", mutate_safetensors, lambda path: _run_model(path.parent)),
@@ -182,6 +218,13 @@ TARGETS = {
         "sharded", "model-00002-of-00002.safetensors", mutate_safetensors, lambda path: _run_model(path.parent)
     ),
     "tokenizer.json": Target("model", "tokenizer.json", mutate_json, _read_tokenizer),
+    "their config.json": Target("llama3", "config.json", mutate_json, lambda path: _run_model(path.parent)),
+    "their tokenizer.json": Target("llama3", "tokenizer.json", mutate_json, _read_tokenizer),
+    "SentencePiece": Target("sentencepiece", "tokenizer.json", mutate_json, _read_tokenizer),
+    "tokenizer_config.json": Target("sentencepiece", "tokenizer_config.json", mutate_json, _chat, False),
+    "chat template": Target(
+        "llama3", "chat_template.jinja", lambda rng, data: mutate_lines(rng, data, _TEMPLATE_SIGNS), _chat, False
+    ),
     "adapter_config.json": Target("adapter", "adapter_config.json", mutate_json, lambda path: _run_model(path.parent)),
     "adapter weights": Target(
         "adapter", "adapter_model.safetensors", mutate_safetensors, lambda path: _run_model(path.parent)

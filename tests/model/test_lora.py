@@ -108,6 +108,7 @@ def test_peft_loads_our_adapter(tmp_path, targets):
 
 def test_we_load_pefts_adapter(tmp_path):
     model, ids = small_model(), random_ids(2, 20)
+    base = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     settings = LoraConfig(r=3, lora_alpha=5, target_modules=["k_proj", "up_proj", "o_proj"], task_type="CAUSAL_LM")
     peft_model = get_peft_model(reference_of(model), settings).eval()
     for name, parameter in peft_model.named_parameters():
@@ -117,6 +118,10 @@ def test_we_load_pefts_adapter(tmp_path):
     assert (peft_model(ids).logits - model(ids)).abs().max() > 0.1
     load_adapter(model, tmp_path)
     torch.testing.assert_close(model(ids), peft_model(ids).logits, rtol=1e-5, atol=1e-5)
+    theirs, ours = peft_model.merge_and_unload().state_dict(), merge_lora(model).state_dict()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+    assert ours.keys() == theirs.keys() and not torch.equal(ours["model.layers.0.mlp.up_proj.weight"], base)
 
 
 def test_switching_adapters(tmp_path):

@@ -23,13 +23,14 @@ from tinylm.tokenizer.bpe import (
     train_bpe,
     train_bpe_naive,
 )
-from tinylm.tokenizer.split_patterns import SPLIT_PATTERN, cut_text
+from tinylm.tokenizer.split_patterns import DIGIT_PATTERNS, Digits, cut_text
 from tinylm.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 from tinylm.tokenizer.tokenizer_json import definition_from_bpe
 
 NUM_SPECIAL = len(SPECIAL_TOKENS)
 ENGLISH = "The miller's daughter spun straw into gold; the king wasn't pleased, he wanted 3 rooms more. "
 CHINESE = "深度学习是机器学习的分支。神经网络由许多层组成,每一层都学习数据的表示。"
+NUMBERS = "In 1999 + 2024-02-29: 3.14159 x 1,000,000 = 12345678; ½ Ⅷ ٣٤٥ १२३४ 四五 a1b22c333d4444 "
 CODE = "def forward(self, x):\n    for layer in self.layers:\n        x = layer(x)\n    return x\n\n\n"
 
 
@@ -43,11 +44,11 @@ def scrambled(text: str, length: int, seed: int) -> str:
     return "".join(slices)
 
 
-def library_training(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+def library_training(texts: list[str], vocab_size: int, digits: Digits = "split") -> tokenizers.Tokenizer:
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(DIGIT_PATTERNS[digits]), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -81,38 +82,45 @@ TRAINING_TEXTS = {
     "mixed": [scrambled(ENGLISH + CHINESE + CODE, 80_000, seed=4)],
     "runs": [runs(seed=5)],
     "blanks": [blanks(seed=6)],
+    "numbers": [scrambled(NUMBERS, 40_000, seed=9)],
     "tiny": ["a"],
 }
 
 
-def assert_same_training(texts: list[str]) -> None:
-    ours = definition_from_bpe(train_bpe(count_pieces(texts), 3000 - NUM_SPECIAL), SPECIAL_TOKENS)["model"]
-    theirs = json.loads(library_training(texts, 3000).to_str())["model"]
+def assert_same_training(texts: list[str], digits: Digits, vocab_size: int = 3000) -> None:
+    learnt = train_bpe(count_pieces(texts, digits), vocab_size - NUM_SPECIAL, digits=digits)
+    ours = definition_from_bpe(learnt, SPECIAL_TOKENS)["model"]
+    theirs = json.loads(library_training(texts, vocab_size, digits).to_str())["model"]
     assert [merge.split(" ") for merge in ours["merges"]] == theirs["merges"]
     assert ours["vocab"] == theirs["vocab"]
 
 
+@pytest.mark.parametrize("digits", DIGIT_PATTERNS)
 @pytest.mark.parametrize("name", TRAINING_TEXTS)
-def test_training_gives_the_librarys_merges_and_ids(name: str) -> None:
-    assert_same_training(TRAINING_TEXTS[name])
+def test_training_gives_the_librarys_merges_and_ids(name: str, digits: Digits) -> None:
+    assert_same_training(TRAINING_TEXTS[name], digits)
 
 
-def test_training_gives_the_librarys_merges_on_the_worlds_texts(world_texts: list[str]) -> None:
-    assert_same_training(world_texts)
+@pytest.mark.parametrize("digits", DIGIT_PATTERNS)
+def test_training_gives_the_librarys_merges_on_the_worlds_texts(world_texts: list[str], digits: Digits) -> None:
+    assert_same_training(world_texts, digits)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(alphabet="ab c\n1é", max_size=60), min_size=1, max_size=6))
-def test_training_gives_the_librarys_merges_on_anything(texts: list[str]) -> None:
-    ours = definition_from_bpe(train_bpe(count_pieces(texts), 400 - NUM_SPECIAL), SPECIAL_TOKENS)["model"]
-    theirs = json.loads(library_training(texts, 400).to_str())["model"]
-    assert [merge.split(" ") for merge in ours["merges"]] == theirs["merges"]
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(st.text(alphabet="ab c\n12½é", max_size=60), min_size=1, max_size=6),
+    digits=st.sampled_from(list(DIGIT_PATTERNS)),
+)
+def test_training_gives_the_librarys_merges_on_anything(texts: list[str], digits: Digits) -> None:
+    assert_same_training(texts, digits, vocab_size=400)
 
 
 @pytest.mark.parametrize("name", TRAINING_TEXTS)
 def test_training_gives_the_naive_trainers_merges(name: str) -> None:
-    piece_counts = count_pieces([text[:8000] for text in TRAINING_TEXTS[name]])
-    assert train_bpe(piece_counts, 700).merges == train_bpe_naive(piece_counts, 700).merges
+    for digits in DIGIT_PATTERNS:
+        piece_counts = count_pieces([text[:8000] for text in TRAINING_TEXTS[name]], digits)
+        ours, textbook = train_bpe(piece_counts, 600, digits=digits), train_bpe_naive(piece_counts, 600, digits)
+        assert ours.merges == textbook.merges and ours.digits == textbook.digits == digits
 
 
 def test_training_gives_the_naive_trainers_merges_on_the_worlds_texts(world_texts: list[str]) -> None:
@@ -260,3 +268,46 @@ def test_encodes_any_unicode_as_the_library(bpe: BytePairEncoding, tokenizer: To
 @given(st.text(alphabet=" \t\n\r'sTlaé1中!<|>_\u0301\u3000\xa0", max_size=60))
 def test_encodes_awkward_boundaries_as_the_library(bpe: BytePairEncoding, tokenizer: Tokenizer, text: str) -> None:
     assert_same_ids(bpe, tokenizer, [text])
+
+
+def test_digits_stand_alone_or_in_groups_of_three() -> None:
+    text = "In 12345678, +3.14 or ٣٤٥٦ and ½Ⅷ四1"
+    assert split_pieces(text) == [
+        "In", " ", *"12345678", ",", " +", "3", ".", "1", "4", " or", " ", *"٣٤٥٦", " and", " ", "½", "Ⅷ", "四", "1"
+    ]  # fmt: skip
+    assert split_pieces(text, "grouped") == [
+        "In", " ", "123", "456", "78", ",", " +", "3", ".", "14", " or", " ", "٣٤٥", "٦", " and", " ", "½Ⅷ", "四", "1"
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grouped() -> tuple[BytePairEncoding, Tokenizer]:
+    """Merges of digits and words, in our own encoder and in the library's."""
+    texts = [scrambled(NUMBERS + ENGLISH + CHINESE, 60_000, seed=11)]
+    bpe = train_bpe(count_pieces(texts, "grouped"), 1200, digits="grouped")
+    return bpe, Tokenizer(definition_from_bpe(bpe, SPECIAL_TOKENS))
+
+
+def test_encodes_grouped_digits_as_the_library(
+    grouped: tuple[BytePairEncoding, Tokenizer], torture: list[str], world_texts: list[str]
+) -> None:
+    bpe, tokenizer = grouped
+    assert len(tokenizer.encode("12345678")) < 8 and any(token == b"999" for token in bpe.tokens)
+    assert_same_ids(bpe, tokenizer, [*torture, *world_texts, NUMBERS])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet=" \t\n'sTlaé10293847½٣中!<|>_\u0301\u3000", max_size=60))
+def test_encodes_any_grouped_digits_as_the_library(grouped: tuple[BytePairEncoding, Tokenizer], text: str) -> None:
+    assert_same_ids(*grouped, [text])
+    assert grouped[0].decode(grouped[0].encode(text)) == text
+
+
+def test_a_piece_that_is_a_token_is_that_token_where_digits_are_grouped() -> None:
+    """`ignore_merges`, as Llama 3 has it. In the other kind, the merges decide: "ab" comes before "bc"."""
+    a, b, c = (BYTE_ALPHABET.index(ord(letter)) for letter in "abc")
+    for digits, expected in (("grouped", [258]), ("split", [256, c])):
+        bpe = BytePairEncoding([(a, b), (b, c), (a, 257)], digits)
+        assert bpe.tokens[256:] == [b"ab", b"bc", b"abc"]
+        assert bpe.encode("abc") == expected and bpe.encode("abcc") == [256, c, c]
+        assert_same_ids(bpe, Tokenizer(definition_from_bpe(bpe, SPECIAL_TOKENS)), ["abc", "abcc abc"])

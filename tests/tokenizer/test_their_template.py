@@ -1,7 +1,4 @@
-"""Chat templates of others: prompts as transformers', a loss mask only where it is safe, and no way out of the sandbox.
-
-The templates follow the structure of well-known ones; the words are made up.
-"""
+"""Chat templates of others: prompts as transformers', a loss mask only where it is safe, no way out of the sandbox."""
 
 from __future__ import annotations
 
@@ -14,60 +11,11 @@ import pytest
 import transformers
 
 from tests.tokenizer.other_tokenizers import write_tokenizer
+from tests.tokenizer.their_templates import BLOCKS, CHATML, INST, LLAMA3, THINKING
 from tinylm.tokenizer import template_sandbox
 from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, chat_turns, encode_chat, render_chat
 from tinylm.tokenizer.tokenizer import Tokenizer
 
-CHATML = """
-{%- for message in messages -%}
-    {%- if loop.first and messages[0]['role'] != 'system' -%}
-        {{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}
-    {%- endif -%}
-    {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
-LLAMA3 = """
-{{- bos_token }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
-    {{- message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
-"""
-INST = """
-{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}
-{%- else %}{% set system = '' %}{% set rest = messages %}{% endif %}
-{{- bos_token }}
-{%- for message in rest %}
-    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-        {{- raise_exception('roles must alternate') }}
-    {%- endif %}
-    {%- if message['role'] == 'user' %}
-        {{- '[INST] ' + (system + '\\n\\n' if loop.first and system else '') + message['content'] + ' [/INST]' }}
-    {%- else %}
-        {{- ' ' + message['content'] + eos_token }}
-    {%- endif %}
-{%- endfor %}
-"""
-THINKING = """
-{%- for message in messages %}
-    {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
-    {{- content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-"""
-BLOCKS = """
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.role == 'assistant' %}
-        {%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}{{- '\\n' }}
-    {%- else %}{{- message.content + '<|im_end|>\\n' }}{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-"""
 TEMPLATES = {"smollm2": CHATML, "llama3": LLAMA3, "llama2": INST, "mistral": INST, "qwen": BLOCKS}
 
 USER, AGAIN = {"role": "user", "content": " The fox? "}, {"role": "user", "content": "Und 中文?"}

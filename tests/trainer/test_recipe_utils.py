@@ -113,7 +113,7 @@ def test_samples_continue_a_prompt_or_answer_it(monkeypatch, sharded):
 
     monkeypatch.setattr(recipe_utils, "Engine", Engine)
     monkeypatch.setattr(recipe_utils, "is_sharded", lambda model: sharded)
-    model, tokenizer = small_model(max_position_embeddings=64).double(), SimpleNamespace(endoftext_id=3)
+    model, tokenizer = small_model(max_position_embeddings=64).double(), SimpleNamespace(document_start=[3])
     assert sample_texts(model, tokenizer, "Schön")() == ["Schön [3, 5]!"]
     assert made == [torch.float64 if sharded else None, (16, 0.0)]
     assert sample_texts(model, tokenizer, "Wer?", "Wo?", chat=True)() == ["Wer? -> re: Wer?", "Wo? -> re: Wo?"]

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from tests.command_line import SHAPE, tinylm
 from tests.stage_files import write_stage_files
+from tests.tokenizer.other_tokenizers import write_tokenizer
 from tinylm import cli
+from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import load_model
 from tinylm.model.lora import adapters_disabled, unload_lora
 
@@ -278,6 +280,20 @@ def test_without_data_the_embedded_corpus_is_used(stages, tmp_path):
     words = ["--tokenizer_path", stages.root / "tokenizer", *SHARED, *SHAPE, "--max_steps", "1"]
     status, text = tinylm("pretrain", *words, "--tinyworld_documents", "64", "--output_dir", tmp_path)
     assert status == 0 and "no --data_path: training on TinyWorld" in text, text
+
+
+@pytest.mark.slow
+def test_a_model_has_the_ends_of_its_tokenizer(tmp_path):
+    folder = write_tokenizer("llama3", tmp_path / "theirs", pad_token="<|end_of_text|>")
+    words = ["--tokenizer_path", folder, *SHARED, *SHAPE, "--max_steps", "1", "--tinyworld_documents", "64"]
+    status, text = tinylm("pretrain", *words, "--output_dir", tmp_path / "out")
+    assert status == 0, text
+    made = json.loads((tmp_path / "out" / "pretrain_32_epoch0" / "config.json").read_text(encoding="utf-8"))
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    assert made["bos_token_id"] == ids["<|begin_of_text|>"] > 2
+    assert made["eos_token_id"] == ids["<|eot_id|>"] and made["pad_token_id"] == ids["<|end_of_text|>"]
+    assert load_for_use(tmp_path / "out").document_start == [ids["<|begin_of_text|>"]]  # as in the rows
 
 
 @pytest.mark.slow

@@ -79,6 +79,24 @@ def test_equal_answers_are_said_to_be_equal(tmp_path: Path, seed: int) -> None:
     assert heard.getvalue() == "3 pairs: 1 had two equal answers and were left out\n"
 
 
+def test_control_tokens_of_ones_own_are_said_too(tmp_path: Path) -> None:
+    """In chats they are always letters; in running text they can be read."""
+    tokenizer = Tokenizer.train(["Wie schläft man? "], 290, special_tokens=["<|müde|>", "[SEP]"])
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "<|müde|>Wie[SEP]<|im_end|>"}] * 30)
+    chats = write_jsonl(tmp_path / "chats.jsonl", [chat("Wie [SEP]?", "So <|müde|> [SEP]")] * 30)
+    for read, end in ((False, "learnt as letters; --read"), (True, "read as these tokens")):
+        settings = {"data_path": str(texts), "output_dir": str(tmp_path), "max_seq_len": 16}
+        stage, heard = stage_of(PretrainSettings(**settings, validation_fraction=0.1, read_control_tokens=read))
+        train, _ = load_texts(stage, tokenizer, 1)
+        assert (train.shards.tokens == tokenizer.added_ids["<|müde|>"]).sum() == (30 if read else 0)
+        spelt = "<|müde|> (30), [SEP] (30), <|im_end|> (30)"
+        assert f"control tokens spelt in the text: {spelt}; they are {end}" in heard.getvalue()
+    settings = {"data_path": str(chats), "output_dir": str(tmp_path), "model_path": "x", "max_seq_len": 64}
+    stage, heard = stage_of(FullSFTSettings(**settings))
+    load_chats(stage, tokenizer, 1)
+    assert "control tokens spelt in the text: [SEP] (60), <|müde|> (30); they are learnt" in heard.getvalue()
+
+
 def test_control_tokens_in_a_text_are_said_and_can_be_read(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "<|im_start|>Wie schläft man?<|im_end|>"}] * 30)
     counted = "control tokens spelt in the text: <|im_start|> (30), <|im_end|> (30); they are "

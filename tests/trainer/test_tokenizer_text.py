@@ -15,6 +15,11 @@ from tinylm.trainer.tokenizer_text import TextReader, tinyworld_texts
 TEXT = "".join(f"Zeile {number}: das kleine Boot fährt über die See 船.\n" for number in range(400))
 
 
+def named(*texts: str) -> list[tuple[str, str]]:
+    """Texts of one file."""
+    return [("a.txt", text) for text in texts]
+
+
 @pytest.fixture
 def short_sections(monkeypatch) -> None:
     monkeypatch.setattr(tokenizer_text, "SECTION_CHARACTERS", 40)
@@ -22,42 +27,41 @@ def short_sections(monkeypatch) -> None:
 
 def test_a_hundredth_is_held_out_and_the_rest_is_all_there(short_sections) -> None:
     reader = TextReader(10**9, holds_out=True)
-    learnt = list(reader.to_learn_from([TEXT, "More.\n", TEXT]))
-    assert len(reader.held_out) == 8 and len(learnt) == 793
-    assert reader.held_out[0].startswith("Zeile 49:")
-    assert sorted("".join(learnt + reader.held_out)) == sorted(TEXT + "More.\n" + TEXT)
+    learnt = list(reader.to_learn_from(named(TEXT, "More.\n", TEXT)))
+    held_out = reader.parts["a.txt"].held_out
+    assert len(held_out) == 8 and len(learnt) == 793
+    assert held_out[0].startswith("Zeile 49:")
+    assert sorted("".join(learnt + held_out)) == sorted(TEXT + "More.\n" + TEXT)
     assert (reader.num_texts, reader.num_bytes) == (3, 2 * len(TEXT.encode()) + 6)
 
 
 def test_no_more_is_held_out_than_needed(short_sections, monkeypatch) -> None:
     monkeypatch.setattr(tokenizer_text, "MOST_HELD_OUT", 3)
     reader = TextReader(10**9, holds_out=True)
-    assert len(list(reader.to_learn_from([TEXT] * 5))) == 5 * 400 - 3 and len(reader.held_out) == 3
+    assert len(list(reader.to_learn_from(named(*[TEXT] * 5)))) == 5 * 400 - 3
+    assert len(reader.parts["a.txt"].held_out) == 3
 
 
 def test_a_short_text_is_learnt_whole(short_sections) -> None:
     reader = TextReader(10**9, holds_out=True)
-    assert "".join(reader.to_learn_from(["äöü\n" * 400])) == "äöü\n" * 400
-    tokenizer = Tokenizer.train(["äöü\n" * 400], vocab_size=280)
-    facts = reader.facts(tokenizer)
-    assert facts["read"] == "2,800 bytes in 1 text"
-    tokens = len(tokenizer.encode("äöü\n" * 400))
-    assert facts["bytes per token"] == f"{2800 / tokens:.2f}, on 2.8k bytes of the text it learned from"
+    assert "".join(reader.to_learn_from(named("äöü\n" * 400))) == "äöü\n" * 400
+    assert reader.words() == "2,800 bytes in 1 text" and not reader.parts["a.txt"].held_out
+    assert "".join(text for _, text in reader.to_measure()) == "äöü\n" * 400
 
 
 def test_reading_ends_after_the_text_that_reaches_the_limit() -> None:
     """And it is said that there is more, if there is."""
     for texts, stopped in ((["äb", "cd", "e"], True), (["äb", "cd"], False)):
         reader = TextReader(5, holds_out=False)
-        assert list(reader.to_learn_from(texts)) == ["äb", "cd"]
+        assert list(reader.to_learn_from(named(*texts))) == ["äb", "cd"]
         assert (reader.num_bytes, reader.stopped) == (5, stopped)
-        assert ("there is more: --max_bytes" in reader.facts(Tokenizer.default())["read"]) == stopped
+        assert ("there is more: --max_bytes" in reader.words()) == stopped
 
 
 def test_a_lone_surrogate_is_still_refused_by_name() -> None:
     """Counting must not fail first."""
     with pytest.raises(ValueError, match="surrogate"):
-        Tokenizer.train(TextReader(99, holds_out=True).to_learn_from(["a\ud800b"]))
+        Tokenizer.train(TextReader(99, holds_out=True).to_learn_from(named("a\ud800b")))
 
 
 def test_the_command_says_what_it_read(tmp_path: Path, monkeypatch, short_sections) -> None:

@@ -110,7 +110,7 @@ def measure_evaluate(bench: Bench) -> Iterator[Figure]:
 
             def turn(model: TinyLMForCausalLM = model, runtime: Runtime = runtime) -> float:
                 with runtime.autocast():
-                    return float(text_loss(model, tokenizer, texts, [tokenizer.endoftext_id]).num_tokens)
+                    return float(text_loss(model, tokenizer, texts, tokenizer.document_start).num_tokens)
 
             turns = take_turns({OURS: turn}, settings.rounds, runtime)[OURS]
             mean_length = turns.amount / len(texts)

@@ -34,9 +34,8 @@ class LoadedModel:
 
         With the tokenizer of another maker, what that one puts before a text.
         """
-        theirs = self.tokenizer.text_start
-        has_start = self.lineage.get("document_start", bool(theirs))
-        return (theirs or [self.tokenizer.endoftext_id]) if has_start else []
+        has_start = self.lineage.get("document_start", bool(self.tokenizer.text_start))
+        return self.tokenizer.document_start if has_start else []
 
 
 def load_for_use(

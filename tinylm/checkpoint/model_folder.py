@@ -20,13 +20,12 @@ from tinylm.checkpoint.adapter_folder import load_adapter
 from tinylm.checkpoint.gguf_model import open_gguf
 from tinylm.checkpoint.model_path import ADAPTER, CONFIG, resolve_model_path
 from tinylm.checkpoint.original_pth import config_from_tensors, read_pth
-from tinylm.checkpoint.weight_shards import WEIGHTS, shapes_of, weight_files
+from tinylm.checkpoint.weight_shards import shapes_of, weight_files, write_weights
 from tinylm.checkpoint.weights_file import (
     check_shapes,
     num_elements,
     read_weights,
     replaceable_folder,
-    write_tensors,
 )
 from tinylm.files.atomic import write_json
 from tinylm.files.untrusted import read_json, shown
@@ -37,6 +36,7 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.model.weights import base_state, unwrapped
 from tinylm.tokenizer.tokenizer import Tokenizer
 
+GENERATION_CONFIG = "generation_config.json"
 _LAYER_0 = "model.layers.0."
 _MAX_PATH = 1000  # characters; systems take 1,024 or more
 
@@ -57,14 +57,18 @@ def save_model(folder: str | Path, model: torch.nn.Module, tokenizer: Tokenizer,
     if has_lora(inner):
         raise ValueError("the model has adapters attached; save them with save_adapter, or merge_lora first")
     _check_vocab(tokenizer, inner.config, Path(folder))
-    config = config_to_hf(inner.config)
-    config["torch_dtype"] = config["dtype"] = str(inner.dtype).removeprefix("torch.")
     with replaceable_folder(folder, CONFIG) as fresh:
-        write_tensors(fresh / WEIGHTS, base_state(inner))
-        write_json(fresh / CONFIG, config)
-        write_json(fresh / "generation_config.json", _generation_config(inner.config))
+        write_weights(fresh, base_state(inner))
+        write_configs(fresh, inner.config, inner.dtype)
         tokenizer.save(fresh)
         write_json(fresh / "lineage.json", lineage)
+
+
+def write_configs(folder: Path, config: TinyLMConfig, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json; `dtype` is that of the weights beside them."""
+    name = str(dtype).removeprefix("torch.")
+    write_json(folder / CONFIG, {**config_to_hf(config), "torch_dtype": name, "dtype": name})
+    write_json(folder / GENERATION_CONFIG, _generation_config(config))
 
 
 def _generation_config(config: TinyLMConfig) -> dict[str, Any]:

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from tinylm.checkpoint.weights_file import read_header
+from torch import Tensor
+
+from tinylm.checkpoint.weights_file import read_header, write_tensors
+from tinylm.files.atomic import write_json
 from tinylm.files.untrusted import read_json, shown
 
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"\w[\w.-]{0,200}\.safetensors", flags=re.ASCII)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = 0) -> list[str]:
+    """Write `model.safetensors`, or shards of up to `shard_bytes` and their index; returns the names of the files.
+
+    Tensors keep their order. One that is larger than a shard has a shard of its own. 0 means one file for all.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shard_bytes and shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        write_tensors(folder / WEIGHTS, tensors)
+        return [WEIGHTS]
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, shard)
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+    return [*dict.fromkeys(places.values()), _INDEX]
 
 
 def weight_files(folder: Path) -> list[Path]:

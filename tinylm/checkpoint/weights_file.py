@@ -160,7 +160,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(plain, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}); make room on the disk, then use --resume") from None
+        raise OSError(
+            f"{path} cannot be written ({error}); make room on the disk, then try again, in training with --resume"
+        ) from None
 
 
 def num_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:

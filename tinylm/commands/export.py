@@ -1,9 +1,11 @@
 """Write a model for other programs.
 
     tinylm export --model_path out/dpo --format gguf --dtype q8_0 --output model.gguf
+    tinylm export --model_path out/dpo --format hf --output tiny-chat
 
-A model folder is already a Hugging Face folder. This command writes a GGUF for llama.cpp and Ollama, an ONNX file for
-onnxruntime and transformers.js, or the `.pth` of the original project, lyuzlion/Tiny-Language-Model.
+A model folder is already a Hugging Face folder. This command writes one to publish, with a model card; a GGUF for
+llama.cpp and Ollama; an ONNX file for onnxruntime and transformers.js; or the `.pth` of the original project,
+lyuzlion/Tiny-Language-Model.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from tinylm.checkpoint.model_path import ADAPTER
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console, print_next
+from tinylm.commands.card_facts import card_of
 from tinylm.commands.merge import merged_lineage
+from tinylm.export.hf import DTYPES, export_hf, export_hf_adapter, num_bytes_of, require_publishable
+from tinylm.export.model_card import model_card
 from tinylm.export.modelfile import modelfile
 from tinylm.export.pth import export_pth, unlike_the_original
 from tinylm.files.atomic import atomic_write, require_new
@@ -41,27 +46,39 @@ class ExportSettings:
     model_path: str
     """the model folder, or an adapter folder"""
     output: str
-    """the file to write"""
-    format: Literal["pth", "gguf", "onnx"] = "pth"
+    """the file to write; for hf, the folder"""
+    format: Literal["pth", "gguf", "hf", "onnx"] = "pth"
     """pth: weights under the names of lyuzlion/Tiny-Language-Model; gguf: for llama.cpp and Ollama, with tokenizer and
-    chat template, and a Modelfile beside it; onnx: for onnxruntime and transformers.js, in float32"""
+    chat template, and a Modelfile beside it; hf: a folder to publish on the Hugging Face hub, with a model card; onnx:
+    for onnxruntime and transformers.js"""
     dtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = "auto"
-    """numbers of a GGUF, of 32, 16, 16, 8.5 or 4.5 bits each; auto: f16 (and f32 in a .pth)"""
+    """numbers, of 32, 16, 16, 8.5 or 4.5 bits each; auto: f16 in a GGUF, bf16 for hf, f32 in a .pth, an ONNX file and
+    an adapter for hf"""
     merge: bool = False
-    """fold an adapter into its base model; without it, the GGUF of an adapter folder holds the adapter alone (a .pth
-    and an ONNX file always hold both)"""
+    """fold an adapter into its base model; without it, an adapter folder goes out as the adapter alone (a .pth and an
+    ONNX file always hold both)"""
     license: str = ""
-    """the model's licence for the GGUF's metadata, such as mit or apache-2.0"""
+    """the model's licence for the GGUF's metadata or the model card, such as mit or apache-2.0"""
+    base_model: str = ""
+    """hf: the hub's name (owner/name) of the model that this one was made from, for the model card and adapters"""
+    shard_size: str = ""
+    """hf: largest size of a weight file, such as 2GB; by default there is one file"""
     tokenizer_path: str | None = None
     """tokenizer folder, for a .pth that does not fit the default one"""
     overwrite: bool = False
-    """replace the file `output`, and the Modelfile beside it"""
+    """replace the file `output` and the Modelfile beside it, or the folder of an earlier export"""
 
 
 def main(argv: list[str]) -> int:
     """The command line: load, fold adapters in, write."""
     settings = parse_settings(ExportSettings, argv, "tinylm export", "Write a model for other programs.")
     output, console = Path(settings.output), make_console()
+    if settings.format == "hf":
+        _to_hf(settings, output, console)
+        return 0
+    for flag in ("base_model", "shard_size"):
+        if getattr(settings, flag):
+            raise ValueError(f"--{flag} is for --format hf; leave it out")
     require_new(output, settings.overwrite or output.is_dir(), "output")  # a folder is refused as one
     if settings.format == "gguf":
         _to_gguf(settings, output, console)
@@ -75,7 +92,7 @@ def main(argv: list[str]) -> int:
 def _to_pth(settings: ExportSettings, output: Path, console: Console) -> None:
     for flag, unset in (("dtype", ("auto", "f32")), ("license", ("",))):
         if getattr(settings, flag) not in unset:
-            raise ValueError(f"--{flag} is for a GGUF; a .pth holds float32 weights and nothing else; leave it out")
+            raise ValueError(f"--{flag} is not for a .pth, which holds float32 weights and nothing else; leave it out")
     loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path)
     require_llama_shape(loaded.model.config)
     if unlike := unlike_the_original(loaded.model.config):
@@ -133,6 +150,31 @@ def _to_onnx(settings: ExportSettings, output: Path, console: Console) -> None:
     num_bytes = export_onnx(loaded.model, output)
     console.print(f"{loaded.path} written to {output}: {num_bytes / 1e6:,.1f} MB in f32")
     print_next(console, "for transformers.js, put it into a model folder as onnx/model.onnx")
+
+
+def _to_hf(settings: ExportSettings, output: Path, console: Console) -> None:
+    if settings.dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype is {settings.dtype}; --format hf writes f32, f16 or bf16; choose one of them")
+    shard_bytes = num_bytes_of(settings.shard_size)
+    require_publishable(output, settings.overwrite)
+    loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path, merge=settings.merge)
+    is_adapter, alone = (loaded.path / ADAPTER).is_file(), has_lora(loaded.model)
+    if settings.merge and not is_adapter:
+        raise ValueError(f"{loaded.path} is a full model; --merge is for an adapter folder; leave it out")
+    if alone and shard_bytes:
+        raise ValueError("shard_size is for a model; an adapter is one file; leave it out, or pass --merge")
+    dtype = settings.dtype if settings.dtype != "auto" else "f32" if alone else "bf16"
+    lineage = merged_lineage(loaded.path, loaded.lineage) if is_adapter and not alone else loaded.lineage
+    card = card_of(loaded, lineage, output, dtype, settings.license, settings.base_model, console)
+    if alone:
+        export_hf_adapter(loaded.path, lineage, output, dtype, model_card(card), card.base_name, settings.overwrite)
+    else:
+        told = (loaded.model, loaded.tokenizer, lineage, output, dtype, model_card(card))
+        export_hf(*told, shard_bytes, settings.overwrite)
+    weights = sorted(output.glob("*.safetensors"))
+    size = f"{sum(path.stat().st_size for path in weights) / 1e6:,.1f} MB of weights in {dtype}"
+    console.print(f"{loaded.path} written to {output}: {size}, {len(weights)} file{'s' * (len(weights) > 1)}")
+    print_next(console, f"upload it with your own account: hf upload {card.repository} {quote(str(output))}")
 
 
 def _report(console: Console, model: Path, output: Path, written: Written) -> None:

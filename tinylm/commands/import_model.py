@@ -17,6 +17,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from tinylm.checkpoint.gguf_model import open_gguf
+from tinylm.checkpoint.lineage import facts_of
 from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.checkpoint.model_path import ADAPTER, CONFIG
 from tinylm.commandline.exit_status import run_main
@@ -32,7 +33,7 @@ from tinylm.tokenizer.chat_template import CHAT_TEMPLATE
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.tokenizer.tokenizer_settings import TokenizerSettings
 
-_HUB = "hub:"
+HUB = "hub:"
 _FILES = ["*.json", "*.safetensors", "*.jinja", "README.md"]
 _OTHER_FORMATS = (".bin", ".pth", ".pt", ".gguf", ".model")
 _CARD_BYTES = 1 << 16
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
         console.print(notice)
     model, tokenizer, theirs = load_model(folder)
     tokenizer = with_template(tokenizer, settings.chat_template)
-    facts = theirs if folder.is_file() else {}  # of a GGUF: its own folder is gone
+    facts = theirs if folder.is_file() else facts_of(theirs)
     lineage = {
         "stage": "imported",
         **facts,
@@ -87,8 +88,8 @@ def main(argv: list[str]) -> int:
 
 def _folder_of(source: str) -> Path:
     """The folder or GGUF to import, downloaded if it is `hub:owner/name`."""
-    if source.startswith(_HUB):
-        return _download(source.removeprefix(_HUB))
+    if source.startswith(HUB):
+        return _download(source.removeprefix(HUB))
     folder = Path(source)
     if not folder.exists():
         raise FileNotFoundError(f"{source} does not exist; expected a Hugging Face folder, .gguf or hub:owner/name")
@@ -148,7 +149,7 @@ def with_their_tokens(config: TinyLMConfig, tokenizer: Tokenizer, folder: Path) 
     ends = [tokenizer.eos_id, *config.eos_token_ids, *(i for i in several if type(i) is int)]
     known = list(dict.fromkeys(i for i in ends if 0 <= i < config.vocab_size))
     eos: Any = known if len(known) > 1 else known[0]
-    return dataclasses.replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=eos, pad_token_id=tokenizer.pad_id)
+    return dataclasses.replace(config, **{**tokenizer.role_ids, "eos_token_id": eos})
 
 
 def licence_of(folder: Path) -> str | None:

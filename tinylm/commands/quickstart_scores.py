@@ -61,21 +61,23 @@ class Scores:
 
 def score_key(folders: dict[str, Path], num_items: int, runtime: Runtime) -> dict[str, Any]:
     """What the scores follow from: the models' files, the settings of the scoring, and the code."""
-    models = {}
-    for column, stage in COLUMNS.items():
-        digest = hashlib.sha256()
-        for path in sorted(folders[stage].iterdir()):
-            if path.suffix in (".safetensors", ".json", ".jinja"):
-                digest.update(f"{path.name} {sha256_of(path)}\n".encode())
-        models[column] = digest.hexdigest()[:16]
     return {
-        "models": models,
+        "models": {column: digest_of(folders[stage]) for column, stage in COLUMNS.items()},
         "num_items": num_items,
         "max_new_tokens": GREEDY.max_new_tokens,
         "device": runtime.device.type,
         "dtype": str(runtime.compute_dtype).removeprefix("torch."),
         "code": code_version()["code"],
     }
+
+
+def digest_of(model: Path) -> str:
+    """16 hex digits over the files that decide what a model answers."""
+    digest = hashlib.sha256()
+    for path in sorted(model.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja"):
+            digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def kept_scores(path: Path, key: dict[str, Any]) -> Scores | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.text import Text
 
+from tinylm.checkpoint.lineage import check_parent
 from tinylm.checkpoint.model_folder import adapter_base, load_model
 from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.checkpoint.training_state import load_training_state, state_folders
@@ -26,8 +27,6 @@ from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.files.atomic import check_manifest
 from tinylm.files.untrusted import read_own_json
-from tinylm.model.lora import unload_lora
-from tinylm.model.weights import weights_fingerprint
 from tinylm.system.code_version import code_version
 from tinylm.tokenizer.tokenizer import Tokenizer
 
@@ -111,17 +110,8 @@ def _check_tokenizer(folder: Path, lineage: dict[str, Any]) -> str:
 
 
 def _check_parent(lineage: dict[str, Any]) -> str:
-    parent = lineage.get("parent")
-    if not parent:
-        return "none: trained from random weights"
-    path = Path(parent["path"])
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist (any more)")
-    model, _, _ = load_model(path)
-    found = weights_fingerprint(unload_lora(model))
-    if parent.get("weights") not in (None, found):
-        raise ValueError(f"{path} has other weights now ({found}); this model was made from {parent['weights']}")
-    return f"{path}, unchanged"
+    path = check_parent(lineage)
+    return f"{path}, unchanged" if path else "none: trained from random weights"
 
 
 def show_lineage(lineage: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -44,9 +44,11 @@ class PretrainDataset:
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.starts, self.lengths = (shards.offsets[:-1], shards.lengths) if spans is None else spans
-        # 1 for each span that begins a document, which <|endoftext|> precedes; 0 for the rest of one, or for no text.
-        self.begins = (np.isin(self.starts, shards.offsets[:-1]) & (self.lengths > 1)).astype(np.int64)
-        self.packing = RunningTextPacking(self.lengths + self.begins, max_seq_len)
+        self.document_start = np.array(tokenizer.document_start)
+        # Tokens in front of each span: those of a document's start; none for the rest of a document, or for no text.
+        begins = np.isin(self.starts, shards.offsets[:-1]) & (self.lengths > 1)
+        self.num_before = begins.astype(np.int64) * len(self.document_start)
+        self.packing = RunningTextPacking(self.lengths + self.num_before, max_seq_len)
         if len(self.packing) == 0:
             raise ValueError("the text has no token; expected some; add data")
         self.width = min(max_seq_len, self.packing.num_positions)
@@ -87,10 +89,10 @@ class PretrainDataset:
             if token_id not in self.tokenizer.special_ids:
                 sizes[token_id] = len(self.tokenizer.token_bytes(token_id))
         total = 0
-        for start, length, begins in zip(
-            self.starts.tolist(), self.lengths.tolist(), self.begins.tolist(), strict=True
+        for start, length, before in zip(
+            self.starts.tolist(), self.lengths.tolist(), self.num_before.tolist(), strict=True
         ):
-            total += int(sizes[self.shards.tokens[start + 1 - begins : start + length]].sum())
+            total += int(sizes[self.shards.tokens[start + (before == 0) : start + length]].sum())
         return total
 
     @property
@@ -101,7 +103,9 @@ class PretrainDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when any token, the choice of documents or a row boundary changes."""
-        digest = hashlib.sha256(f"pretrain, opened {self.shards.fingerprint} {self.max_seq_len}".encode())
+        theirs = self.document_start.tolist() != [self.tokenizer.endoftext_id]
+        opened = f"opened with {self.document_start.tolist()}" if theirs else "opened"
+        digest = hashlib.sha256(f"pretrain, {opened} {self.shards.fingerprint} {self.max_seq_len}".encode())
         for array in (self.starts, self.lengths):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return digest.hexdigest()[:16]
@@ -111,11 +115,12 @@ class PretrainDataset:
         return build_row((self._tokens(segment), None) for segment in self.packing.row(index))
 
     def _tokens(self, segment: Segment) -> np.ndarray:
-        """The tokens of a segment; its places count the <|endoftext|> in front of a document."""
-        begins, start = int(self.begins[segment.document]), int(self.starts[segment.document])
-        first = start + segment.start - begins
-        stored = self.shards.tokens[max(start, first) : start + segment.stop - begins]
-        return stored if first >= start else np.concatenate(([self.tokenizer.endoftext_id], stored))
+        """The tokens of a segment; its places count those in front of a document."""
+        before, start = int(self.num_before[segment.document]), int(self.starts[segment.document])
+        first, last = (start + max(place - before, 0) for place in (segment.start, segment.stop))
+        stored = self.shards.tokens[first:last]
+        opening = self.document_start[:before][segment.start : segment.stop]
+        return np.concatenate((opening, stored)) if len(opening) else stored
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """Stack rows into a batch of `max_seq_len` positions. Only the last row of the corpus has filler."""

@@ -26,6 +26,7 @@ from tinylm.export.gguf_metadata import (
     architecture_of,
     rope_factors,
 )
+from tinylm.export.tokenizer_check import check_gguf
 from tinylm.files.atomic import atomic_write, require_room
 from tinylm.model.config import TinyLMConfig
 from tinylm.model.lora import TABLE_NAMES, LoRAEmbedding, has_lora, lora_layers
@@ -90,7 +91,8 @@ def export_gguf(
         name, license_name: for the file's metadata; the licence as an SPDX identifier, empty if it is not known.
 
     Raises:
-        ValueError: llama.cpp cannot express the model, a weight is not finite, or the disk has too little room.
+        ValueError: llama.cpp cannot express the model, a weight is not finite, the disk has too little room, or the
+            file gives a text other tokens than the tokenizer.
     """
     if has_lora(model):
         raise ValueError("the model has adapters attached; merge_lora, or export them with export_gguf_adapter")
@@ -108,7 +110,7 @@ def export_gguf(
         planned.append(_plan(names(ours), partial(_in_llama_order, ours, tensor, model.config), dtype, written))
     if (factors := rope_factors(model.config)) is not None:
         planned.append(_plan("rope_freqs.weight", lambda: factors, "f32", written))
-    return _write(writer, Path(path), planned, written)
+    return _write(writer, Path(path), planned, written, partial(check_gguf, tokenizer))
 
 
 def export_gguf_adapter(
@@ -200,8 +202,18 @@ def _fits(kind: Kind, row_length: int, largest: float) -> bool:
     return row_length % gguf.GGML_QUANT_SIZES[kind][0] == 0 and largest <= _LARGEST.get(kind, np.inf)
 
 
-def _write(writer: gguf.GGUFWriter, path: Path, planned: Iterable[_Planned], written: Written) -> Written:
-    """The file, tensor by tensor, so that memory holds one converted tensor at a time."""
+def _write(
+    writer: gguf.GGUFWriter,
+    path: Path,
+    planned: Iterable[_Planned],
+    written: Written,
+    check: Callable[[Path], None] = lambda path: None,
+) -> Written:
+    """The file, tensor by tensor, so that memory holds one converted tensor at a time.
+
+    Args:
+        check: raises an error if the complete file, which does not have its name yet, is not to have it.
+    """
     planned = list(planned)
     for tensor in planned:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.kind)
@@ -218,4 +230,6 @@ def _write(writer: gguf.GGUFWriter, path: Path, planned: Iterable[_Planned], wri
             file.write(np.ascontiguousarray(gguf.quants.quantize(values, tensor.kind)).data)
             writer.write_padding(file, tensor.num_bytes)
         written.num_bytes = file.tell()
+        file.flush()
+        check(Path(file.name))
     return written

@@ -13,6 +13,7 @@ import gguf
 from torch import Tensor
 
 from tinylm import __version__
+from tinylm.checkpoint.lineage import facts_of
 from tinylm.export.modelfile import is_base_model
 from tinylm.files.untrusted import shown
 from tinylm.model.config import TinyLMConfig
@@ -21,12 +22,6 @@ from tinylm.model.positions import rope_frequencies
 from tinylm.tokenizer.chat_template import CHAT_TEMPLATE
 from tinylm.tokenizer.split_patterns import llama_cpp_name
 from tinylm.tokenizer.tokenizer import Tokenizer
-
-_LINEAGE_KEYS = (
-    "stage", "step", "epoch", "finished", "validation_loss", "seed", "version", "code", "data_fingerprint",
-    "tokenizer_fingerprint", "document_start",
-)  # fmt: skip
-"""Facts of the lineage that go into the file. Settings and parents are left out: they hold paths of this machine."""
 
 
 def architecture_of(config: TinyLMConfig) -> str:
@@ -60,16 +55,15 @@ def add_general(writer: gguf.GGUFWriter, kind: str, lineage: dict[str, Any], nam
     writer.add_name(name)
     writer.add_license(license_name)  # an empty text adds no key
     writer.add_string("tinylm.exporter_version", __version__)
-    for key in _LINEAGE_KEYS:
-        value = lineage.get(key)
+    for key, value in facts_of(lineage).items():
         if isinstance(value, bool):
             writer.add_bool(f"tinylm.{key}", value)
-        elif isinstance(value, float) and math.isfinite(value):
+        elif isinstance(value, float):
             writer.add_float64(f"tinylm.{key}", value)
-        elif isinstance(value, int) and abs(value) < 2**63:
-            writer.add_int64(f"tinylm.{key}", value)
         elif isinstance(value, str):
             writer.add_string(f"tinylm.{key}", value)
+        elif abs(value) < 2**63:
+            writer.add_int64(f"tinylm.{key}", value)
 
 
 def add_shape(writer: gguf.GGUFWriter, config: TinyLMConfig) -> None:
@@ -119,11 +113,13 @@ def add_tokenizer(writer: gguf.GGUFWriter, config: TinyLMConfig, tokenizer: Toke
     A base model whose documents began with <|endoftext|> gets it as its first token. A chat has no such token.
 
     Raises:
-        ValueError: llama.cpp has no pre-tokenizer that splits text in this way.
+        ValueError: llama.cpp has no pre-tokenizer that splits text in this way, or the tokenizer has no merges.
     """
     names, types = token_list(tokenizer, config.vocab_size)
     model = tokenizer.definition["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        raise ValueError("the tokenizer has no merges, and llama.cpp opens no such file; train one with more entries")
     bos, ends, pad = config.bos_token_id, config.eos_token_ids, config.pad_token_id
     starts_document = is_base_model(tokenizer, lineage) and bool(lineage.get("document_start"))
     start = tokenizer.text_start or ([tokenizer.endoftext_id] if starts_document else [])

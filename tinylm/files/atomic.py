@@ -39,7 +39,8 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     with _parent_folder(target) as parent:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=parent)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            os.close(descriptor)
+            with open(name, "wb") as file:  # by its name, so that the block may read it back as `file.name`
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

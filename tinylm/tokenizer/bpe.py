@@ -28,9 +28,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import regex
 
-from tinylm.tokenizer.split_patterns import SPLIT_PATTERN, cut_text
+from tinylm.tokenizer.split_patterns import DIGIT_PATTERNS, Digits, cut_text
 
-_SPLIT = regex.compile(SPLIT_PATTERN)
+_SPLIT = {digits: regex.compile(pattern) for digits, pattern in DIGIT_PATTERNS.items()}
 _SECTION_CHARACTERS = 1 << 20  # the pieces of a section, as Python strings, take some 20 MB
 _MAX_CACHED_PIECES = 1 << 16
 
@@ -56,12 +56,12 @@ BYTE_ALPHABET: list[int] = sorted(range(256), key=BYTE_TO_CHARACTER.__getitem__)
 _BYTE_TO_ID = bytes(BYTE_ALPHABET.index(byte) for byte in range(256))  # a table for bytes.translate
 
 
-def split_pieces(text: str) -> list[str]:
+def split_pieces(text: str, digits: Digits = "split") -> list[str]:
     """Cut a text into the pieces that BPE works on. Joined, they give the text."""
-    return _SPLIT.findall(text)
+    return _SPLIT[digits].findall(text)
 
 
-def count_pieces(texts: Iterable[str]) -> Counter[str]:
+def count_pieces(texts: Iterable[str], digits: Digits = "split") -> Counter[str]:
     """Count the pieces of many texts. Training needs nothing else from them.
 
     Raises ValueError, with the number of the text, for anything that is not a string.
@@ -73,18 +73,18 @@ def count_pieces(texts: Iterable[str]) -> Counter[str]:
         if not isinstance(text, str):
             raise ValueError(f"text {number} is a {type(text).__name__}; expected a string")
         for section in cut_text(text, _SECTION_CHARACTERS):
-            counts.update(split_pieces(section))
+            counts.update(split_pieces(section, digits))
     return counts
 
 
-def train_bpe_naive(piece_counts: Mapping[str, int], vocab_size: int) -> BytePairEncoding:
+def train_bpe_naive(piece_counts: Mapping[str, int], vocab_size: int, digits: Digits = "split") -> BytePairEncoding:
     """The textbook algorithm: count all pairs, merge the most frequent one everywhere, repeat.
 
     It is meant to be read, and tests use it as the reference for `train_bpe`, which has the same arguments and result.
     It takes O(merges x text).
     """
     words = {piece: list(_utf8(piece).translate(_BYTE_TO_ID)) for piece in piece_counts}
-    bpe = BytePairEncoding([])
+    bpe = BytePairEncoding([], digits)
     while len(bpe.tokens) < vocab_size:
         pair_counts: Counter[Pair] = Counter()
         for piece, ids in words.items():
@@ -110,7 +110,10 @@ def _merge(ids: list[int], pair: Pair, new_id: int) -> list[int]:
 
 
 def train_bpe(
-    piece_counts: Mapping[str, int], vocab_size: int, progress: Callable[[int, int], None] | None = None
+    piece_counts: Mapping[str, int],
+    vocab_size: int,
+    progress: Callable[[int, int], None] | None = None,
+    digits: Digits = "split",
 ) -> BytePairEncoding:
     """Learn merges until there are `vocab_size` tokens (the 256 bytes included) or nothing is left to merge.
 
@@ -127,6 +130,7 @@ def train_bpe(
         piece_counts: how often each piece occurs, from `count_pieces`.
         vocab_size: the number of tokens wanted, at least 256.
         progress: called as `progress(tokens_learned, tokens_wanted)` after each merge.
+        digits: as for `count_pieces`; the result cuts text in the same way.
 
     Raises ValueError for a vocab_size under 256 and for a piece with a lone surrogate.
     """
@@ -144,7 +148,7 @@ def train_bpe(
     heap = [(-pair_counts[pair], pair, where) for pair, where in index.items()]
     heapq.heapify(heap)
 
-    bpe = BytePairEncoding([])
+    bpe = BytePairEncoding([], digits)
     while len(bpe.tokens) < vocab_size and heap:
         count, pair, where = heapq.heappop(heap)
         if -count != pair_counts[pair]:
@@ -213,9 +217,13 @@ class BytePairEncoding:
         merges: pairs of token ids in the order learned. Merge number i makes token 256 + i (unless those
             bytes already were a token: two different merges can spell the same bytes, and then share one
             id).
+        digits: how text is cut into pieces. With `grouped`, a piece that is a token becomes that token, whatever its
+            merges give: so do Llama 3's tokenizer and llama.cpp, whose pattern it is. Merges from training give that
+            token anyway. Others may not: with "ab" before "bc" and "a" + "bc", the piece "abc" is "ab" + "c".
     """
 
-    def __init__(self, merges: Sequence[Pair]) -> None:
+    def __init__(self, merges: Sequence[Pair], digits: Digits = "split") -> None:
+        self.digits = digits
         self.tokens: list[bytes] = [bytes([byte]) for byte in BYTE_ALPHABET]
         self._ids: dict[bytes, int] = {token: token_id for token_id, token in enumerate(self.tokens)}
         self._merged: dict[Pair, tuple[int, int]] = {}  # pair -> (rank, new id)
@@ -244,7 +252,7 @@ class BytePairEncoding:
     def encode(self, text: str) -> list[int]:
         """Text to ids. Raises ValueError for a lone surrogate, which has no UTF-8 form."""
         ids: list[int] = []
-        for piece in split_pieces(text):
+        for piece in split_pieces(text, self.digits):
             piece_ids = self._cache.get(piece)
             if piece_ids is None:
                 piece_ids = self._encode_piece(_utf8(piece))
@@ -259,6 +267,8 @@ class BytePairEncoding:
         A heap of candidate merges over a doubly linked list of tokens takes O(n log n) for n bytes. A search for the
         best pair after each merge would take O(n^2), which is too slow for a long run of one letter.
         """
+        if self.digits == "grouped" and piece in self._ids:
+            return [self._ids[piece]]
         ids = list(piece.translate(_BYTE_TO_ID))
         end, gone = len(ids), -1
         before, after = list(range(-1, end - 1)), list(range(1, end + 1))

@@ -22,7 +22,9 @@ class ControlTokenReader:
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
         self.special_ids = tokenizer.special_ids
+        self.own_tokens = tokenizer.own_tokens
         self.endoftext_id = tokenizer.endoftext_id
+        self.document_start = tokenizer.document_start
         self.pad_id = tokenizer.pad_id
         self.safe_cuts = tokenizer.safe_cuts
         self.fingerprint = hashlib.sha256(f"control tokens {tokenizer.fingerprint}".encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from tinylm.files.untrusted import shown
 
@@ -50,6 +50,12 @@ _QWEN3_5 = (
 _DEEPSEEK3 = (
     rf"{_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_BLANKS}"
 )
+
+Digits = Literal["split", "grouped"]
+"""Whether each digit is a piece of its own, or up to three of them are, from the left."""
+
+DIGIT_PATTERNS: dict[Digits, str] = {"split": SPLIT_PATTERN, "grouped": _LLAMA3}
+"""The pattern of our tokenizers: Qwen2's, or Llama 3's, which differs in its digits alone."""
 
 KNOWN_PATTERNS = {
     SPLIT_PATTERN: AFTER_NEWLINE,  # Qwen 2, 2.5 and 3

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from tinylm.files.untrusted import check_file, shown
 from tinylm.tokenizer import sentencepiece, tokenizer_json
 from tinylm.tokenizer.bpe import CHARACTER_TO_BYTE, count_pieces, train_bpe
 from tinylm.tokenizer.chat_template_jinja import CHAT_TEMPLATE
-from tinylm.tokenizer.split_patterns import safe_cuts
+from tinylm.tokenizer.own_tokens import check_own_tokens
+from tinylm.tokenizer.split_patterns import Digits, safe_cuts
 from tinylm.tokenizer.tokenizer_settings import ROLES, TokenizerSettings, names_before_text, read_settings
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -39,6 +40,9 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     *(f"<|reserved_{number}|>" for number in range(7)),
 )
 
+SMALLEST_VOCAB = len(SPECIAL_TOKENS) + 256
+"""A tokenizer without merges: the control tokens and one entry for each byte."""
+
 # Other names of the three tokens we need, the preferred ones first. A tokenizer without the two of ChatML can still be
 # used for text, but not for chats; see `has_chat_tokens`.
 _ENDOFTEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -47,6 +51,9 @@ _END_NAMES = ("<|im_end|>", "<|eot_id|>", *_ENDOFTEXT_NAMES)
 
 _NOT_KEPT = ("auto_map", "name_or_path", "tokenizer_file", "chat_template")
 """Of a stranger's settings: what names code or places on the maker's machine, and what is written from elsewhere."""
+
+_TO_BYTES = {code: "\uffff" for code in range(256)} | {ord(name): chr(byte) for name, byte in CHARACTER_TO_BYTE.items()}
+"""Byte characters to the bytes as Latin-1, which has no U+FFFF."""
 
 _DEFAULT_FOLDER = Path(__file__).parent / "default"
 
@@ -65,9 +72,12 @@ class Tokenizer:
         fingerprint: 16 hex digits that name the definition, for caches and lineage.
         endoftext_id, im_start_id, im_end_id: control tokens, in our own tokenizers 0, 1 and 2.
         pad_id, bos_id, eos_id: the tokens with these roles in other libraries; in our own tokenizers the same three.
+        role_ids: the same under their names in a config.
         special_ids: ids that `decode` leaves out by default.
         added_ids: ids by name of the tokens that a template may write, control tokens and others; no text holds them.
+        own_tokens: names of the special tokens that are not ours: the user's own, or another maker's.
         text_start: ids that the maker's library puts before a plain text; none in our own tokenizers.
+        document_start: ids in front of a document in pretraining: `text_start`, or else <|endoftext|>.
         their_template: the chat template of another maker; None where it is ours, or there is none.
         safe_cuts: matches where a text may be cut without changing its tokens; None if that is not known.
         has_chat_tokens: whether <|im_start|> and <|im_end|> exist, which our own template needs.
@@ -88,6 +98,7 @@ class Tokenizer:
         controls = {token["content"] for token in definition["added_tokens"] if token.get("special")}
         controls |= {name for role in ROLES[:2] if settings and (name := settings.token(role))}
         self.special_ids: frozenset[int] = frozenset(names[name] for name in controls)
+        self.own_tokens: tuple[str, ...] = tuple(sorted(controls.difference(SPECIAL_TOKENS), key=names.__getitem__))
         self.added_ids = added | {name: names[name] for name in controls}
         self._fast = self._fast_within = _build_fast(definition, controls)
         self.safe_cuts = safe_cuts(definition)
@@ -114,7 +125,9 @@ class Tokenizer:
         self.pad_id = found.get("pad_token", self.endoftext_id)
         self.bos_id = found.get("bos_token", self.im_start_id)
         self.eos_id = found.get("eos_token", self.im_end_id)
+        self.role_ids = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
         self.text_start = [names[name] for name in names_before_text(self.definition) if name in names]
+        self.document_start = self.text_start or [self.endoftext_id]
         self.has_chat_tokens: bool = "<|im_start|>" in names and "<|im_end|>" in names
         template = self.settings.chat_template if self.settings else None
         self.their_template: str | None = None if template == CHAT_TEMPLATE else template
@@ -122,28 +135,38 @@ class Tokenizer:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int = 6400, progress: Callable[[int, int], None] | None = None
+        cls,
+        texts: Iterable[str],
+        vocab_size: int = 6400,
+        progress: Callable[[int, int], None] | None = None,
+        digits: Digits = "split",
+        special_tokens: Sequence[str] = (),
     ) -> Tokenizer:
-        """Train a tokenizer: 16 special tokens, 256 bytes and `vocab_size - 272` merges (fewer for tiny texts).
+        """Train a tokenizer: 16 special tokens, 256 bytes, merges (fewer for tiny texts), and the user's own tokens.
 
         Args:
             texts: any iterable of strings. It is read once, and the texts are not kept in memory.
             vocab_size: the number of entries, all kinds together.
             progress: called as `progress(merges_learned, merges_wanted)`.
+            digits: whether each digit is a token of its own, or up to three of them may be one.
+            special_tokens: more special tokens, with the last ids.
 
-        Raises ValueError for a vocab_size out of range, and for texts that are empty or not valid Unicode.
+        Raises ValueError for a vocab_size out of range, for texts that are empty or not valid Unicode, and for names
+        that cannot be special tokens.
         """
-        smallest = len(SPECIAL_TOKENS) + 256
-        if not smallest <= vocab_size <= tokenizer_json.MAX_VOCAB_SIZE:
+        check_own_tokens(special_tokens, SPECIAL_TOKENS)
+        smallest = SMALLEST_VOCAB + len(special_tokens)
+        if not smallest <= vocab_size <= tokenizer_json.MAX_TRAINED_VOCAB:
             raise ValueError(
                 f"vocab_size {vocab_size}; expected {smallest} (special tokens and bytes) "
-                f"to {tokenizer_json.MAX_VOCAB_SIZE}"
+                f"to {tokenizer_json.MAX_TRAINED_VOCAB}"
             )
-        piece_counts = count_pieces(texts)
+        piece_counts = count_pieces(texts, digits)
         if not piece_counts:
             raise ValueError("no text to train a tokenizer on; expected at least one text that is not empty")
-        bpe = train_bpe(piece_counts, vocab_size - len(SPECIAL_TOKENS), progress)
-        return cls(tokenizer_json.definition_from_bpe(bpe, SPECIAL_TOKENS))
+        num_special = len(SPECIAL_TOKENS) + len(special_tokens)
+        bpe = train_bpe(piece_counts, vocab_size - num_special, progress, digits)
+        return cls(tokenizer_json.definition_from_bpe(bpe, SPECIAL_TOKENS, tuple(special_tokens)))
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -175,12 +198,14 @@ class Tokenizer:
         if self.settings:
             config = {key: value for key, value in self.settings.config.items() if key not in _NOT_KEPT}
             config |= {} if chat_template is None else {"chat_template": chat_template}
+            config.setdefault("model_input_names", tokenizer_json.MODEL_INPUTS)
         else:
             config = tokenizer_json.config_for_transformers(
                 endoftext=self.token_bytes(self.endoftext_id).decode(),
                 im_start=self.token_bytes(self.im_start_id).decode(),
                 im_end=self.token_bytes(self.im_end_id).decode(),
                 chat_template=chat_template,
+                own_tokens=self.own_tokens,
             )
         contents = {
             "tokenizer.json": tokenizer_json.to_json_text(self.definition),
@@ -302,9 +327,10 @@ def _build_fast(definition: dict[str, Any], controls: set[str]) -> tokenizers.To
 
 def _token_bytes(name: str) -> bytes:
     """The name of an ordinary token of byte-level BPE spells its bytes in byte characters."""
-    if any(character not in CHARACTER_TO_BYTE for character in name):
+    try:
+        return name.translate(_TO_BYTES).encode("latin-1")
+    except UnicodeEncodeError:  # a character that stands for no byte
         return name.encode("utf-8")
-    return bytes(CHARACTER_TO_BYTE[character] for character in name)
 
 
 def _find(names: dict[str, int], candidates: tuple[str, ...]) -> int:

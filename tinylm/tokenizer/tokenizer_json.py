@@ -14,12 +14,22 @@ from typing import Any
 from tinylm.files.untrusted import parse_json, shown
 from tinylm.tokenizer.bpe import BYTE_TO_CHARACTER, BytePairEncoding
 from tinylm.tokenizer.sentencepiece import is_sentencepiece, missing_byte
-from tinylm.tokenizer.split_patterns import SPLIT_PATTERN, check_text_steps
+from tinylm.tokenizer.split_patterns import Digits, check_text_steps, steps_from_llama_cpp
 
 MAX_FILE_BYTES = 64 << 20
 """The largest tokenizer.json in use (262,144 entries) takes 33 MB."""
 
 MAX_VOCAB_SIZE = 1 << 20
+
+MAX_TRAINED_VOCAB = 1 << 18
+"""262,144, the largest in use (Gemma's). A file of more entries might be larger than MAX_FILE_BYTES."""
+
+_LLAMA_CPP_NAMES: dict[Digits, str] = {"split": "qwen2", "grouped": "llama-bpe"}
+"""llama.cpp's pre-tokenizers of our two patterns."""
+
+MODEL_INPUTS = ["input_ids", "attention_mask"]
+"""Without these names in tokenizer_config.json, transformers 4 also hands `token_type_ids` to the model, which takes
+none."""
 
 _WITHOUT_TEXT = {*range(0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - set(b"\t\n\r")
 """Bytes that no text but control characters and unassigned ones has. SmolLM2 has no tokens for 21 of them, so that
@@ -34,27 +44,23 @@ def token_to_text(token: bytes) -> str:
     return "".join(BYTE_TO_CHARACTER[byte] for byte in token)
 
 
-def definition_from_bpe(bpe: BytePairEncoding, special_tokens: tuple[str, ...]) -> dict[str, Any]:
-    """The content of tokenizer.json for our tokenizer: special tokens have the first ids, then bytes, then merges."""
+def definition_from_bpe(
+    bpe: BytePairEncoding, special_tokens: tuple[str, ...], own_tokens: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The content of tokenizer.json for our tokenizer: special tokens have the first ids, then bytes, then merges.
+
+    Args:
+        own_tokens: special tokens of the user, with the last ids. They are `added_tokens` only, as transformers writes
+            tokens behind the vocabulary.
+    """
     names = [*special_tokens, *(token_to_text(token) for token in bpe.tokens)]
     ordinary = names[len(special_tokens) :]
     added = [added_token(token_id, name) for token_id, name in enumerate(special_tokens)]
-    pre_tokenizer = {
-        "type": "Sequence",
-        "pretokenizers": [
-            {
-                "type": "Split",
-                "pattern": {"Regex": SPLIT_PATTERN},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-        ],
-    }
+    added += [added_token(token_id, name) for token_id, name in enumerate(own_tokens, start=len(names))]
     vocab = {name: token_id for token_id, name in enumerate(names)}
     # "left right" in one string is the older spelling, which all versions of the loaders read
     merges = [f"{ordinary[left]} {ordinary[right]}" for left, right in bpe.merges]
-    return byte_level_bpe(vocab, merges, added, pre_tokenizer)
+    return byte_level_bpe(vocab, merges, added, **steps_from_llama_cpp(_LLAMA_CPP_NAMES[bpe.digits]))
 
 
 def added_token(token_id: int, name: str, is_special: bool = True) -> dict[str, Any]:
@@ -97,7 +103,9 @@ def byte_level_bpe(
     }
 
 
-def config_for_transformers(endoftext: str, im_start: str, im_end: str, chat_template: str | None) -> dict[str, Any]:
+def config_for_transformers(
+    endoftext: str, im_start: str, im_end: str, chat_template: str | None, own_tokens: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """The content of tokenizer_config.json. With it, transformers' AutoTokenizer loads the folder unchanged."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -110,7 +118,10 @@ def config_for_transformers(endoftext: str, im_start: str, im_end: str, chat_tem
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": False,
+        "model_input_names": MODEL_INPUTS,
     }
+    if own_tokens:
+        config["additional_special_tokens"] = list(own_tokens)
     if chat_template is not None:
         config["chat_template"] = chat_template  # for transformers before 4.52, which does not read .jinja files
     return config
@@ -176,10 +187,10 @@ def check_definition(definition: Any) -> None:
     _check_one_token_per_id(vocab, added)
     controls = {token["content"] for token in added if token.get("special")}
     for merge in merges:
-        pair = _pair(merge)
-        if any(part not in vocab for part in pair):
+        left, right = _pair(merge)
+        if left not in vocab or right not in vocab:
             raise ValueError(f"merge {shown(merge)} has a part that is not in the vocabulary")
-        if not controls.isdisjoint((*pair, "".join(pair))):
+        if left in controls or right in controls or left + right in controls:
             raise ValueError(f"merge {shown(merge)} makes a control token of plain text; expected none that does")
     check_text_steps(definition)
     if is_sentencepiece(definition):
@@ -208,6 +219,6 @@ def _check_one_token_per_id(vocab: dict[str, int], added: list[dict[str, Any]]) 
 def _pair(merge: Any) -> list[str]:
     """A merge in either spelling, "left right" or ["left", "right"], as a list of two."""
     pair = merge.split(" ") if isinstance(merge, str) else merge
-    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-        raise ValueError(f"merge {shown(merge)}; expected a pair of tokens")
-    return pair
+    if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str):
+        return pair
+    raise ValueError(f"merge {shown(merge)}; expected a pair of tokens")

@@ -143,7 +143,7 @@ def sample_texts(
         settings = SamplingSettings(max_new_tokens=min(max_new_tokens, room), temperature=0.0)
         # A sharded model cannot be copied into another precision.
         dtype = model.dtype if is_sharded(model) else None
-        engine = Engine(model, tokenizer, dtype, document_start=[tokenizer.endoftext_id])
+        engine = Engine(model, tokenizer, dtype, document_start=tokenizer.document_start)
         if not chat:
             return [prompt + "".join(engine.stream_text(engine.text_prompt(prompt), settings)) for prompt in prompts]
         messages = [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -104,7 +104,7 @@ def load_chats(
             )
 
     if settings.data_path is not None:
-        return _split_files(stage, lambda path, bad: load_conversations(path, bad, replacements), make)
+        return _split_files(stage, tokenizer, lambda path, bad: load_conversations(path, bad, replacements), make)
     _tinyworld_note(console, tinyworld_chats, "chats")
     counts = (tinyworld_chats, "train"), (HELD_OUT_CHATS, "test")
     train, held = (make(item.messages for item in embedded(*count)) for count in counts)
@@ -120,7 +120,7 @@ def load_pairs(stage: Stage, tokenizer: Tokenizer, tinyworld_pairs: int) -> tupl
         return DPODataset.from_preferences(pairs, tokenizer, settings.max_seq_len)
 
     if settings.data_path is not None:
-        return _split_files(stage, load_preferences, make)
+        return _split_files(stage, tokenizer, load_preferences, make)
     _tinyworld_note(console, tinyworld_pairs, "preference pairs")
     counts = (tinyworld_pairs, "train"), (HELD_OUT_PAIRS, "test")
     train, held = (make(map(_as_messages, tinyworld.preference_pairs(*count))) for count in counts)
@@ -129,7 +129,10 @@ def load_pairs(stage: Stage, tokenizer: Tokenizer, tinyworld_pairs: int) -> tupl
 
 
 def _split_files(
-    stage: Stage, load: Callable[[str, BadRows], list[Any]], make: Callable[[list[Any]], Items]
+    stage: Stage,
+    tokenizer: Tokenizer,
+    load: Callable[[str, BadRows], list[Any]],
+    make: Callable[[list[Any]], Items],
 ) -> tuple[Items, Items | None]:
     """(training, validation) chats or pairs from the stage's files. What cannot be learnt is dropped before the split.
 
@@ -139,7 +142,7 @@ def _split_files(
     """
     settings, console = stage.settings, stage.console
     assert settings.data_path is not None
-    bad_rows = BadRows(settings.max_bad_rows)
+    bad_rows = BadRows(settings.max_bad_rows, own_tokens=tokenizer.own_tokens)
     items = load(settings.data_path, bad_rows)
     held_items = load(settings.validation_path, bad_rows) if settings.validation_path else []
     report_rows(console, bad_rows)

@@ -76,8 +76,8 @@ class PretrainSettings(TrainSettings):
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
-    def model_config(self, vocab_size: int) -> TinyLMConfig:
-        """The preset with the widths given, for a tokenizer of `vocab_size` and rows of `max_seq_len`."""
+    def model_config(self, vocab_size: int, **roles: int) -> TinyLMConfig:
+        """The preset with the widths given, for a tokenizer of `vocab_size` and `role_ids`, rows of `max_seq_len`."""
         return TinyLMConfig.preset(
             self.preset,
             vocab_size=vocab_size,
@@ -86,7 +86,7 @@ class PretrainSettings(TrainSettings):
             qk_norm=self.qk_norm,
             hidden_dropout=self.dropout,
             attention_dropout=self.dropout,
-            **self.widths,
+            **(self.widths | roles),
         )
 
 
@@ -97,8 +97,8 @@ def train(settings: PretrainSettings) -> Path:
     # 3. Tokenizer
     tokenizer = Tokenizer.load(settings.tokenizer_path) if settings.tokenizer_path else Tokenizer.default()
     # 4. Model
-    model = TinyLMForCausalLM(stage.settings.model_config(tokenizer.vocab_size)).to(stage.runtime.device)
-    shard(model, settings.sharding, stage.runtime)
+    model = TinyLMForCausalLM(stage.settings.model_config(tokenizer.vocab_size, **tokenizer.role_ids))
+    shard(model.to(stage.runtime.device), settings.sharding, stage.runtime)
     # 5. Data
     stage, cache = with_defaults(stage, model), shared_cache(settings.cache_dir, settings.cache_gb)
     data = load_texts(stage, tokenizer, settings.tinyworld_documents, cache)

@@ -210,7 +210,7 @@ class _Work:
 
     def _write(self, source: Source, folder: Path, map_chunks: Callable[..., Iterator[EncodedChunk]]) -> None:
         """Tokenise a source into its folder."""
-        bad_rows = BadRows()
+        bad_rows = BadRows(own_tokens=getattr(self.tokenizer, "own_tokens", ()))
 
         def texts() -> Iterator[str]:
             yield from read_texts(source.path, bad_rows)

@@ -22,7 +22,8 @@ PLACEHOLDERS = "places to fill that stay in the text"
 PLACEHOLDER = re.compile(r"\{\{\s*(name|author)\s*\}\}")
 """{{name}} or {{ author }}, as the identity data of several projects has it; --name and --author fill it."""
 
-_SPELT = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+OUR_TOKENS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+"""All of them begin with <."""
 
 _UTF16_SHARE = 1 / 3
 """Half of the bytes of English text in UTF-16 are NUL. With a larger share than this, a text is refused."""
@@ -44,6 +45,8 @@ class Record:
     line: int
     notes: Notes = field(default_factory=Counter, compare=False)
     """What the row holds and training does not use."""
+    control_tokens: re.Pattern[str] = OUR_TOKENS
+    """Names that are counted where a text spells them."""
 
 
 class BadRow(ValueError):
@@ -84,8 +87,8 @@ def checked_text(record: Record, value: Any, name: str) -> str:
         if found > _UTF16_SHARE * len(value):
             fail(record, f"{name} looks like UTF-16: {found} of {len(value)} characters are NUL; convert it to UTF-8")
         record.notes[NUL_CHARACTERS, name] += found
-    if "<" in value:
-        record.notes.update((CONTROL_TOKENS, token) for token in _SPELT.findall(value))
+    if "<" in value or record.control_tokens is not OUR_TOKENS:
+        record.notes.update((CONTROL_TOKENS, token) for token in record.control_tokens.findall(value))
     if "{{" in value:
         record.notes.update((PLACEHOLDERS, found.group()) for found in PLACEHOLDER.finditer(value))
     return value

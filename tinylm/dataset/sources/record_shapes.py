@@ -13,7 +13,16 @@ from typing import Any
 
 from tinylm.dataset.sources.record import BadRow as BadRow
 from tinylm.dataset.sources.record import Record as Record
-from tinylm.dataset.sources.record import checked_text, fail, field_names, is_empty, json_in, json_of, type_name
+from tinylm.dataset.sources.record import (
+    checked_text,
+    fail,
+    field_names,
+    is_empty,
+    json_in,
+    json_of,
+    printable,
+    type_name,
+)
 from tinylm.dataset.sources.record_fields import (
     LEARN_FLAGS,
     NEVER_LEARNT,
@@ -22,6 +31,7 @@ from tinylm.dataset.sources.record_fields import (
     REFUSED_IN_MESSAGE,
     REFUSED_IN_PAIR,
     ROLE_ALIASES,
+    UNUSED,
     check_fields,
     is_learnt,
 )
@@ -59,6 +69,20 @@ def text_of(record: Record) -> str:
     if not text:
         fail(record, "the text is empty")
     return text
+
+
+def named_text_of(record: Record, name_field: str) -> tuple[str, str]:
+    """The name in the field `name_field`, such as that of a language, or else the file; and the text of the record.
+
+    Raises:
+        BadRow: as for `text_of`.
+    """
+    text = text_of(record)
+    name = record.data.get(name_field)
+    if not isinstance(name, str) or not name.strip():
+        return record.path, text
+    del record.notes[UNUSED, name_field]
+    return printable(name, 80), text
 
 
 def messages_of(record: Record) -> list[Message]:

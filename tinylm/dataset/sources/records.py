@@ -11,17 +11,28 @@ import codecs
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from tinylm.dataset.sources.finding import HUB_PREFIX, find_files, open_unpacked, suffix_of
-from tinylm.dataset.sources.record import CONTROL_TOKENS, PLACEHOLDER, BadRow, Notes, Record, fail, printable
+from tinylm.dataset.sources.record import (
+    CONTROL_TOKENS,
+    OUR_TOKENS,
+    PLACEHOLDER,
+    BadRow,
+    Notes,
+    Record,
+    fail,
+    printable,
+)
 from tinylm.dataset.sources.record_shapes import (
     RECORD_FIELDS,
     Message,
     PreferencePair,
     messages_of,
+    named_text_of,
     preference_of,
     text_of,
 )
@@ -61,6 +72,8 @@ class BadRows:
     num_bad: int = 0
     listed: list[BadRow] = field(default_factory=list)
     notes: Notes = field(default_factory=Counter)
+    own_tokens: Sequence[str] = ()
+    """Control tokens of the tokenizer, beside ours, that are counted where a text spells them."""
 
     def add(self, error: BadRow) -> None:
         """Count one bad row."""
@@ -146,6 +159,11 @@ def iterate_texts(path: str, bad_rows: BadRows | None = None) -> Iterator[str]:
     return _load(path, text_of, bad_rows, None)
 
 
+def iterate_named_texts(path: str, bad_rows: BadRows, name_field: str) -> Iterator[tuple[str, str]]:
+    """`iterate_texts`, each after the name of its part: what the record has in `name_field`, or else its file."""
+    return _load(path, partial(named_text_of, name_field=name_field), bad_rows, None)
+
+
 def read_texts(file: str, bad_rows: BadRows) -> Iterator[str]:
     """The documents of one of the files that `find_files` found. Bad rows are counted, not raised."""
     return _parse_records(_read_file(file, bad_rows), text_of, bad_rows)
@@ -168,7 +186,11 @@ def _load(
 
 
 def _parse_records(records: Iterable[Record], shape: Callable[[Record], Value], bad_rows: BadRows) -> Iterator[Value]:
+    own = "|".join(map(re.escape, sorted(bad_rows.own_tokens, key=len, reverse=True)))
+    control_tokens = re.compile(f"{own}|{OUR_TOKENS.pattern}") if own else OUR_TOKENS
     for record in records:
+        if own:
+            record = replace(record, control_tokens=control_tokens)
         try:
             value = shape(record)
         except BadRow as error:
