@@ -406,7 +406,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "pretrian": ("unknown command 'pretrian'", "did you mean tinylm pretrain?"),
     f"{LORA} good.c.jsonl --lora_rank 0": ("rank is 0", "at least 1"),
     f"{LORA} good.c.jsonl --lora_rank 99999999999": ("lora_rank is 99999999999", "width of 32", "--lora_rank 8"),
-    f"{LORA} good.c.jsonl --target_modules foo": ("target module 'foo'", "choose from q_proj"),
+    f"{LORA} good.c.jsonl --target_modules foo": (
+        "target module 'foo'",
+        "choose from q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, embed_tokens",
+    ),
 }
 
 

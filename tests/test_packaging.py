@@ -23,6 +23,7 @@ EXTRAS = {
     "track": {"tensorboard", "wandb", "trackio"},
     "eval": {"lm-eval"},
     "export": {"gguf"},
+    "onnx": {"onnx"},
     "hub": {"datasets"},
     "cloud": {"fsspec", "s3fs", "gcsfs", "huggingface_hub"},
     "report": {"plotly"},

@@ -45,7 +45,7 @@ HARMLESS = {
     "r", "target_modules", "lora_alpha", "lora_dropout", "bias", "init_lora_weights", "megatron_core",
     "qalora_group_size", "loftq_config", "eva_config", "lora_ga_config", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-"""Read, or of no effect on a trained adapter. `ensure_weight_tying` is for embeddings, which are no target here."""
+"""Read, or of no effect on a trained adapter."""
 
 
 @pytest.fixture

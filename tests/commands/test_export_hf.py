@@ -29,6 +29,7 @@ from tinylm.checkpoint.weights_file import read_header
 from tinylm.commands.quickstart_scores import digest_of
 from tinylm.evaluation.skills import MEAN, PERSONA, PERSONA_RIGHT, PREFERENCE, WARM
 from tinylm.generation.engine import Engine, SamplingSettings
+from tinylm.model.lora import TABLES
 from tinylm.model.weights import base_state, weights_fingerprint
 from tinylm.tokenizer.tokenizer import Tokenizer
 
@@ -142,6 +143,17 @@ def test_an_adapter_and_its_card(models: tuple[Path, Path], tmp_path: Path, monk
     assert tensors == read_header(adapter / "adapter_model.safetensors") and len(tensors) == 28
     size = (tmp_path / "named" / "adapter_model.safetensors").stat().st_size
     assert size < 0.6 * (adapter / "adapter_model.safetensors").stat().st_size
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning")  # PEFT's, of any adapter on tied tables
+def test_the_card_of_an_adapter_on_tied_tables_runs(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
+    """Merged by PEFT, it would change both tables."""
+    base, adapter = write_models(tmp_path / "a", small_tokenizer, ("v_proj", *TABLES), qk_norm=True)
+    write(adapter, tmp_path / "pip")
+    assert run_card(tmp_path / "pip", base) == OTHER_ANSWERS[0].strip()
+    write(adapter, tmp_path / "whole", "--merge", "--dtype", "f32")
+    assert run_card(tmp_path / "whole") == OTHER_ANSWERS[0].strip()
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_a_merged_adapter_is_a_model(models: tuple[Path, Path], tmp_path: Path) -> None:

@@ -181,9 +181,11 @@ def test_every_stage_runs_sharded_and_leaves_folders_that_load(data, alone, tmp_
     words += ["--warmup_fraction", "0"]
     chats = ["--data_path", data / "chats.jsonl", "--model_path", base, *words]
     pairs = ["--data_path", data / "pairs.jsonl", "--model_path", base, *words]
-    for stage, argv in (("full_sft", chats), ("lora", [*chats, "--lora_rank", "2"]), ("dpo", pairs)):
-        one = run(stage, tmp_path / "one" / stage, argv)
-        two = run(stage, tmp_path / "two" / stage, [*argv, "--sharding", "fsdp"], processes=2)
+    lora = [*chats, "--lora_rank", "2"]
+    tables = [*lora, "--target_modules", "q_proj,embed_tokens,lm_head"]
+    for number, (stage, argv) in enumerate((("full_sft", chats), ("lora", lora), ("lora", tables), ("dpo", pairs))):
+        one = run(stage, tmp_path / f"one{number}", argv)
+        two = run(stage, tmp_path / f"two{number}", [*argv, "--sharding", "fsdp"], processes=2)
         assert_same_run(one, two, "adamw")
         logits = []
         for outcome in (one, two):

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from tests.model.small_models import trained_model
 from tinylm.checkpoint.adapter_folder import save_adapter
 from tinylm.checkpoint.model_folder import save_model
-from tinylm.model.lora import LoRAConfig, apply_lora, unload_lora
+from tinylm.model.lora import PROJECTIONS, LoRAConfig, apply_lora, unload_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.tokenizer.chat_template import encode_chat
 from tinylm.tokenizer.tokenizer import Tokenizer
@@ -45,15 +45,17 @@ def learn(model: TinyLMForCausalLM, tokenizer: Tokenizer, answers: tuple[str, ..
     raise AssertionError(f"loss {loss.item()}")
 
 
-def write_models(folder: Path, tokenizer: Tokenizer, **shape: Any) -> tuple[Path, Path]:
-    """(full_sft_64_epoch0, lora_64_epoch0) in `folder`; the adapter gives the other answers."""
+def write_models(
+    folder: Path, tokenizer: Tokenizer, targets: tuple[str, ...] = PROJECTIONS, **shape: Any
+) -> tuple[Path, Path]:
+    """(full_sft_64_epoch0, lora_64_epoch0) in `folder`; the adapter, of `targets`, gives the other answers."""
     torch.manual_seed(3)
     model = trained_model(vocab_size=tokenizer.vocab_size, **shape).train()
     learn(model, tokenizer, ANSWERS, 3e-3)
     base, adapter = folder / "full_sft_64_epoch0", folder / "lora_64_epoch0"
     facts = {"tokenizer_fingerprint": tokenizer.fingerprint, "document_start": True}
     save_model(base, model.eval(), tokenizer, {"stage": "full_sft", **facts, "parent": None, "seed": 3})
-    apply_lora(model, LoRAConfig(rank=8, alpha=32))
+    apply_lora(model, LoRAConfig(rank=8, alpha=32, target_modules=targets))
     learn(model, tokenizer, OTHER_ANSWERS, 1e-2)
     save_adapter(model, adapter, base, {"stage": "lora", **facts, "parent": {"path": str(base)}, "seed": 4})
     unload_lora(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.export.conftest import SHAPES, Loaded
 from tests.export.llama_cpp import LlamaCpp, greedy, next_logprobs
 from tests.model.small_models import YARN, trained_model
 from tinylm.export.gguf import export_gguf, export_gguf_adapter
-from tinylm.model.lora import LoRAConfig, apply_lora, lora_parameters
+from tinylm.model.lora import PROJECTIONS, TABLES, LoRAConfig, apply_lora, lora_layers, lora_parameters, merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
 
@@ -71,9 +72,12 @@ def test_what_cannot_be_quantised_is_wider_and_counted(small_tokenizer: Tokenize
     assert LlamaCpp(tmp_path / "a.gguf").next_logprobs(IDS, 379).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["multi-query", "qk_norm"])
 @pytest.mark.parametrize(
-    "targets", [("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ("k_proj",)]
+    ("name", "targets"),
+    [
+        *itertools.product(("multi-query", "qk_norm"), (PROJECTIONS, ("k_proj",))),
+        *itertools.product(("wide heads", "biases"), (("embed_tokens",), ("lm_head",), ("q_proj", *TABLES))),
+    ],
 )
 def test_an_adapter_answers_the_same(
     shape: Callable[[str], Loaded], tmp_path: Path, name: str, targets: tuple[str, ...]
@@ -87,11 +91,28 @@ def test_an_adapter_answers_the_same(
     for parameter in lora_parameters(model):
         torch.nn.init.normal_(parameter, 0, 0.15)
     written = export_gguf_adapter(model, {"stage": "lora"}, tmp_path / "a.gguf", "f32")
-    assert written.tensors == {"f32": 2 * 2 * len(targets)}
+    assert written.tensors == {"f32": 2 * len(lora_layers(model))}
     assert worst_difference(model, loaded.llama_cpp) > 0.5  # it changes the answers
     with_adapter = LlamaCpp(loaded.path, tmp_path / "a.gguf")
     assert worst_difference(model, with_adapter) < 1e-4
     assert with_adapter.greedy(IDS[:40]) == greedy(model, IDS[:40])
+
+
+@pytest.mark.parametrize("target", TABLES)
+def test_an_adapter_of_a_tied_table_is_refused_alone(
+    shape: Callable[[str], Loaded], small_tokenizer: Tokenizer, tmp_path: Path, target: str
+) -> None:
+    """llama.cpp aborts on one, and finds no output.weight for the other. Merged, the model has two tables."""
+    model = apply_lora(trained_model(vocab_size=373), LoRAConfig(rank=3, target_modules=("v_proj", target)))
+    assert isinstance(model, TinyLMForCausalLM)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, 0, 0.15)
+    with pytest.raises(ValueError, match=rf"changes \S*{target}, of a model with tied embeddings.* with --merge$"):
+        export_gguf_adapter(model, {}, tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+    adapted = next_logprobs(model, IDS)
+    export_gguf(merge_lora(model), small_tokenizer, {}, tmp_path / "a.gguf", "f32")
+    assert (LlamaCpp(tmp_path / "a.gguf").next_logprobs(IDS, 373) - adapted).abs().max() < 1e-4
 
 
 def test_adapters_that_the_format_cannot_hold(shape: Callable[[str], Loaded], tmp_path: Path) -> None:

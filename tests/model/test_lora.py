@@ -193,7 +193,7 @@ def test_an_adapter_refuses_another_base(tmp_path):
         ({"bias": "all"}, "bias 'all'"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"target_modules": "q.*"}, "target_modules 'q.*'"),
-        ({"target_modules": ["lm_head"]}, "target module 'lm_head' is unknown"),
+        ({"target_modules": ["norm"]}, "target module 'norm' is unknown"),
     ],
 )
 def test_adapter_configs_we_cannot_honour(tmp_path, change, message):

@@ -14,7 +14,7 @@ from tests.model.small_models import LLAMA3, YARN, random_ids, reference_of, sma
 from tinylm.model import attention as attention_module
 from tinylm.model.attention import document_starts
 from tinylm.model.hf_config import config_from_hf, config_to_hf, require_llama_shape, unused_fields
-from tinylm.model.lora import LoRAConfig, apply_lora
+from tinylm.model.lora import PROJECTIONS, TABLES, LoRAConfig, apply_lora
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}
@@ -84,15 +84,19 @@ def test_training_flops_are_those_that_torch_counts(tied):
     assert 128 * square == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_a_frozen_weight_costs_no_gradient_of_its_own():
-    """Of the first block's frozen projections, torch leaves out the gradient of the embeddings, which nothing needs."""
-    model = apply_lora(small_model(), LoRAConfig(rank=3)).train()
+@pytest.mark.parametrize(("targets", "tied"), [(PROJECTIONS, True), ((*PROJECTIONS, *TABLES), True), (TABLES, False)])
+def test_a_frozen_weight_costs_no_gradient_of_its_own(targets, tied):
+    """Of the first block's frozen projections, torch leaves out the gradient of the embeddings, unless they learn."""
+    model = apply_lora(small_model(tie_word_embeddings=tied), LoRAConfig(rank=3, target_modules=targets)).train()
     ids = random_ids(1, 128)
     with FlopCounterMode(display=False) as counter:
         model(ids).sum().backward()
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     first = model.model.layers[0].self_attn
-    left_out = 2 * sum(p.weight.numel() for q in (first.q_proj, first.k_proj, first.v_proj) for p in (q.base, q.lora_A))
+    left_out = 0
+    if targets == PROJECTIONS:
+        inputs = (p for q in (first.q_proj, first.k_proj, first.v_proj) for p in (q.base, q.lora_A))
+        left_out = 2 * sum(p.weight.numel() for p in inputs)
     square = model.training_flops_per_token(2 * 128) - 4 * norms - left_out
     assert 128 * square == pytest.approx(counter.get_total_flops(), rel=1e-3)
 

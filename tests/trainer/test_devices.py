@@ -16,7 +16,7 @@ from trainer_parts import batch_of, pairs_batch, random_documents, small_model
 
 from tinylm.dataset.rows import Batch
 from tinylm.model import model_tinylm
-from tinylm.model.lora import LoRAConfig, apply_lora
+from tinylm.model.lora import PROJECTIONS, TABLES, LoRAConfig, apply_lora
 from tinylm.system.runtime import Runtime
 from tinylm.trainer.core.loop import StepReport, fit
 from tinylm.trainer.core.objectives import make_dpo_objective, next_token_loss
@@ -82,11 +82,11 @@ def steps_of(stage: str, num_steps: int) -> tuple[Callable, list[list[Batch]]]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("shape", [{}, {"qk_norm": True, "hidden_dropout": 0.1, "tie_word_embeddings": False}], ids=str)
-@pytest.mark.parametrize("stage", ["sft", "dpo", "lora"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "lora", "lora on tables"])
 def test_a_step_reads_the_device_once_and_mixes_no_devices(reads, stage, shape, optimizer):
     model = small_model(num_hidden_layers=2, **shape)
-    if stage == "lora":
-        apply_lora(model, LoRAConfig(rank=2))
+    if stage.startswith("lora"):
+        apply_lora(model, LoRAConfig(rank=2, target_modules=PROJECTIONS if stage == "lora" else TABLES))
     model.to(META)
     objective, steps = steps_of(stage, 3)
     reports: list[StepReport] = []

@@ -13,6 +13,7 @@ from rich.console import Console
 from trainer_parts import Rows, small_model
 
 from tinylm.dataset.documents import Documents
+from tinylm.model.lora import TABLES, LoRAConfig, apply_lora
 from tinylm.system.runtime import Runtime
 from tinylm.trainer import recipe_utils
 from tinylm.trainer.core import gradients
@@ -214,3 +215,19 @@ def test_an_adapter_that_is_to_teach_what_the_model_never_met_warns(text, never_
     heard = " ".join(stage.console.file.getvalue().split())
     assert heard.startswith(said) and bool(heard) == bool(said)
     assert not said or "tinylm sft" in heard
+
+
+@pytest.mark.parametrize(
+    ("tied", "targets", "is_warned"),
+    [(True, TABLES, False), (True, ("lm_head",), True), (False, ("lm_head",), False), (False, ("embed_tokens",), True)],
+)
+def test_an_adapter_of_the_tables_can_teach_new_tokens(tied, targets, is_warned):
+    """Tied, a token that the adapted head can write would still be read as any other new one."""
+    model, stage = small_model(vocab_size=256, tie_word_embeddings=tied), stage_of("lora")
+    with torch.no_grad():
+        model.lm_head.weight[ord("z")] = model.lm_head.weight[0]
+    apply_lora(model, LoRAConfig(target_modules=targets))
+    data = Documents(np.array([113, 122], dtype=np.int32), np.array([False, True]), np.array([0, 2]))
+    warn_of_unlearnt_tokens(stage, model, Bytes(), data)
+    heard = " ".join(stage.console.file.getvalue().split())
+    assert bool(heard) == is_warned and heard.endswith("down_proj,embed_tokens,lm_head") == is_warned

@@ -238,6 +238,44 @@ def test_dpo_takes_an_adapter_folder_too(stages, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_adapter_of_the_tables_goes_through_every_command(stages, data, tmp_path):
+    """The base's table is tied. What is merged, folded in, continued or measured is the adapted model."""
+    chats = ["--data_path", data / "chats.jsonl", *SHARED, "--model_path", stages.root / "sft", "--save_interval", "1"]
+    chats += ["--target_modules", "v_proj,embed_tokens,lm_head", "--lora_rank", "2", "--optimizer", "muon"]
+    lora = tmp_path / "lora" / "lora_32_epoch0"
+    for words in (
+        ["lora", *chats, "--output_dir", tmp_path / "lora"],
+        ["merge", "--model_path", lora, "--output_dir", tmp_path / "merged"],
+    ):
+        status, text = tinylm(*words)
+        assert status == 0, text
+    assert "its embedding and its output head, one table until now, are two" in text
+    adapted, base = logits_of(lora), logits_of(stages.model("sft"))
+    assert (adapted - base).abs().max() > 0.01
+    torch.testing.assert_close(logits_of(tmp_path / "merged"), adapted, rtol=1e-4, atol=1e-5)
+    model = load_model(lora)[0]
+    assert torch.equal(unload_lora(model)(some_ids()), base)
+
+    (lora.parent / "lora_32_state" / "step_00000003").rename(tmp_path / "lost")  # as if killed before it was saved
+    shutil.rmtree(lora)
+    status, text = tinylm("lora", *chats, "--output_dir", tmp_path / "lora", "--resume", "true")
+    assert status == 0 and "resuming" in text, text
+    assert torch.equal(logits_of(lora), adapted)
+
+    pairs = ["--data_path", data / "pairs.jsonl", *SHARED, "--max_steps", "1", "--output_dir", tmp_path / "dpo"]
+    status, text = tinylm("dpo", "--model_path", lora, *pairs)
+    assert status == 0, text
+    first = json.loads((tmp_path / "dpo" / "dpo_32_metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+    for words in (
+        ["verify", lora], ["verify", tmp_path / "dpo"], ["verify", tmp_path / "merged"],
+        ["eval", "--model_path", stages.root / "sft", "--adapter", lora, "--data_path", data / "pairs.jsonl"],
+    ):  # fmt: skip
+        status, text = tinylm(*words)
+        assert status == 0, text
+
+
+@pytest.mark.slow
 def test_without_data_the_embedded_corpus_is_used(stages, tmp_path):
     words = ["--tokenizer_path", stages.root / "tokenizer", *SHARED, *SHAPE, "--max_steps", "1"]
     status, text = tinylm("pretrain", *words, "--tinyworld_documents", "64", "--output_dir", tmp_path)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinylm.checkpoint.weights_file import (
     check_shapes,
@@ -17,8 +18,17 @@ from tinylm.checkpoint.weights_file import (
 )
 from tinylm.files.atomic import write_json
 from tinylm.files.untrusted import read_json, shown
-from tinylm.model.lora import PROJECTIONS, LoRAConfig, adaptable_layers, apply_lora, lora_layers, unload_lora
-from tinylm.model.weights import weights_fingerprint
+from tinylm.model.lora import (
+    PROJECTIONS,
+    TABLE_NAMES,
+    TABLES,
+    LoRAConfig,
+    adaptable_layers,
+    apply_lora,
+    lora_layers,
+    unload_lora,
+)
+from tinylm.model.weights import is_tied, weights_fingerprint
 
 _PEFT_PREFIX = "base_model.model."
 _UNSUPPORTED = (
@@ -27,6 +37,8 @@ _UNSUPPORTED = (
     "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
     "velora_config", "corda_config", "megatron_config", "layer_replication", "kasa_config", "monteclora_config",
 )  # fmt: skip
+_PEFT_NAMES = {"model.embed_tokens": "embed_tokens"}
+"""The one name that PEFT itself writes with its path: for `ensure_weight_tying`."""
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that do not change the base. PiSSA, OLoRA, LoftQ and others change its weights."""
 
@@ -46,16 +58,15 @@ def save_adapter(
     layers = lora_layers(model)
     if not layers:
         raise ValueError("the model has no adapters to save; apply_lora first")
-    if len({(layer.lora_A.out_features, layer.scaling, layer.dropout) for layer in layers.values()}) != 1:
+    if len({(layer.rank, layer.scaling, layer.dropout) for layer in layers.values()}) != 1:
         raise ValueError("the adapters differ in rank, alpha or dropout; adapter_config.json can hold only one of each")
     first = next(iter(layers.values()))
-    rank = first.lora_A.out_features
-    alpha = first.scaling * rank
+    alpha = first.scaling * first.rank
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model_path),
-        "r": rank,
+        "r": first.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": first.dropout,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
@@ -64,10 +75,11 @@ def save_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A.weight
-        tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_B.weight
+    tensors = {
+        f"{_PEFT_PREFIX}{name}.{part}": weight
+        for name, layer in layers.items()
+        for part, weight in layer.adapter().items()
+    }
     record = {**(lineage or {}), "base_fingerprint": weights_fingerprint(model)}
     with replaceable_folder(folder, "adapter_config.json") as fresh:
         write_json(fresh / "adapter_config.json", config)
@@ -75,8 +87,11 @@ def save_adapter(
         write_json(fresh / "lineage.json", record)
 
 
-def read_adapter_config(folder: str | Path) -> LoRAConfig:
+def read_adapter_config(folder: str | Path, tied: bool = False) -> LoRAConfig:
     """The settings in a PEFT folder.
+
+    Args:
+        tied: whether the base model has one table for tokens and output.
 
     Raises:
         FileNotFoundError: there is no adapter_config.json.
@@ -101,6 +116,9 @@ def read_adapter_config(folder: str | Path) -> LoRAConfig:
         targets = PROJECTIONS
     if not isinstance(targets, list | tuple):
         raise ValueError(f"{path} has target_modules {shown(targets)}; a list of names is expected")
+    targets = [_PEFT_NAMES.get(name, name) if isinstance(name, str) else name for name in targets]
+    if data.get("ensure_weight_tying") and tied and any(name in TABLES for name in targets):
+        targets += TABLES  # the file holds an adapter for each of the two; they are equal
     try:
         rank, alpha = data.get("r", 8), data.get("lora_alpha", 8)
         return LoRAConfig(rank, alpha, data.get("lora_dropout", 0.0), tuple(targets))
@@ -121,16 +139,13 @@ def load_adapter(model: nn.Module, folder: str | Path, model_path: str | Path | 
         FileNotFoundError, ValueError: the adapter does not fit, or cannot be read. The model is unchanged.
     """
     folder = Path(folder)
-    config = read_adapter_config(folder)
+    config = read_adapter_config(folder, tied=is_tied(model))
     _check_base(model, folder, model_path)
     path = folder / "adapter_model.safetensors"
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, module in adaptable_layers(model).items():
-        if name.rpartition(".")[2] in config.target_modules:
-            expected[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = (config.rank, module.in_features)
-            expected[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = (module.out_features, config.rank)
+    found = read_header(path)
+    expected, tables = _expected(model, config, found)
     try:
-        check_shapes(path, read_header(path), expected)
+        check_shapes(path, found, expected)
     except ValueError as error:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         raise ValueError(
@@ -138,13 +153,39 @@ def load_adapter(model: nn.Module, folder: str | Path, model_path: str | Path | 
             f"({error})"
         ) from None
     tensors = read_weights(path)
-
+    for name, table in tables.items():
+        if not torch.equal(tensors[name], table.detach().to("cpu", tensors[name].dtype)):
+            raise ValueError(
+                f"{path} holds another table as {name} than {model_path or 'this model'}: give the model that the "
+                "adapter was trained on"
+            )
     apply_lora(unload_lora(model), config)
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
-            layer.lora_A.weight.copy_(tensors[f"{_PEFT_PREFIX}{name}.lora_A.weight"])
-            layer.lora_B.weight.copy_(tensors[f"{_PEFT_PREFIX}{name}.lora_B.weight"])
+            for part, weight in layer.adapter().items():
+                weight.copy_(tensors[f"{_PEFT_PREFIX}{name}.{part}"])
     return model
+
+
+def _expected(
+    model: nn.Module, config: LoRAConfig, found: Mapping[str, Any]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
+    """Name and shape of every tensor in the file, and the base model's tables of which PEFT puts a copy into it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    tables: dict[str, Tensor] = {}
+    for name, module in adaptable_layers(model).items():
+        if name.rpartition(".")[2] not in config.target_modules:
+            continue
+        rows, columns = module.weight.shape
+        if isinstance(module, nn.Embedding):
+            shapes[f"{_PEFT_PREFIX}{name}.lora_embedding_A"] = (config.rank, rows)
+            shapes[f"{_PEFT_PREFIX}{name}.lora_embedding_B"] = (columns, config.rank)
+        else:
+            shapes[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = (config.rank, columns)
+            shapes[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = (rows, config.rank)
+        if name in TABLE_NAMES and (copy := f"{_PEFT_PREFIX}{name}.base_layer.weight") in found:
+            tables[copy], shapes[copy] = module.weight, (rows, columns)
+    return shapes, tables
 
 
 def _check_base(model: nn.Module, folder: Path, model_path: str | Path | None) -> None:

@@ -4,7 +4,8 @@
     tinylm export --model_path out/dpo --format hf --output tiny-chat
 
 A model folder is already a Hugging Face folder. This command writes one to publish, with a model card; a GGUF for
-llama.cpp and Ollama; or the `.pth` of the original project, lyuzlion/Tiny-Language-Model.
+llama.cpp and Ollama; an ONNX file for onnxruntime and transformers.js; or the `.pth` of the original project,
+lyuzlion/Tiny-Language-Model.
 """
 
 from __future__ import annotations
@@ -46,15 +47,16 @@ class ExportSettings:
     """the model folder, or an adapter folder"""
     output: str
     """the file to write; for hf, the folder"""
-    format: Literal["pth", "gguf", "hf"] = "pth"
+    format: Literal["pth", "gguf", "hf", "onnx"] = "pth"
     """pth: weights under the names of lyuzlion/Tiny-Language-Model; gguf: for llama.cpp and Ollama, with tokenizer and
-    chat template, and a Modelfile beside it; hf: a folder to publish on the Hugging Face hub, with a model card"""
+    chat template, and a Modelfile beside it; hf: a folder to publish on the Hugging Face hub, with a model card; onnx:
+    for onnxruntime and transformers.js"""
     dtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = "auto"
-    """numbers, of 32, 16, 16, 8.5 or 4.5 bits each; auto: f16 in a GGUF, bf16 for hf, f32 in a .pth and an adapter for
-    hf"""
+    """numbers, of 32, 16, 16, 8.5 or 4.5 bits each; auto: f16 in a GGUF, bf16 for hf, f32 in a .pth, an ONNX file and
+    an adapter for hf"""
     merge: bool = False
-    """fold an adapter into its base model; without it, an adapter folder goes out as the adapter alone (a .pth always
-    holds both)"""
+    """fold an adapter into its base model; without it, an adapter folder goes out as the adapter alone (a .pth and an
+    ONNX file always hold both)"""
     license: str = ""
     """the model's licence for the GGUF's metadata or the model card, such as mit or apache-2.0"""
     base_model: str = ""
@@ -80,6 +82,8 @@ def main(argv: list[str]) -> int:
     require_new(output, settings.overwrite or output.is_dir(), "output")  # a folder is refused as one
     if settings.format == "gguf":
         _to_gguf(settings, output, console)
+    elif settings.format == "onnx":
+        _to_onnx(settings, output, console)
     else:
         _to_pth(settings, output, console)
     return 0
@@ -130,6 +134,22 @@ def _to_gguf(settings: ExportSettings, output: Path, console: Console) -> None:
     _report(console, loaded.path, output, written)
     print_next(console, f"run it: llama-cli -m {quote(str(output))}")
     print_next(console, f"or with Ollama: ollama create {quote(output.stem)} -f {quote(str(beside))}")
+
+
+def _to_onnx(settings: ExportSettings, output: Path, console: Console) -> None:
+    for flag, unset in (("dtype", ("auto", "f32")), ("license", ("",))):
+        if getattr(settings, flag) not in unset:
+            raise ValueError(f"--{flag} is not for ONNX, which goes out in float32 and with no licence; leave it out")
+    try:
+        from tinylm.export.onnx import export_onnx
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
+        raise ValueError("the package onnx is not installed; install it with: pip install 'tinylm[onnx]'") from None
+    loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path)
+    num_bytes = export_onnx(loaded.model, output)
+    console.print(f"{loaded.path} written to {output}: {num_bytes / 1e6:,.1f} MB in f32")
+    print_next(console, "for transformers.js, put it into a model folder as onnx/model.onnx")
 
 
 def _to_hf(settings: ExportSettings, output: Path, console: Console) -> None:

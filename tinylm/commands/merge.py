@@ -21,6 +21,7 @@ from tinylm.commandline.terminal import make_console, print_next
 from tinylm.files.atomic import require_new
 from tinylm.files.untrusted import read_json
 from tinylm.model.lora import has_lora, merge_lora
+from tinylm.model.weights import is_tied
 from tinylm.system.code_version import code_version
 
 
@@ -49,9 +50,12 @@ def main(argv: list[str]) -> int:
     output = Path(settings.output_dir)
     _check_output(output, loaded.path)
     require_new(output / CONFIG, settings.overwrite, "output_dir")
+    was_tied = is_tied(loaded.model)
     save_model(output, merge_lora(loaded.model), loaded.tokenizer, merged_lineage(loaded.path, loaded.lineage))
     console = make_console()
     console.print(f"merged model: {output}")
+    if was_tied and not is_tied(loaded.model):
+        console.print("its embedding and its output head, one table until now, are two: the adapter changed them apart")
     print_next(console, f"talk to it: tinylm chat --model_path {quote(str(output))}")
     return 0
 

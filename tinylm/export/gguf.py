@@ -29,9 +29,9 @@ from tinylm.export.gguf_metadata import (
 from tinylm.export.tokenizer_check import check_gguf
 from tinylm.files.atomic import atomic_write, require_room
 from tinylm.model.config import TinyLMConfig
-from tinylm.model.lora import has_lora, lora_layers
+from tinylm.model.lora import TABLE_NAMES, LoRAEmbedding, has_lora, lora_layers
 from tinylm.model.model_tinylm import TinyLMForCausalLM
-from tinylm.model.weights import base_state
+from tinylm.model.weights import base_state, is_tied
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 DTYPES = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
@@ -124,14 +124,20 @@ def export_gguf_adapter(
     """Write the adapters of a model as a llama.cpp LoRA, for `--lora` beside the base model's own GGUF.
 
     Raises:
-        ValueError: as for `export_gguf`; or a quantised `dtype`, or adapters that differ in their scale.
+        ValueError: as for `export_gguf`; or a quantised `dtype`, adapters that differ in their scale, or one on tied
+            embeddings.
     """
     layers = lora_layers(model)
     if dtype not in ("f32", "f16", "bf16"):
         raise ValueError(f"dtype is {dtype}; an adapter's rows are too short for blocks of 32; choose f32, f16 or bf16")
-    alphas = {layer.scaling * layer.lora_A.out_features for layer in layers.values()}
+    alphas = {layer.scaling * layer.rank for layer in layers.values()}
     if len(alphas) != 1:
         raise ValueError(f"the adapters have {len(alphas)} values of alpha; a GGUF adapter has one for all")
+    if is_tied(model) and (tables := [name for name in TABLE_NAMES if name in layers]):
+        raise ValueError(
+            f"the adapter changes {' and '.join(tables)}, of a model with tied embeddings, and llama.cpp cannot put an "
+            "adapter on a table that two layers share; fold it into its model with --merge"
+        )
     architecture = architecture_of(model.config)
     writer = gguf.GGUFWriter(None, architecture)
     add_general(writer, "adapter", lineage, name or Path(path).stem, license_name)
@@ -141,9 +147,12 @@ def export_gguf_adapter(
     names, written, planned = _names(architecture, model.config), Written(), []
     for layer_name, layer in layers.items():
         ours = f"{layer_name}.weight"
-        up = partial(_in_llama_order, ours, layer.lora_B.weight, model.config)
-        planned.append(_plan(f"{names(ours)}.lora_a", partial(Tensor.detach, layer.lora_A.weight), dtype, written))
-        planned.append(_plan(f"{names(ours)}.lora_b", up, dtype, written))
+        down, up = layer.adapter().values()
+        if isinstance(layer, LoRAEmbedding):
+            down = down.T  # llama.cpp looks up its rows
+        turned = partial(_in_llama_order, ours, up, model.config)
+        planned.append(_plan(f"{names(ours)}.lora_a", partial(Tensor.detach, down), dtype, written))
+        planned.append(_plan(f"{names(ours)}.lora_b", turned, dtype, written))
     return _write(writer, Path(path), planned, written)
 
 

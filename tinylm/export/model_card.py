@@ -197,7 +197,8 @@ def _code(card: Card) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline\n\n"
         f'base = "{card.base_repository}"\n'
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "{card.repository}")\n'
-        'pipe = pipeline("text-generation", model.merge_and_unload(), tokenizer=AutoTokenizer.from_pretrained(base))\n'
+        # Not merged: PEFT's merge adds an adapter of one of two tied tables to both.
+        'pipe = pipeline("text-generation", model.get_base_model(), tokenizer=AutoTokenizer.from_pretrained(base))\n'
         f"{call}"
     )
 

@@ -308,12 +308,12 @@ class TinyLMForCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embed_tokens.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.model.embed_tokens.weight.dtype
+        return next(self.parameters()).dtype
 
     def num_parameters(self) -> int:
         """Number of distinct weights (a tied matrix counts once)."""
@@ -329,13 +329,14 @@ class TinyLMForCausalLM(nn.Module):
 
         Args:
             with_head: compile the output head with the softmax behind it, too. Not for FSDP, which gathers the head's
-                weights only where it is called as a module.
+                weights only where it is called as a module. An adapted head is never compiled.
             batch_shape: (B, T) of the batches to run so; all others run eagerly. An epoch's last batch, which may have
                 fewer rows, is not worth half a minute of compilation. None: batches of every shape, each compiled.
             options: of `torch.compile`.
         """
         self.model.compile(dynamic=False, **options)
         self._compiled_shape = batch_shape
+        with_head = with_head and type(self.lm_head) is OutputHead
         self._compiled_head = torch.compile(head_log_probs, **options) if with_head else None
 
     @property
@@ -366,8 +367,12 @@ class TinyLMForCausalLM(nn.Module):
         embedding table multiplies nothing.
         """
         config = self.config
-        table = None if config.tie_word_embeddings else self.model.embed_tokens.weight
-        weights = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in self.parameters() if p is not table)
+        embedding = self.model.embed_tokens
+        looked_up = {id(getattr(embedding, "lora_embedding_A", None))}
+        if not config.tie_word_embeddings:
+            looked_up.add(id(getattr(embedding, "base", embedding).weight))
+        trained = [(p.requires_grad, p.numel()) for p in self.parameters() if id(p) not in looked_up]
+        weights = sum((6.0 if has_gradient else 4.0) * size for has_gradient, size in trained)
         attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_width
         return weights + attention * context_length / 2
 

@@ -27,15 +27,19 @@ def plain_name(name: str) -> str:
     return name
 
 
+def is_tied(model: nn.Module) -> bool:
+    """Whether the output projection uses the embedding's table."""
+    return bool(getattr(getattr(unwrapped(model), "config", None), "tie_word_embeddings", False))
+
+
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights under their names on disk: no wrappers, no adapters, a tied output projection left out."""
-    model = unwrapped(model)
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    model, tied = unwrapped(model), is_tied(model)
     state: dict[str, Tensor] = {}
     # Not `state_dict`: inside `distributed.whole`, that would still give the shards of a sharded model.
     for name, tensor in model.named_parameters(remove_duplicate=False):
         name = plain_name(name).replace(".base.", ".")
-        if ".lora_A." in name or ".lora_B." in name or (tied and name == "lm_head.weight"):
+        if ".lora_" in name or (tied and name == "lm_head.weight"):
             continue
         state[name] = tensor
     return state

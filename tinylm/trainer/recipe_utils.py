@@ -18,9 +18,9 @@ from tinylm.commandline.terminal import make_console, print_next
 from tinylm.dataset.batches import BatchSampler, Dataset, StoredSteps
 from tinylm.dataset.documents import Documents
 from tinylm.generation.engine import Engine, SamplingSettings
-from tinylm.model.lora import indistinct_tokens
+from tinylm.model.lora import PROJECTIONS, TABLE_NAMES, TABLES, indistinct_tokens, lora_layers
 from tinylm.model.model_tinylm import TinyLMForCausalLM
-from tinylm.model.weights import weights_fingerprint
+from tinylm.model.weights import is_tied, weights_fingerprint
 from tinylm.system.code_version import code_version
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.trainer.core.distributed import is_sharded
@@ -108,8 +108,9 @@ def with_defaults(stage: Stage, model: TinyLMForCausalLM) -> Stage:
 
 
 def warn_of_unlearnt_tokens(stage: Stage, model: TinyLMForCausalLM, tokenizer: Tokenizer, data: Documents) -> None:
-    """Say so if an adapter is to teach tokens that the model never met: it cannot, for it leaves their table alone."""
-    if is_sharded(model):
+    """Say so if an adapter is to teach tokens that the model never met: it cannot if it leaves their tables alone."""
+    needed = set(TABLE_NAMES if is_tied(model) else TABLE_NAMES[1:])  # untied, the rows for reading still differ
+    if is_sharded(model) or needed <= lora_layers(model).keys():
         return
     ids, counts = np.unique(data.ids[data.is_target], return_counts=True)
     table = model.lm_head.weight
@@ -122,8 +123,9 @@ def warn_of_unlearnt_tokens(stage: Stage, model: TinyLMForCausalLM, tokenizer: T
     words = [repr(text) for text in texts if text and "\ufffd" not in text]  # half a character cannot be shown
     stage.console.print(
         f"warning: {share:.0%} of the tokens to learn ({', '.join(words[:3]) or 'bytes of its characters'}, ...) never "
-        "occurred in the model's training, so it cannot tell them apart, and an adapter does not change that: answers "
-        "with them will come out wrong; use tinylm sft, which learns them",
+        "occurred in the model's training, so it cannot tell them apart, and this adapter does not change that: "
+        "answers with them will come out wrong; use tinylm sft, which learns them, or adapt the tables too: "
+        f"--target_modules {','.join((*PROJECTIONS, *TABLES))}",
     )
 
 

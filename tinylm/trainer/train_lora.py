@@ -52,7 +52,7 @@ class LoRASettings(ChatTrainSettings):
     lora_dropout: float = 0.0
     """dropout probability on the adapter's input"""
     target_modules: tuple[str, ...] = PROJECTIONS
-    """projections to adapt"""
+    """layers to adapt: of the seven projections, embed_tokens and lm_head"""
     tinyworld_chats: int = 3_000
     """persona chats of TinyWorld to train on when there is no data_path"""
 
