@@ -80,3 +80,21 @@ def test_adapters_are_merged_and_the_model_is_untouched(dtype, is_packed, monkey
     assert packed_layers(fast) == [is_packed] * 9
     assert (fast(ids).float() - before).norm() < tolerance * before.norm()
     assert torch.equal(model(ids), before) and len(lora_parameters(model)) == 28
+
+
+@pytest.mark.parametrize("shape", [{}, {"position_embedding_type": "learned", "tie_word_embeddings": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_shared_and_the_model_is_not_copied_on_the_way(shape, dtype, monkeypatch):
+    """The whole model was once copied in float32 before it was rounded."""
+    model = trained_model(**shape)
+    before = {name: (id(weight), weight.clone(), weight.requires_grad) for name, weight in model.named_parameters()}
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda weight, memo: pytest.fail("a weight was copied"))
+    fast = inference_copy(model, dtype)
+    for name, weight in model.named_parameters():
+        same, values, had_gradient = before[name]
+        assert id(weight) == same and torch.equal(weight, values) and weight.requires_grad == had_gradient
+    ours = {weight.data_ptr() for weight in model.parameters()}
+    tensors = [value for part in fast.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    tensors += [*fast.parameters(), *fast.buffers()]
+    assert len(tensors) > 15 and ours.isdisjoint(tensor.data_ptr() for tensor in tensors if not tensor.is_mkldnn)
+    assert not any(tensor.requires_grad for tensor in tensors) and {p.dtype for p in fast.parameters()} == {dtype}

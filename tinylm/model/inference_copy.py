@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinylm.model.lora import merge_lora
+from tinylm.model.lora import LoRALayer
 from tinylm.model.model_tinylm import Attention, Block, RMSNorm, SwiGLU, TinyLMForCausalLM
 from tinylm.model.positions import apply_rotary
 from tinylm.model.weights import unwrapped
 from tinylm.system.runtime import device_has_bf16
 
 
+@torch.no_grad()
 def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> TinyLMForCausalLM:
     """A copy of `model` in `dtype` (None: its own), in eval mode and without gradients, for generation only.
 
@@ -34,7 +35,8 @@ def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> TinyLM
     source = unwrapped(model)
     assert isinstance(source, TinyLMForCausalLM)
     dtype = dtype or source.dtype
-    fast = merge_lora(copy.deepcopy(source)).eval().requires_grad_(False)
+    # The modules are copied and their weights are not: what is made of a weight below takes its place.
+    fast = copy.deepcopy(source, {id(weight): weight for weight in source.parameters()}).eval()
     assert isinstance(fast, TinyLMForCausalLM)
     for layer in fast.model.layers:
         assert isinstance(layer, Block)
@@ -44,7 +46,18 @@ def inference_copy(model: nn.Module, dtype: torch.dtype | None = None) -> TinyLM
         layer.post_attention_layernorm = _Division(layer.post_attention_layernorm)  # type: ignore[assignment]
     fast.lm_head = _Packed([fast.lm_head], dtype, fast.model.norm)  # type: ignore[assignment]
     fast.model.norm = _Division(fast.model.norm)  # type: ignore[assignment]
+    fast.model.embed_tokens = nn.Embedding.from_pretrained(fast.model.embed_tokens.weight.to(dtype, copy=True))
+    for module in fast.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(weight.to(dtype, copy=True), requires_grad=False))
     return fast.to(dtype)
+
+
+def _base(linear: nn.Module) -> nn.Linear:
+    """The layer, or the one that its adapter is on: it has the bias and the sizes. Weights include the adapter."""
+    base = linear.base if isinstance(linear, LoRALayer) else linear
+    assert isinstance(base, nn.Linear)
+    return base
 
 
 def _scale(norm: RMSNorm) -> Tensor:
@@ -80,7 +93,7 @@ class _Packed(nn.Module):
         if norm is not None:
             weight = weight * _scale(norm)
         self.weight: Tensor = weight.to(dtype)
-        biases = [linear.bias for linear in linears]
+        biases = [_base(linear).bias for linear in linears]
         self.bias = None if biases[0] is None else torch.cat(tuple(biases)).to(dtype)
         self.out_features = self.weight.shape[0]
         self.is_packed = _has_packed_kernel(self.weight)
@@ -108,7 +121,7 @@ class _JoinedAttention(Attention):
         self.layer_idx, self.head_dim, self.dropout = base.layer_idx, base.head_dim, 0.0
         self.qk_norm = base.qk_norm
         linears = [base.q_proj, base.k_proj, base.v_proj]
-        queries, keys, _ = self.heads = [linear.out_features // self.head_dim for linear in linears]
+        queries, keys, _ = self.heads = [_base(linear).out_features // self.head_dim for linear in linears]
         if base.qk_norm:
             scales = [_scale(base.q_norm).expand(queries, -1), _scale(base.k_norm).expand(keys, -1)]
             self.qk_scale = torch.cat(scales).to(dtype)  # [H+K, D]

@@ -78,6 +78,11 @@ class LoRALayer(nn.Module):
         """What is added to the base weight, of its shape, in float32 (float64 for a float64 model)."""
         raise NotImplementedError
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight that this layer computes with, added up at each call, in the precision of `update`."""
+        return self.base.weight + self.update() if self.enabled else self.base.weight
+
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """Add the adapter into the base weight, rounded once, and return the base layer."""
@@ -114,11 +119,6 @@ class LoRALinear(LoRALayer):
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
         return y + self.lora_B(self.lora_A(x)) * self.scaling
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that this layer computes with, added up at each call, in the precision of `update`."""
-        return self.base.weight + self.update() if self.enabled else self.base.weight
 
     def adapter(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}

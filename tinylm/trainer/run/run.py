@@ -18,6 +18,7 @@ from tinylm.commandline.exit_status import Stopped, StopRequest
 from tinylm.commandline.terminal import closed_pipe_calls, format_seconds
 from tinylm.dataset.batches import Batch, Dataset
 from tinylm.files.atomic import atomic_write
+from tinylm.system.allocator import give_back_freed_memory
 from tinylm.system.memory import free_memory, is_out_of_memory
 from tinylm.system.runtime import measured_matmul_flops
 from tinylm.trainer.core.distributed import is_sharded
@@ -233,6 +234,7 @@ class Run:
         # A sharded model needs all processes to compute.
         if self.learner.sample is None or not (self.stage.runtime.is_main or is_sharded(self.learner.model)):
             return []
+        give_back_freed_memory()
         try:
             return self.learner.sample()
         except Exception as error:  # ValueError: a step has broken the weights, which `_watch` handles later
@@ -240,6 +242,8 @@ class Run:
                 raise
             self.stage.console.print(f"warning: no sample ({error})")
             return []
+        finally:
+            give_back_freed_memory()
 
     def _save(self, step: int) -> None:
         interval = self.stage.settings.save_interval
