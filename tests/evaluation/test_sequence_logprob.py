@@ -103,6 +103,99 @@ def test_equal_requests_have_exactly_equal_scores(model):
     assert scores[:20] == scores[20:][::-1]
 
 
+class CountingModel(torch.nn.Module):
+    """A model that counts its forward passes and the tokens in them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.config, self.lm_head, self.shapes = model, model.config, model.lm_head, []
+
+    def hidden_states(self, input_ids, position_ids=None, document_ids=None, cache=None):
+        self.shapes.append(tuple(input_ids.shape))
+        return self.inner.hidden_states(input_ids, position_ids, document_ids, cache)
+
+    @property
+    def num_tokens(self):
+        return sum(rows * time for rows, time in self.shapes)
+
+
+def questions(seed, count, *, contexts=(16, 90), endings=(1, 30), choices=(2, 5)):
+    """Requests in the shape of multiple choice: `count` random contexts, each with several continuations."""
+    rng = random.Random(seed)
+
+    def ids(low, high):
+        return [rng.randrange(6400) for _ in range(rng.randint(low, high))]
+
+    requests = []
+    for _ in range(count):
+        context = ids(*contexts)
+        requests += [(context, ids(*endings)) for _ in range(rng.randint(*choices))]
+    rng.shuffle(requests)
+    return requests
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 64, 300, 4096])
+def test_shared_contexts_equal_scoring_one_by_one(model, reference_logprobs, tokens_per_batch):
+    requests = questions(5, 12)
+    counting = CountingModel(model)
+    scores = continuation_logprobs(counting, requests, tokens_per_batch=tokens_per_batch)
+    alone = [continuation_logprobs(model, [request])[0] for request in requests]
+    for (context, continuation), score, one in zip(requests, scores, alone, strict=True):
+        plain = reference_logprobs(model, context + continuation)[len(context) - 1 :]
+        assert score.logprob == pytest.approx(sum(plain), abs=1e-9)
+        assert (score.is_greedy, score.num_tokens) == (one.is_greedy, one.num_tokens)
+    if tokens_per_batch > 1:
+        largest = max(len(context) + len(continuation) for context, continuation in requests)
+        assert max(rows * time for rows, time in counting.shapes) <= max(tokens_per_batch, largest)
+
+
+def test_a_greedy_continuation_is_seen_after_a_shared_context(model):
+    context = list(range(50, 90))
+    best = []
+    for _ in range(3):
+        with torch.no_grad():
+            best.append(int(model(torch.tensor([context + best]))[0, -1].argmax()))
+    right, wrong = continuation_logprobs(model, [(context, best), (context, [*best[:2], best[2] ^ 1])])
+    assert (right.is_greedy, wrong.is_greedy) == (True, False)
+
+
+def test_a_shared_context_is_computed_once(model):
+    """Forty questions of 60 to 90 tokens with four endings of 20 to 30: 190 tokens each instead of 400."""
+    requests = questions(6, 40, contexts=(60, 90), endings=(20, 30), choices=(4, 4))
+    counting = CountingModel(model)
+    continuation_logprobs(counting, requests)
+    one_by_one = sum(len(context) + len(continuation) - 1 for context, continuation in requests)
+    assert counting.num_tokens < 0.6 * one_by_one
+
+
+def test_a_long_context_with_many_endings_stays_within_the_batch(model, reference_logprobs):
+    rng = random.Random(7)
+    context = [rng.randrange(6400) for _ in range(200)]
+    requests = [(context, [token]) for token in range(60)]
+    counting = CountingModel(model)
+    scores = continuation_logprobs(counting, requests, tokens_per_batch=256)
+    assert max(rows * 201 for rows, time in counting.shapes if time == 1) <= module.CACHED_TOKENS * 256
+    for (_, [token]), score in zip(requests, scores, strict=True):
+        assert score.logprob == pytest.approx(reference_logprobs(model, [*context, token])[-1], abs=1e-9)
+
+
+def test_contexts_and_endings_that_do_not_fit_into_one_cache_go_apart(model, reference_logprobs):
+    """One question has a long context and short endings, another the reverse: together they exceed the window."""
+    requests = questions(8, 1, contexts=(240, 240), endings=(2, 9), choices=(4, 4))
+    requests += questions(9, 1, contexts=(200, 200), endings=(40, 56), choices=(4, 4))
+    scores = continuation_logprobs(model, requests)
+    for (context, continuation), score in zip(requests, scores, strict=True):
+        plain = reference_logprobs(model, context + continuation)[len(context) - 1 :]
+        assert score.logprob == pytest.approx(sum(plain), abs=1e-9)
+
+
+def test_a_little_context_is_not_shared(model):
+    counting = CountingModel(model)
+    continuation_logprobs(counting, questions(10, 5, contexts=(4, 12)))
+    continuation_logprobs(counting, questions(11, 1, contexts=(16, 16), endings=(90, 99), choices=(2, 2)))
+    assert len(counting.shapes) <= 3, "one pass for each batch"
+
+
 def test_progress_and_mode_are_as_before(model):
     calls = []
     model.train()

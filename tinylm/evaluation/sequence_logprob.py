@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tinylm.model.kv_cache import KVCache
 from tinylm.model.log_probs import exact_logits, target_log_probs
 
 TokenIds = Sequence[int]
@@ -27,6 +28,12 @@ MB."""
 
 SMALL_BATCH = 256
 """Tokens from which on a batch may end early, for the sake of less padding."""
+
+MIN_SHARED = 16
+"""Tokens of a shared context from which on it is computed once: for less, the cache costs more than it saves."""
+
+CACHED_TOKENS = 4
+"""Tokens in the cache of a batch with shared contexts, for each token of a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,20 @@ class _Piece:
     ids: TokenIds
     positions: list[int]
     """Indices into `ids` of the scored tokens; each at least 1, because a token needs one before it."""
+
+    @property
+    def num_context(self) -> int:
+        """How many ids come before the first one whose output is needed."""
+        return self.positions[0] - 1
+
+    @property
+    def num_rest(self) -> int:
+        """Inputs after these."""
+        return len(self.ids) - 1 - self.num_context
+
+    def after(self, num_ids: int) -> _Piece:
+        """The piece without its first ids."""
+        return _Piece(self.owner, self.ids[num_ids:], [position - num_ids for position in self.positions])
 
 
 def continuation_logprobs(
@@ -94,9 +115,10 @@ def sequence_logprobs(
 ) -> list[Score]:
     """Score the marked tokens of each sequence; sequences are pairs (ids, mask of the tokens to score).
 
-    Equal sequences are computed once, so equal inputs have exactly equal scores. Sequences are batched by
-    length and padded on the right: under causal attention no token sees the padding, so no mask is needed and
-    almost nothing is wasted. A sequence longer than `window` inputs (default: the model's
+    Equal sequences are computed once, so equal inputs have exactly equal scores. So is a context that several
+    sequences share, such as a question before its choices: each of them continues from its keys and values.
+    Sequences are batched by length and padded on the right: under causal attention no token sees the padding, so no
+    mask is needed and almost nothing is wasted. A sequence longer than `window` inputs (default: the model's
     `max_position_embeddings`) is split: each token is scored once, with at least half a window before it (less only
     at the sequence's start).
 
@@ -117,8 +139,7 @@ def sequence_logprobs(
     model.eval()
     try:
         done = 0
-        for batch in _batches_by_length(pieces, tokens_per_batch):
-            values, hits, rows = _score_batch(model, batch)
+        for batch, (values, hits, rows) in _scored_batches(model, pieces, tokens_per_batch, window):
             owner_ids = torch.tensor([piece.owner for piece in batch])[rows]
             logprobs.index_add_(0, owner_ids, values)
             counts.index_add_(0, owner_ids, torch.ones_like(owner_ids))
@@ -177,18 +198,96 @@ def _batches_by_length(pieces: list[_Piece], tokens_per_batch: int) -> Iterator[
         yield batch
 
 
-def _score_batch(model: Any, batch: list[_Piece]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability [N] float64, was it the most probable [N] bool, and row in the batch [N], of scored
-    tokens."""
-    length = max(len(piece.ids) for piece in batch) - 1
+def _group_by_context(pieces: list[_Piece]) -> tuple[list[list[_Piece]], list[_Piece]]:
+    """Pieces whose common context is worth computing once, in groups; and all others."""
+    by_context: dict[tuple[int, ...], list[_Piece]] = {}
+    for piece in pieces:
+        by_context.setdefault(tuple(piece.ids[: piece.num_context]), []).append(piece)
+    groups, lone = [], []
+    for context, group in by_context.items():
+        saved = len(context) * (len(group) - 1)
+        is_worth = len(context) >= MIN_SHARED and 4 * saved >= sum(len(piece.ids) for piece in group)
+        if is_worth:
+            groups.append(group)
+        else:
+            lone += group
+    return groups, lone
+
+
+def _batches_of_groups(groups: list[list[_Piece]], tokens_per_batch: int, window: int) -> Iterator[list[list[_Piece]]]:
+    """Groups with nearly equal lengths, longest first; a group too large for a batch is cut."""
+
+    def fits(batch: list[list[_Piece]]) -> bool:
+        context = max(group[0].num_context for group in batch)
+        rest = max(piece.num_rest for group in batch for piece in group)
+        rows = sum(len(group) for group in batch)
+        largest = max(len(batch) * context, rows * rest, rows * (context + rest) // CACHED_TOKENS)
+        return context + rest <= window and largest <= tokens_per_batch
+
+    batch: list[list[_Piece]] = []
+    for group in sorted(groups, key=lambda group: (group[0].num_context, len(group)), reverse=True):
+        rest = max(piece.num_rest for piece in group)
+        held = CACHED_TOKENS * tokens_per_batch // (group[0].num_context + rest)
+        size = max(1, min(tokens_per_batch // rest, held))
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            if batch and not fits([*batch, part]):
+                yield batch
+                batch = []
+            batch.append(part)
+    if batch:
+        yield batch
+
+
+_Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Log-probability [N] float64, was it the most probable [N] bool, and row in the batch [N], of scored tokens."""
+
+
+def _scored_batches(
+    model: Any, pieces: list[_Piece], tokens_per_batch: int, window: int
+) -> Iterator[tuple[list[_Piece], _Scores]]:
+    """Every piece once, in batches, with its scores."""
+    groups, lone = _group_by_context(pieces)
+    for groups_here in _batches_of_groups(groups, tokens_per_batch, window):
+        batch = [piece.after(piece.num_context) for group in groups_here for piece in group]
+        yield batch, _score_batch(model, batch, _cache_of_contexts(model, groups_here))
+    for batch in _batches_by_length(lone, tokens_per_batch):
+        yield batch, _score_batch(model, batch)
+
+
+def _cache_of_contexts(model: Any, groups: list[list[_Piece]]) -> KVCache:
+    """The context of each group, computed once, in one row for each of its pieces."""
+    contexts = [group[0].ids[: group[0].num_context] for group in groups]
+    inputs = _padded(contexts)
+    rows = [row for row, group in enumerate(groups) for _ in group]
+    rest = max(piece.num_rest for group in groups for piece in group)
+    weight = next(model.parameters())
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    cache = KVCache(model.config, len(rows), inputs.shape[1] + rest, weight.device, dtype)
+    cache.select_rows(range(len(groups)))
+    model.hidden_states(inputs.to(weight.device), cache=cache)
+    cache.rewind([len(context) for context in contexts])
+    cache.select_rows(rows)
+    return cache
+
+
+def _padded(rows: Sequence[TokenIds]) -> torch.Tensor:
+    """Rows of ids as [B, T] int64, with zeros on the right."""
+    padded = torch.zeros(len(rows), max(len(ids) for ids in rows), dtype=torch.int64)
+    for row, ids in enumerate(rows):
+        padded[row, : len(ids)] = torch.tensor(ids)
+    return padded
+
+
+def _score_batch(model: Any, batch: list[_Piece], cache: KVCache | None = None) -> _Scores:
+    """Score the marked tokens of a batch, whose rows follow those in `cache`."""
     device = next(model.parameters()).device
-    inputs = torch.zeros(len(batch), length, dtype=torch.int64)
-    for row, piece in enumerate(batch):
-        inputs[row, : len(piece.ids) - 1] = torch.tensor(piece.ids[:-1])
+    inputs = _padded([piece.ids[:-1] for piece in batch])
     rows = torch.tensor([row for row, piece in enumerate(batch) for _ in piece.positions])
     columns = torch.tensor([position - 1 for piece in batch for position in piece.positions])
     targets = torch.tensor([piece.ids[position] for piece in batch for position in piece.positions])
-    hidden = model.hidden_states(inputs.to(device))  # [B, T, C]
+    hidden = model.hidden_states(inputs.to(device), cache=cache)  # [B, T, C]
     wanted = hidden[rows.to(device), columns.to(device)]  # [N, C]: the head runs on scored positions only
     values, hits = token_logprobs(model, wanted, targets.to(device))
     return values.cpu(), hits.cpu(), rows
