@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from dataclasses import replace
@@ -46,9 +47,9 @@ def scheduler_of(model: TinyLMForCausalLM, num_slots: int = 4, tokenizer: Tokeni
     return Scheduler(model, tokenizer, slots_of(model, num_slots, **settings))
 
 
-def finish(scheduler: Scheduler) -> dict[Ticket, list[Event]]:
+def finish(scheduler: Scheduler, events: dict[Ticket, list[Event]] | None = None) -> dict[Ticket, list[Event]]:
     """Step until everything is done."""
-    events: dict[Ticket, list[Event]] = {}
+    events = {} if events is None else events
     while scheduler.has_work:
         for event in scheduler.step():
             events.setdefault(event.ticket, []).append(event)
@@ -289,7 +290,7 @@ def test_text_comes_in_whole_characters_and_stops_before_a_stop_string(model: Ti
     tokenizer = Tokenizer.default()
     scheduler = scheduler_of(model, 4, tokenizer)
     numbers = random.Random(3)
-    for seed in range(20):
+    for seed in range(8):
         prompt, settings = random_prompt(numbers)[:40], replace(DRAWN, seed=seed, max_new_tokens=60)
         ticket = scheduler.submit(Request(prompt, settings, STOPS))
         free = finish(scheduler)[ticket]
@@ -343,19 +344,17 @@ def test_log_probabilities_are_the_models(model: TinyLMForCausalLM) -> None:
 
 def test_bias_and_penalties_change_the_logits(model: TinyLMForCausalLM) -> None:
     """By their equations, from whole passes in float64. The prompt's tokens carry no penalty."""
-    presence, frequency, bias = 1.5, 0.7, {SYSTEM[3]: 2.5, 40: -3.0}
+    presence, frequency, bias = 1.5, 0.7, {190: -9.0, 266: 2.5}
     answer: list[int] = []
     for _ in range(24):
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = exact_model()(torch.tensor([SYSTEM + answer]))[0, -1]
         for token_id, value in bias.items():
             logits[token_id] += value
         for token_id in set(answer):
             logits[token_id] -= presence + frequency * answer.count(token_id)
         answer.append(int(logits.argmax()))
-    request = Request(
-        SYSTEM, GREEDY, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias
-    )  # fmt: skip
+    request = Request(SYSTEM, GREEDY, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias)
     assert answer_of(scheduler_of(model), request) == answer
     for change in ({"presence_penalty": 0.0}, {"frequency_penalty": -2.0}, {"logit_bias": {}}):
         assert answer_of(scheduler_of(model), replace(request, **change)) != answer
@@ -441,9 +440,9 @@ def test_damaged_weights_end_only_the_requests_that_meet_them() -> None:
         damaged = [scheduler.submit(Request([*SYSTEM[:n], 299, *SYSTEM[:60]], GREEDY)) for n in (0, 20)]
         left = scheduler.submit(Request([299, *SYSTEM, *SYSTEM], GREEDY))
         sound = [scheduler.submit(Request(SYSTEM[:length], GREEDY)) for length in expected]
-        scheduler.step()
+        events = {event.ticket: [event] for event in scheduler.step()}
         scheduler.cancel(left)
-        events = finish(scheduler)
+        finish(scheduler, events)
         for ticket in damaged:
             assert [event.finish_reason for event in events[ticket]] == ["error"]
             assert events[ticket][0].error.startswith("the model computes no numbers (NaN)")
@@ -469,7 +468,7 @@ def test_a_mask_that_fails_ends_only_its_request(model: TinyLMForCausalLM, mask,
     events = finish(scheduler)
     (error,) = events[tickets[1]]
     assert error.finish_reason == "error"
-    assert pytest.raises(ValueError, match=message) and message.split("\\")[0] in error.error
+    assert re.search(message, error.error)
     assert ids_of(events[tickets[0]]) == ids_of(events[tickets[2]]) == greedy_reference(SYSTEM)[0]
 
 
@@ -477,7 +476,7 @@ def test_a_failed_computation_ends_its_requests_and_the_next_are_served(
     model: TinyLMForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = scheduler_of(model, 2, max_streams=2)
-    tickets = [scheduler.submit(Request([5, 6, i + 3], GREEDY)) for i in range(3)]
+    tickets = [scheduler.submit(Request([5, 6, i + 3], GREEDY, STOPS)) for i in range(3)]
     scheduler.step()
 
     def fail(*args, **kwargs):

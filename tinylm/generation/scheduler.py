@@ -27,7 +27,7 @@ from torch import Tensor
 from tinylm.generation.request import Event, QueueFull, Request, SchedulerClosed, Ticket
 from tinylm.generation.sampling import accept
 from tinylm.generation.slots import Slots, common_start
-from tinylm.generation.stream import Stream, TokenChoice
+from tinylm.generation.stream import DAMAGED, Stream, TokenChoice
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
@@ -215,13 +215,12 @@ class Scheduler:
             hidden = self.model.hidden_states(torch.tensor(last, device=self.model.device), cache=cache)
             self._slots.cache.lengths[: len(answering)] = cache.lengths
             logits.insert(0, self.model.lm_head(hidden[:, -1]))
-        if not logits:
-            return []
+        events = [stream.fail(DAMAGED) for stream in self._streams if stream.is_damaged]
         for stream in begun:
             self._swap(self._streams.index(stream), self._num_answering)
             self._num_answering += 1
-        streams = answering + begun
-        events = self._choice.choose(streams, torch.cat(logits))
+        if logits:
+            events += self._choice.choose(answering + begun, torch.cat(logits))
         self._remove_done()
         return events
 
@@ -294,7 +293,12 @@ class Scheduler:
         device = self.model.device
         hidden = self.model.hidden_states(torch.tensor(parts, device=device), cache=cache.rows(first, end))
         cache.lengths[first:end] = [start + size for _, start, size in rows]
-        ended = [row for row, (stream, start, size) in enumerate(rows) if start + size == stream.prompt_length]
+        # Where hidden states are numbers, so are the keys and values below them, which other prompts may reuse.
+        for row in (~hidden.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
+            rows[row][0].is_damaged = True
+            self._slots.wipe(first + row)
+        ends = [stream.prompt_length == cache.lengths[first + row] for row, (stream, _, _) in enumerate(rows)]
+        ended = [row for row, is_end in enumerate(ends) if is_end]
         last = [chunks[row] - 1 for row in ended]
         return [rows[row][0] for row in ended], hidden[ended, last]
 
@@ -305,13 +309,10 @@ class Scheduler:
         self._streams[one], self._streams[other] = self._streams[other], self._streams[one]
 
     def _remove_done(self) -> None:
-        """Give back the rows of streams that are done; the last ones take their places.
-
-        What a prompt left that was not read to its end is dropped: only logits show whether it is sound.
-        """
+        """Give back the rows of streams that are done; the last ones take their places."""
         for stream in [stream for stream in self._streams if stream.is_done]:
             place = self._streams.index(stream)
-            if stream.is_damaged or place >= self._num_answering:
+            if stream.is_damaged:
                 self._slots.wipe(place)
             if place < self._num_answering:
                 self._num_answering -= 1
