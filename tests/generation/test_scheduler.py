@@ -447,6 +447,11 @@ def test_damaged_weights_end_only_the_requests_that_meet_them() -> None:
             assert [event.finish_reason for event in events[ticket]] == ["error"]
             assert events[ticket][0].error.startswith("the model computes no numbers (NaN)")
         assert [ids_of(events[ticket]) for ticket in sound] == list(expected.values())
+    # Within one step: the first is read, and found damaged; the second must not begin with its keys and values.
+    fresh = scheduler_of(model, 4)
+    tickets = [fresh.submit(Request(prompt, GREEDY)) for prompt in ([*SYSTEM[:40], 299], SYSTEM[:48])]
+    events = finish(fresh)
+    assert [events[ticket][-1].finish_reason for ticket in tickets] == ["error", "length"]
 
 
 def broken(answer: list[int]) -> torch.Tensor:
