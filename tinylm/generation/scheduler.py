@@ -319,7 +319,7 @@ class Scheduler:
                 self._swap(place, self._num_answering)
                 place = self._num_answering
             self._swap(place, len(self._streams) - 1)
-            self._slots.give_back(len(self._streams) - 1)
+            self._slots.give_back_last()
             self._streams.pop()
 
 

@@ -36,11 +36,6 @@ class Slots:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a row is not in use."""
-        return self.num_used < len(self)
-
     def take(self, tokens: list[int], prompt_length: int) -> int:
         """Take a row for `tokens`, a list that may grow; returns its place. See `reuse` for what it holds at first.
 
@@ -72,13 +67,12 @@ class Slots:
             self.cache.copy_start(best, place, common)
         return self.cache.lengths[place]
 
-    def give_back(self, place: int) -> None:
-        """End the use of a row; its tokens stay. The last row in use takes its place."""
-        last = self.num_used - 1
-        self.swap(place, last)
-        self._tokens[last] = self._tokens[last][: self.cache.lengths[last]]
-        self._use(last)
-        self.num_used = last
+    def give_back_last(self) -> None:
+        """End the use of the last row in use; its tokens stay."""
+        self.num_used -= 1
+        row = self.num_used
+        self._tokens[row] = self._tokens[row][: self.cache.lengths[row]]
+        self._use(row)
 
     def wipe(self, place: int) -> None:
         """Empty a row that holds what must not be used again."""
