@@ -168,3 +168,8 @@ class Ticket:
             yield event
             if event.finish_reason is not None:
                 return
+
+
+def one_line(error: Exception) -> str:
+    """What an error says first; its kind, if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

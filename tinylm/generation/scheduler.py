@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinylm.generation.request import Event, QueueFull, Request, SchedulerClosed, Ticket
+from tinylm.generation.request import Event, QueueFull, Request, SchedulerClosed, Ticket, one_line
 from tinylm.generation.sampling import accept
 from tinylm.generation.slots import Slots, common_start
 from tinylm.generation.stream import DAMAGED, Stream, TokenChoice
@@ -174,7 +174,7 @@ class Scheduler:
             try:
                 events += self._compute()
             except Exception as error:  # such as a lack of memory: the requests end, and the scheduler serves others
-                reason = f"the computation failed: {str(error) or type(error).__name__}".splitlines()[0]
+                reason = f"the computation failed: {one_line(error)}"
                 events += [stream.fail(reason) for stream in self._streams if not stream.is_done]
                 self._remove_done()
             for event in events:

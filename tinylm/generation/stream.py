@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tinylm.generation.request import Event, Ticket, TokenLogprob
+from tinylm.generation.request import Event, Ticket, TokenLogprob, one_line
 from tinylm.generation.sampling import BatchSampling, count_penalties, next_tokens, seen_tokens, uniform_numbers
 from tinylm.generation.text_stream import TextStream
 from tinylm.tokenizer.tokenizer import Tokenizer
@@ -158,7 +158,7 @@ class TokenChoice:
             try:
                 logits[row] = streams[row].adjust(logits[row])
             except Exception as error:  # the mask is the client's code: whatever it raises is its own request's end
-                failed[row] = str(error) or type(error).__name__
+                failed[row] = one_line(error)
         logits[list(failed)] = 0.0
         return logits
 
