@@ -229,10 +229,11 @@ class Scheduler:
     def _read_prompts(self) -> tuple[list[Stream], list[Tensor]]:
         """Read prompts, group after group; returns the streams whose prompts are read, and the logits after them."""
         budget = self.settings.prefill_tokens * (1 if self._num_answering else 4)
+        least = budget // 4  # a pass of fewer tokens costs nearly as much as one of these
         begun: list[Stream] = []
         logits = []
         first = self._num_answering
-        while budget > 0 and (chunks := self._next_group(first, budget)):
+        while budget > least and (chunks := self._next_group(first, budget)):
             ended, hidden = self._read(first, chunks)
             if ended:
                 begun += ended
