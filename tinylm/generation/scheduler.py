@@ -27,7 +27,7 @@ from torch import Tensor
 from tinylm.generation.request import Event, QueueFull, Request, SchedulerClosed, Ticket, one_line
 from tinylm.generation.sampling import accept
 from tinylm.generation.slots import Slots, common_start
-from tinylm.generation.stream import DAMAGED, Stream, TokenChoice
+from tinylm.generation.stream import DAMAGED, Stream, TokenChoice, unsound_rows
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
@@ -295,7 +295,7 @@ class Scheduler:
         hidden = self.model.hidden_states(torch.tensor(parts, device=device), cache=cache.rows(first, end))
         cache.lengths[first:end] = [start + size for _, start, size in rows]
         # Where hidden states are numbers, so are the keys and values below them, which other prompts may reuse.
-        for row in (~hidden.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
+        for row in unsound_rows(hidden):
             rows[row][0].is_damaged = True
             self._slots.wipe(first + row)
         ends = [stream.prompt_length == cache.lengths[first + row] for row, (stream, _, _) in enumerate(rows)]
@@ -311,7 +311,7 @@ class Scheduler:
 
     def _remove_done(self) -> None:
         """Give back the rows of streams that are done; the last ones take their places."""
-        for stream in [stream for stream in self._streams if stream.is_done]:
+        for stream in [stream for stream in reversed(self._streams) if stream.is_done]:  # the last need no swap
             place = self._streams.index(stream)
             if stream.is_damaged:
                 self._slots.wipe(place)

@@ -5,6 +5,7 @@ Shapes: B streams, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -133,7 +134,7 @@ class TokenChoice:
     def choose(self, streams: Sequence[Stream], logits: Tensor) -> list[Event]:
         """One event for each stream, from logits [B, V]. A stream whose logits or mask are unusable fails alone."""
         logits = logits.float()
-        failed = {row: DAMAGED for row in (~logits.isfinite().all(dim=-1)).nonzero().flatten().tolist()}
+        failed = {row: DAMAGED for row in unsound_rows(logits)}
         adjusted = self._adjusted(streams, logits, failed)
         self._prepare(streams, logits)
         uniforms = None
@@ -142,10 +143,11 @@ class TokenChoice:
         tokens = next_tokens(adjusted, self._sampling, uniforms, self._seen)
         if self._seen is not None:
             self._seen[torch.arange(len(tokens), device=tokens.device), tokens] = True
-        chosen = zip(streams, tokens.tolist(), logits, strict=True)
         return [
-            stream.fail(failed[row]) if row in failed else stream.take(token_id, _logprob(stream, token_id, own))
-            for row, (stream, token_id, own) in enumerate(chosen)
+            stream.fail(failed[row])
+            if row in failed
+            else stream.take(token_id, _logprob(stream, token_id, logits, row))
+            for row, (stream, token_id) in enumerate(zip(streams, tokens.tolist(), strict=True))
         ]
 
     def _adjusted(self, streams: Sequence[Stream], logits: Tensor, failed: dict[int, str]) -> Tensor:
@@ -173,11 +175,17 @@ class TokenChoice:
             self._seen = seen_tokens([stream.tokens for stream in streams], logits.shape[-1], logits.device)
 
 
-def _logprob(stream: Stream, token_id: int, logits: Tensor) -> TokenLogprob | None:
-    """The log-probabilities that the stream asked for, from the model's logits [V]."""
+def unsound_rows(values: Tensor) -> list[int]:
+    """Which of the B rows of [B, ...] have something that is no number, or infinite: their sum is not finite."""
+    sums = values.flatten(1).sum(dim=1).tolist()
+    return [row for row, total in enumerate(sums) if not math.isfinite(total)]
+
+
+def _logprob(stream: Stream, token_id: int, logits: Tensor, row: int) -> TokenLogprob | None:
+    """The log-probabilities that the stream asked for, from the model's logits [B, V]."""
     count = stream.request.num_logprobs
     if count is None:
         return None
-    log_probs = logits.log_softmax(dim=-1)
+    log_probs = logits[row].log_softmax(dim=-1)
     values, ids = log_probs.topk(count)
     return TokenLogprob(token_id, log_probs[token_id].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
