@@ -130,6 +130,54 @@ def test_appended_rows_follow_the_rows_of_the_cache():
         assert torch.equal(held(cache, row)[..., :place, :][0], before[row][0])
 
 
+def test_rows_change_places():
+    cache = filled_cache([4, 9, 0], seed=1)
+    before = [held(cache, row).clone() for row in range(3)]
+    cache.swap_rows(0, 1)
+    cache.swap_rows(2, 0)
+    cache.swap_rows(1, 1)
+    assert cache.lengths == [0, 4, 9]
+    assert torch.equal(held(cache, 1), before[0]) and torch.equal(held(cache, 2), before[1])
+
+
+def test_a_row_begins_as_another_one():
+    cache = filled_cache([4, 9, 6], seed=1)
+    before = [held(cache, row).clone() for row in range(3)]
+    cache.copy_start(1, 0, 7)
+    cache.copy_start(2, 2, 5)
+    assert cache.lengths == [7, 9, 5]
+    assert torch.equal(held(cache, 0), before[1][..., :7, :]) and torch.equal(held(cache, 1), before[1])
+    assert torch.equal(held(cache, 2), before[2][..., :5, :])
+    with pytest.raises(ValueError, match="cannot copy 10 tokens; row 1 holds 9"):
+        cache.copy_start(1, 0, 10)
+
+
+def test_rows_as_a_cache_write_into_the_same_storage():
+    cache = filled_cache([4, 9, 6, 2], seed=1)
+    before = [held(cache, row).clone() for row in range(4)]
+    part = cache.rows(1, 3)
+    k = torch.randn(2, 2, 1, 16)
+    part.update(1, k, -k, part.next_positions(1))
+    part.advance(1)
+    assert part.lengths == [10, 7] and cache.lengths == [4, 9, 6, 2]
+    assert torch.equal(cache.keys[1][1, :, 9], k[0, :, 0]) and torch.equal(cache.values[1][2, :, 6], -k[1, :, 0])
+    assert all(torch.equal(held(cache, row), before[row]) for row in range(4))
+
+
+def test_a_wiped_row_holds_nothing():
+    cache = filled_cache([4, 9], seed=1)
+    before = held(cache, 0).clone()
+    cache.wipe_row(1)
+    assert cache.lengths == [4, 0] and not any(layer[1].any() for layer in (*cache.keys, *cache.values))
+    assert torch.equal(held(cache, 0), before)
+
+
+def test_bytes_of_a_token_are_those_reserved():
+    cache = KVCache(small_config(), 3, 17, dtype=torch.bfloat16)
+    size = sum(layer.nbytes for layer in (*cache.keys, *cache.values))
+    assert size == 3 * 17 * KVCache.bytes_per_token(small_config(), torch.bfloat16)
+
+
 def test_cache_errors():
     config = small_config()
     with pytest.raises(ValueError, match="257 tokens was asked for; the model has max_position_embeddings 256"):

@@ -150,6 +150,18 @@ def repetition_penalty(logits: Tensor, seen: Tensor, penalty: PerRow) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def count_penalties(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
+    """Make tokens less likely by how often they are in the answer so far, whatever the prompt holds.
+
+    z_i <- z_i - presence * [c_i > 0] - frequency * c_i    (as OpenAI's API defines them)
+
+    Args:
+        logits, counts: of one shape; c_i counts token i.
+        presence, frequency: 0 changes nothing, below 0 rewards repetition.
+    """
+    return logits - presence * (counts > 0) - frequency * counts
+
+
 def temperature(logits: Tensor, value: PerRow) -> Tensor:
     """Flatten or sharpen the distribution: z_i <- z_i / value (Ackley, Hinton & Sejnowski 1985, section 2).
 

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,11 @@ class KVCache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.lengths = [0] * batch_size
         self._rows = torch.arange(batch_size, device=device)[:, None]  # index of each row, beside [B, t] positions
+
+    @staticmethod
+    def bytes_per_token(config: TinyLMConfig, dtype: torch.dtype) -> int:
+        """Memory of one token of one row."""
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_width * dtype.itemsize
 
     @property
     def max_length(self) -> int:
@@ -117,6 +123,37 @@ class KVCache:
             for storage in (*self.keys, *self.values):
                 storage[:, :, :longest].index_copy_(0, targets, storage[:, :, :longest].index_select(0, sources))
         self.lengths = [self.lengths[source] for source in rows]
+
+    def rows(self, first: int, end: int) -> KVCache:
+        """The rows first to end - 1 as a cache in the same storage; its `lengths` are its own from then on."""
+        part = copy.copy(self)
+        part.keys, part.values = ([layer[first:end] for layer in held] for held in (self.keys, self.values))
+        part.lengths = self.lengths[first:end]
+        part._rows = self._rows[: end - first]
+        return part
+
+    def swap_rows(self, one: int, other: int) -> None:
+        """Let two rows change places."""
+        longest = max(self.lengths[one], self.lengths[other])
+        if one != other and longest:
+            for layer in (*self.keys, *self.values):
+                layer[[one, other], :, :longest] = layer[[other, one], :, :longest]
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
+
+    def copy_start(self, source: int, target: int, length: int) -> None:
+        """Let row `target` hold the first `length` tokens of row `source`, and nothing else."""
+        if not 0 <= length <= self.lengths[source]:
+            raise ValueError(f"cannot copy {length} tokens; row {source} holds {self.lengths[source]}")
+        if source != target:
+            for layer in (*self.keys, *self.values):
+                layer[target, :, :length] = layer[source, :, :length]
+        self.lengths[target] = length
+
+    def wipe_row(self, row: int) -> None:
+        """Empty a row and its storage: what is no number (NaN) would reach its next tokens even behind a mask."""
+        for layer in (*self.keys, *self.values):
+            layer[row] = 0
+        self.lengths[row] = 0
 
     def append(self, other: KVCache) -> None:
         """Add the rows of `other`, a cache of the same model, behind those held."""
