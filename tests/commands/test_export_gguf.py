@@ -62,13 +62,13 @@ def test_a_model_and_its_modelfile(base: Path, tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.splitlines() == [
         f"{base} written to {output}: {size:.1f} MB, 15 tensors in q8_0, 5 tensors in f32",
         f"next  run it: llama-cli -m '{output}'",
-        f"next  or with Ollama: ollama create 'mödel' -f {output.with_name('Modelfile')}",
+        f"next  or with Ollama: ollama create 'mödel' -f '{output.with_suffix('.Modelfile')}'",
     ]
     assert difference(base, LlamaCpp(output)) < 0.3
     found = facts(output)
     assert (found["general.name"], found["general.license"]) == ("full_sft_64_epoch0", "mit")
     assert (found["tinylm.stage"], found["tinylm.seed"], found["general.file_type"]) == ("full_sft", 3, 7)
-    assert output.with_name("Modelfile").read_text(encoding="utf-8") == (
+    assert output.with_suffix(".Modelfile").read_text(encoding="utf-8") == (
         "FROM ./mödel.gguf\n"
         'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}\n'
         "{{ .Content }}<|im_end|>\n"
@@ -90,7 +90,7 @@ def test_without_a_dtype_it_is_half_precision(base: Path, tmp_path: Path) -> Non
 def test_a_base_models_modelfile_continues_a_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_model(tmp_path / "pretrain", trained_model(vocab_size=6400), tokenizer, {"stage": "pretrain"})
     export(words(tmp_path / "pretrain", tmp_path / "a.gguf"))
-    assert 'TEMPLATE """{{ .Prompt }}"""\n' in (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    assert 'TEMPLATE """{{ .Prompt }}"""\n' in (tmp_path / "a.Modelfile").read_text(encoding="utf-8")
 
 
 def test_entries_without_tokens_and_wider_types_are_said(
@@ -106,16 +106,15 @@ def test_entries_without_tokens_and_wider_types_are_said(
 def test_an_adapter_alone(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It names the command that writes its base, and the one that runs both."""
     export(words(base, tmp_path / "full_sft_64_epoch0.gguf", "--dtype", "f32"))
-    (tmp_path / "Modelfile").unlink()
     capsys.readouterr()
     assert export(words(adapter, tmp_path / "a.gguf", "--dtype", "f32")) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"next write its base model too: tinylm export --model_path '{base}' --format gguf --output" in said
-    assert f"next run both: llama-cli -m full_sft_64_epoch0.gguf --lora {tmp_path / 'a.gguf'}" in said
+    said, beside = " ".join(capsys.readouterr().out.split()), tmp_path / "full_sft_64_epoch0.gguf"
+    assert f"next write its base model too: tinylm export --model_path '{base}' --output {beside}" in said
+    assert f"next run both: llama-cli -m {beside} --lora {tmp_path / 'a.gguf'}" in said
     found = facts(tmp_path / "a.gguf")
     assert (found["general.type"], found["adapter.type"], found["adapter.lora.alpha"]) == ("adapter", "lora", 6.0)
     assert (found["tinylm.stage"], found["tinylm.seed"]) == ("lora", 4)
-    assert not (tmp_path / "Modelfile").exists()
+    assert not (tmp_path / "a.Modelfile").exists()
     assert difference(adapter, LlamaCpp(tmp_path / "full_sft_64_epoch0.gguf", tmp_path / "a.gguf")) < 1e-4
     assert difference(adapter, LlamaCpp(tmp_path / "full_sft_64_epoch0.gguf")) > 0.1
 
@@ -123,7 +122,7 @@ def test_an_adapter_alone(base: Path, adapter: Path, tmp_path: Path, capsys: pyt
 def test_an_adapter_merged(base: Path, adapter: Path, tmp_path: Path) -> None:
     export(words(adapter, tmp_path / "a.gguf", "--dtype", "f32", "--merge"))
     assert difference(adapter, LlamaCpp(tmp_path / "a.gguf")) < 1e-4
-    assert facts(tmp_path / "a.gguf")["tinylm.stage"] == "merged" and (tmp_path / "Modelfile").is_file()
+    assert facts(tmp_path / "a.gguf")["tinylm.stage"] == "merged" and (tmp_path / "a.Modelfile").is_file()
     with pytest.raises(ValueError, match="full_sft_64_epoch0 is a full model; --merge is for an adapter folder"):
         export(words(base, tmp_path / "b.gguf", "--merge"))
     with pytest.raises(ValueError, match="dtype is q4_0; an adapter's rows are too short"):
@@ -137,10 +136,10 @@ def test_what_exists_is_replaced_only_on_request(base: Path, tmp_path: Path) -> 
     ):
         export(words(base, tmp_path / "a.gguf"))
     (tmp_path / "a.gguf").unlink()
-    (tmp_path / "Modelfile").write_bytes(b"mine")
-    with pytest.raises(ValueError, match="Modelfile exists already; pass --overwrite to replace it"):
+    (tmp_path / "a.Modelfile").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="a.Modelfile exists already; pass --overwrite to replace it"):
         export(words(base, tmp_path / "a.gguf"))
-    assert not (tmp_path / "a.gguf").exists() and (tmp_path / "Modelfile").read_bytes() == b"mine"
+    assert not (tmp_path / "a.gguf").exists() and (tmp_path / "a.Modelfile").read_bytes() == b"mine"
     (tmp_path / "a.gguf").write_bytes(b"old")
     assert export(words(base, tmp_path / "a.gguf", "--overwrite")) == 0
     assert difference(base, LlamaCpp(tmp_path / "a.gguf")) < 0.05
@@ -190,3 +189,17 @@ def test_flags_of_a_gguf_are_not_for_a_pth(base: Path, tmp_path: Path) -> None:
     for flags in (["--dtype", "f16"], ["--license", "mit"]):
         with pytest.raises(ValueError, match=f"{flags[0]} is not for a .pth, which holds float32 weights"):
             export(["--model_path", str(base), "--output", str(tmp_path / "a.pth"), *flags])
+
+
+def test_the_ending_says_the_format(base: Path, tmp_path: Path) -> None:
+    """A .pth was once written under the name of a .gguf, and a file without an ending, which no command read."""
+    assert export(["--model_path", str(base), "--output", str(tmp_path / "a.GGUF")]) == 0
+    assert difference(base, LlamaCpp(tmp_path / "a.GGUF")) < 0.05
+    for name, flags, wanted in (
+        ("a", [], "model.gguf, model.onnx or model.pth"),
+        ("a", ["--format", "onnx"], "model.onnx"),
+        ("a.gguf", ["--format", "pth"], "model.pth"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}; expected a file name such as {wanted}, or --format hf, which"):
+            export(["--model_path", str(base), "--output", str(tmp_path / name), *flags])
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.gguf").exists()

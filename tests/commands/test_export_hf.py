@@ -116,7 +116,10 @@ def test_a_model_and_its_card(models: tuple[Path, Path], tmp_path: Path, monkeyp
     assert download == ["hf", "download", "OWNER/tiny-gr-e", "--local-dir", "tiny-gr-e"] and gguf[0] == "tinylm"
     assert tinylm(*gguf[1:])[0] == 0
     assert run == ["llama-cli", "-m", "gguf/tiny-gr-e.gguf"] and (tmp_path / run[2]).is_file()
-    assert ollama[:5] == ["ollama", "create", "tiny-gr-e", "-f", "gguf/Modelfile"] and (tmp_path / ollama[4]).is_file()
+    assert (
+        ollama[:5] == ["ollama", "create", "tiny-gr-e", "-f", "gguf/tiny-gr-e.Modelfile"]
+        and (tmp_path / ollama[4]).is_file()
+    )
 
 
 def test_an_adapter_and_its_card(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

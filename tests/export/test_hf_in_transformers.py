@@ -109,6 +109,20 @@ def test_the_same_prompts_and_answers_that_end(published: Any, small_tokenizer: 
         assert said[0]["generated_text"] == [*messages, {"role": "assistant", "content": answer.strip()}]
 
 
+@torch.no_grad()
+def test_prompts_of_unequal_length_are_answered_together(published: Any) -> None:
+    """Filled on the right, as by transformers' default, the shorter ones would be continued after the filling."""
+    folder = published("qwen3", "our own")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    chats = [messages_of(question) for question in QUESTIONS]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    assert set(batch["attention_mask"].sum(1).tolist()) > {batch["input_ids"].shape[1]}
+    answers = model.generate(**batch, max_new_tokens=60, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    assert tokenizer.batch_decode(answers, skip_special_tokens=True) == [answer.strip() for answer in ANSWERS]
+
+
 def test_a_base_model_ends_at_the_end_of_a_document(published: Any) -> None:
     """The second of the tokens that end a text: only <|endoftext|> closes a document."""
     folder = published("llama", "bf16")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Literal
@@ -47,10 +47,10 @@ class ExportSettings:
     """the model folder, or an adapter folder"""
     output: str
     """the file to write; for hf, the folder"""
-    format: Literal["pth", "gguf", "hf", "onnx"] = "pth"
+    format: Literal["auto", "pth", "gguf", "hf", "onnx"] = "auto"
     """pth: weights under the names of lyuzlion/Tiny-Language-Model; gguf: for llama.cpp and Ollama, with tokenizer and
     chat template, and a Modelfile beside it; hf: a folder to publish on the Hugging Face hub, with a model card; onnx:
-    for onnxruntime and transformers.js"""
+    for onnxruntime and transformers.js; auto: what the ending of `output` says"""
     dtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = "auto"
     """numbers, of 32, 16, 16, 8.5 or 4.5 bits each; auto: f16 in a GGUF, bf16 for hf, f32 in a .pth, an ONNX file and
     an adapter for hf"""
@@ -73,13 +73,14 @@ def main(argv: list[str]) -> int:
     """The command line: load, fold adapters in, write."""
     settings = parse_settings(ExportSettings, argv, "tinylm export", "Write a model for other programs.")
     output, console = Path(settings.output), make_console()
+    settings = replace(settings, format=_format_of(settings, output))
     if settings.format == "hf":
         _to_hf(settings, output, console)
         return 0
     for flag in ("base_model", "shard_size"):
         if getattr(settings, flag):
             raise ValueError(f"--{flag} is for --format hf; leave it out")
-    require_new(output, settings.overwrite or output.is_dir(), "output")  # a folder is refused as one
+    require_new(output, settings.overwrite, "output")
     if settings.format == "gguf":
         _to_gguf(settings, output, console)
     elif settings.format == "onnx":
@@ -87,6 +88,20 @@ def main(argv: list[str]) -> int:
     else:
         _to_pth(settings, output, console)
     return 0
+
+
+def _format_of(settings: ExportSettings, output: Path) -> Literal["pth", "gguf", "hf", "onnx"]:
+    """The format that is asked for; the file must have the ending by which programs, ours too, know it."""
+    stated, said = settings.format, output.suffix.lower().removeprefix(".")
+    if stated == "hf":
+        return stated
+    wanted = "model.gguf, model.onnx or model.pth" if stated == "auto" else f"model.{stated}"
+    advice = f"expected a file name such as {wanted}, or --format hf, which writes a folder"
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder; {advice}; choose another --output")
+    if said not in ("pth", "gguf", "onnx") or stated not in ("auto", said):
+        raise ValueError(f"output is {output}; {advice}")
+    return said  # type: ignore[return-value]
 
 
 def _to_pth(settings: ExportSettings, output: Path, console: Console) -> None:
@@ -121,11 +136,13 @@ def _to_gguf(settings: ExportSettings, output: Path, console: Console) -> None:
         written = export_gguf_adapter(loaded.model, loaded.lineage, output, dtype, loaded.path.stem, settings.license)
         _report(console, loaded.path, output, written)
         base = adapter_base(loaded.path)
-        command = f"tinylm export --model_path {quote(str(base))} --format gguf --output {quote(base.stem)}.gguf"
-        print_next(console, f"write its base model too: {command}")
-        print_next(console, f"run both: llama-cli -m {quote(base.stem)}.gguf --lora {quote(str(output))}")
+        base_file = quote(str(output.with_name(f"{base.stem}.gguf")))
+        print_next(
+            console, f"write its base model too: tinylm export --model_path {quote(str(base))} --output {base_file}"
+        )
+        print_next(console, f"run both: llama-cli -m {base_file} --lora {quote(str(output))}")
         return
-    beside = output.with_name("Modelfile")
+    beside = output.with_suffix(".Modelfile")
     require_new(beside, settings.overwrite, "output")
     lineage = merged_lineage(loaded.path, loaded.lineage) if is_adapter else loaded.lineage
     written = export_gguf(loaded.model, loaded.tokenizer, lineage, output, dtype, loaded.path.stem, settings.license)

@@ -178,7 +178,10 @@ def _use(card: Card) -> Iterator[str]:
         lines.insert(0, f"hf download {card.base_repository} --local-dir {quote(card.base_name)}")
     merge = " --merge" * bool(card.adapter)
     lines.append(f"tinylm export --model_path {short} --format gguf --dtype f16{merge} --output gguf/{short}.gguf")
-    lines += [f"llama-cli -m gguf/{short}.gguf", f"ollama create {short} -f gguf/Modelfile && ollama run {short}"]
+    lines += [
+        f"llama-cli -m gguf/{short}.gguf",
+        f"ollama create {short} -f gguf/{short}.Modelfile && ollama run {short}",
+    ]
     yield "```sh\n" + "\n".join(lines) + "\n```"
 
 

@@ -1,4 +1,4 @@
-"""The `Modelfile` of Ollama: which file to run, how a chat becomes a prompt, when to stop, how to draw.
+"""The Modelfile of Ollama: which file to run, how a chat becomes a prompt, when to stop, how to draw.
 
 Described at https://docs.ollama.com/modelfile; the template is in Go's template language.
 """

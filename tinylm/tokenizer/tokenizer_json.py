@@ -119,6 +119,7 @@ def config_for_transformers(
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": False,
         "model_input_names": MODEL_INPUTS,
+        "padding_side": "left",  # a batch of prompts is continued at its right end
     }
     if own_tokens:
         config["additional_special_tokens"] = list(own_tokens)
