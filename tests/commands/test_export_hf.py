@@ -262,6 +262,9 @@ def test_a_model_of_the_hub_is_the_base_model(models: tuple[Path, Path], tmp_pat
         "cc-by-4.0",
         "ada/love",
     ) and "| imported | that of ada/love |" in body
+    assert "tuned with Tiny Language Model" in body and "from a model of another maker." in body
+    write(tmp_path / "a", tmp_path / "d")
+    assert "of another maker, converted with Tiny Language Model" in card_of(tmp_path / "d")[1]
     assert "does not tell" not in said and "no licence" not in said
 
 

@@ -16,6 +16,7 @@ from tests.tokenizer.other_tokenizers import write_tokenizer
 from tests.tokenizer.their_templates import CHATML, INST
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import load_model
+from tinylm.tokenizer.tokenizer import Tokenizer
 
 CARD = "---\nlanguage: de\nlicense: apache-2.0\n---\n# A model\nlicense: mit\n"
 MESSAGES = [{"role": "user", "content": "The dog?"}, {"role": "assistant", "content": "The fox. Größe!"}]
@@ -74,6 +75,27 @@ def test_an_imported_model_is_used_and_tuned_like_one_of_ours(tmp_path: Path, na
     assert template_again == template  # tuned, it is still theirs
 
 
+def test_a_template_that_does_not_work_or_is_missing_is_said_at_once(tmp_path: Path) -> None:
+    folder = their_folder(tmp_path / "theirs", template="{{ messages }")
+    said = run("import", folder, "--output_dir", tmp_path / "out")
+    assert "warning: the model's chat template refuses this chat: " in said and "--chat_template chatml takes" in said
+    assert "warning" not in run("import", folder, "--chat_template", "chatml", "--output_dir", tmp_path / "ours")
+    bare = their_folder(tmp_path / "bare", "llama2")
+    (bare / "chat_template.jinja").unlink()
+    assert "the model continues texts, and is not tuned on chats" in run("import", bare, "--output_dir", tmp_path / "b")
+
+
+def test_a_tokenizer_may_lie_elsewhere(tmp_path: Path) -> None:
+    folder, elsewhere = their_folder(tmp_path / "theirs"), tmp_path / "größe"
+    elsewhere.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).rename(elsewhere / name)
+    status, said = tinylm("import", folder, "--output_dir", tmp_path / "out")
+    assert status == 2 and "no tokenizer.json for its 523 entries; give --tokenizer_path" in said
+    run("import", folder, "--tokenizer_path", elsewhere, "--output_dir", tmp_path / "out")
+    assert load_for_use(tmp_path / "out").tokenizer.fingerprint == Tokenizer.load(elsewhere).fingerprint
+
+
 def test_what_is_not_used_is_said(tmp_path: Path) -> None:
     folder = their_folder(tmp_path / "theirs", auto_map={"AutoModel": "modeling_x.X"}, z_loss=3)
     (folder / "modeling_x.py").write_text("raise SystemExit('it ran')")
@@ -99,6 +121,7 @@ def test_every_end_is_kept_and_ours_replaces_a_template_on_request(tmp_path: Pat
     ("words", "message"),
     [
         (["nowhere"], "nowhere does not exist; expected a Hugging Face folder, .gguf or hub:owner/name"),
+        (["hub:some"], "hub:'some' is no name on the hub; expected hub:owner/name"),
         (["hub:some/name"], "hub:some/name cannot be downloaded .*; give the folder of a copy"),
         (["empty"], "empty is no Hugging Face folder; expected a folder with config.json"),
         (["theirs", "--output_dir", "theirs", "--overwrite"], "is the folder to import, or holds it"),

@@ -29,7 +29,7 @@ from tinylm.model.config import TinyLMConfig
 from tinylm.model.hf_config import unused_fields
 from tinylm.model.weights import weights_fingerprint
 from tinylm.system.code_version import code_version
-from tinylm.tokenizer.chat_template import CHAT_TEMPLATE
+from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, encode_chat
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.tokenizer.tokenizer_settings import TokenizerSettings
 
@@ -50,6 +50,8 @@ class ImportSettings:
     """folder for the model"""
     chat_template: Literal["theirs", "chatml"] = "theirs"
     """theirs: the folder's own; chatml: this project's, for a tokenizer that has <|im_start|> and <|im_end|>"""
+    tokenizer_path: str | None = None
+    """tokenizer folder, for a folder that has no tokenizer.json"""
     overwrite: bool = False
     """replace the model in output_dir"""
 
@@ -66,8 +68,10 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"output_dir {output} is the folder to import, or holds it; choose another --output_dir")
     for notice in notices(folder):
         console.print(notice)
-    model, tokenizer, theirs = load_model(folder)
+    model, tokenizer, theirs = load_model(folder, tokenizer_path=settings.tokenizer_path)
     tokenizer = with_template(tokenizer, settings.chat_template)
+    if reason := no_chats(tokenizer):
+        console.print(reason)
     facts = theirs if folder.is_file() else facts_of(theirs)
     lineage = {
         "stage": "imported",
@@ -102,6 +106,8 @@ def _folder_of(source: str) -> Path:
 
 
 def _download(name: str) -> Path:
+    if name.count("/") != 1:
+        raise ValueError(f"hub:{shown(name)} is no name on the hub; expected hub:owner/name")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -129,6 +135,18 @@ def notices(folder: Path) -> list[str]:
     if other:
         found.append(f"not read: {', '.join(map(shown, other))}")
     return found
+
+
+def no_chats(tokenizer: Tokenizer) -> str:
+    """Why the model cannot be talked to, in one line; empty if it can."""
+    if not tokenizer.can_chat:
+        return "there is no chat template and no <|im_start|>: the model continues texts, and is not tuned on chats"
+    try:
+        encode_chat(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    except ValueError as error:
+        advice = "; --chat_template chatml takes this project's" if tokenizer.has_chat_tokens else ""
+        return f"warning: {error}{advice}"
+    return ""
 
 
 def with_template(tokenizer: Tokenizer, chat_template: str) -> Tokenizer:

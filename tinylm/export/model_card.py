@@ -112,7 +112,12 @@ def _head(card: Card) -> dict[str, Any]:
 
 def _what(card: Card) -> Iterator[str]:
     config, millions = card.config, f"{card.config.num_parameters() / 1e6:.3g}M"
-    made = f"made with Tiny Language Model (`tinylm` {__version__})"
+    made = f"Tiny Language Model (`tinylm` {__version__})"
+    theirs = [lineage for lineage in card.line if lineage.get("stage") == "imported"]
+    if theirs and len(card.line) == len(theirs) and not card.adapter:
+        made = f"of another maker, converted with {made}"
+    else:
+        made = f"tuned with {made} from a model of another maker" if theirs else f"made with {made}"
     if card.adapter:
         base = f"`{card.base_model}`" if card.base_model else "a model"
         yield f"A LoRA adapter for {base} of {millions} parameters, {made}."

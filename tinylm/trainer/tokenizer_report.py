@@ -76,7 +76,8 @@ class Measured:
             "default_bytes_per_token": self.num_bytes / default_tokens,
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, is_trained: bool) -> dict[str, Any]:
+        """Args: is_trained: whether the tokenizer was trained just now; else it is not known what it has learnt."""
         return {
             "name": self.name,
             "bytes": self.num_bytes,
@@ -84,7 +85,7 @@ class Measured:
             "tokens": self.num_tokens,
             "default_tokens": self.num_default_tokens,
             **{name: round(rate, 4) for name, rate in self.rates.items()},
-            "is_held_out": self.is_held_out,
+            **({"is_held_out": self.is_held_out} if is_trained else {}),
         }
 
 
@@ -217,13 +218,14 @@ def print_report(
 ) -> None:
     """Print the facts, and the table if there are several parts; write the file if there is one."""
     if settings.output is not None:  # before anything is printed: a closed pipe must not lose it
+        is_trained = settings.tokenizer_path is None
         whole = {
             "tokenizer": settings.tokenizer_path or settings.output_dir,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "data_path": settings.data_path,
-            "all": total(parts).to_json(),
-            "parts": [part.to_json() for part in parts],
+            "all": total(parts).to_json(is_trained),
+            "parts": [part.to_json(is_trained) for part in parts],
         }
         write_json(settings.output, whole)
     print_facts(console, title, facts)
