@@ -59,6 +59,19 @@ def test_a_task_is_recognised_by_its_fields_and_measured(task, model_folder, tmp
     assert "things" in capsys.readouterr().out
 
 
+def test_int8_weights_are_measured_themselves(model_folder, tmp_path):
+    data, output = write_rows(tmp_path / "things.jsonl", ROWS["bits_per_byte"]), tmp_path / "report.json"
+    found = {}
+    for dtype in ("float32", "int8"):
+        flags = ("--data_path", data, "--output", str(output), "--device", "cpu", "--dtype", dtype)
+        assert main(["--model_path", model_folder, *flags]) == 0
+        report = json.loads(output.read_text())
+        assert report["dtype"] == dtype
+        found[dtype] = report["measures"][0]["value"]
+        output.unlink()
+    assert 0 < abs(found["int8"] - found["float32"]) < 0.01 * found["float32"]
+
+
 def test_a_folder_is_a_task_per_file(model_folder, tmp_path, capsys):
     for task in ("blimp", "lambada"):
         write_rows(tmp_path / f"{task}.jsonl", ROWS[task])

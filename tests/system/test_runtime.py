@@ -74,6 +74,13 @@ def test_what_does_not_fit_is_refused_with_the_reason(device: str, dtype: str, m
         setup_runtime(device, dtype)
 
 
+def test_int8_is_for_a_model_that_is_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert setup_runtime("cpu", "int8", only_uses=True).compute_dtype == torch.int8
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="int8 on mps; it is for CPUs; use --dtype bf16"):
+        setup_runtime("mps", "int8", only_uses=True)
+
+
 def test_an_absent_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no CUDA GPU; use --device auto"):
@@ -91,6 +98,8 @@ def test_a_broken_torchrun_environment_is_named(monkeypatch: pytest.MonkeyPatch,
 def test_autocast_multiplies_in_the_compute_dtype() -> None:
     left = torch.ones(4, 4)
     with CPU.autocast():
+        assert (left @ left).dtype == torch.float32
+    with Runtime(torch.device("cpu"), torch.int8).autocast():
         assert (left @ left).dtype == torch.float32
     with Runtime(torch.device("cpu"), torch.bfloat16).autocast():
         assert (left @ left).dtype == torch.bfloat16

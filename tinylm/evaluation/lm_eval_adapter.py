@@ -118,21 +118,24 @@ def make_lm_eval_model(
         from lm_eval.api.model import LM
     except ImportError:
         raise ValueError('the package lm-eval is not installed; install it with pip install "tinylm[eval]"') from None
+    import torch
+
     from tinylm.checkpoint.loading import load_for_use
     from tinylm.generation.engine import Engine
     from tinylm.system.runtime import setup_runtime
     from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, render_chat
 
-    runtime = setup_runtime(device, dtype)
+    runtime = setup_runtime(device, dtype, only_uses=True)
     loaded = load_for_use(model_path, device=runtime.device)
     engine = Engine(loaded.model, loaded.tokenizer, runtime.compute_dtype, loaded.document_start)
+    model = engine.compute_model if runtime.compute_dtype == torch.int8 else loaded.model
 
     class TinyLMForLMEval(LMEvalRequests, LM):
         """Requests answered by ours, everything else inherited from the harness."""
 
         def __init__(self) -> None:
             LM.__init__(self)
-            LMEvalRequests.__init__(self, engine, tokens_per_batch=tokens_per_batch)
+            LMEvalRequests.__init__(self, engine, model, tokens_per_batch)
             self._device = runtime.device
 
         @property

@@ -27,6 +27,8 @@ from tinylm.system.rendezvous import fresh_store
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+InferenceDtypeName = DtypeName | Literal["int8"]
+"""Precisions of a model that is used, not trained."""
 
 # --------------------------------------------------------------------------------------------------
 # Device, precision, processes
@@ -37,7 +39,8 @@ DTYPE_NAMES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 class Runtime:
     """The device, precision and place of one process.
 
-    `compute_dtype` is the format of matrix products; parameters and optimizer state are always float32.
+    `compute_dtype` is the format of matrix products; parameters and optimizer state are always float32. int8 is only
+    for a model that is used, not trained.
     `rank` numbers the processes of all machines, `local_rank` those of this machine. `seed` is the run's.
     """
 
@@ -54,8 +57,10 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision inside the block, none in float32. Without a cache of weights: threads would share it."""
-        if self.compute_dtype == torch.float32:
+        """Mixed precision inside the block, none in float32 and for int8 weights. Without a cache of weights: threads
+        would share it.
+        """
+        if self.compute_dtype in (torch.float32, torch.int8):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=False)
 
@@ -125,7 +130,9 @@ class Runtime:
             dist.barrier()
 
 
-def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 600.0, seed: int = 0) -> Runtime:
+def setup_runtime(
+    device: str = "auto", dtype: str = "auto", timeout: float = 600.0, seed: int = 0, only_uses: bool = False
+) -> Runtime:
     """Choose device and precision, and join the other processes if torchrun started this one.
 
     Args:
@@ -133,13 +140,14 @@ def setup_runtime(device: str = "auto", dtype: str = "auto", timeout: float = 60
         dtype: auto (bfloat16 where the hardware has it, else float32), float32, bfloat16 or float16 (or fp32, ...).
         timeout: seconds without an answer after which another process counts as lost.
         seed: of the run; see `Runtime.seed_step`.
+        only_uses: the model is not trained. Then int8 is a precision, too: that of its weights, on a CPU.
 
     Raises:
         ValueError: the device is unknown or absent, or the precision does not suit it.
     """
     rank, world_size, local_rank = _ranks_from_environment()
     chosen = _choose_device(device, local_rank)
-    compute_dtype = _choose_dtype(dtype, chosen)
+    compute_dtype = _int8_on(chosen) if only_uses and dtype == "int8" else _choose_dtype(dtype, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `Runtime.deterministic` needs it from the start
@@ -272,6 +280,12 @@ def _check_one_gpu_each(chosen: torch.device, asked: str, local_rank: int) -> No
         raise ValueError(f"device {asked!r} for process {local_rank}; expected one GPU each; use --device cuda")
     if chosen.type == "mps":
         raise ValueError("device 'mps' with several processes; expected cpu or cuda; use --device cpu")
+
+
+def _int8_on(device: torch.device) -> torch.dtype:
+    if device.type != "cpu":
+        raise ValueError(f"dtype int8 on {device.type}; it is for CPUs; use --dtype bf16, or --device cpu")
+    return torch.int8
 
 
 def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
