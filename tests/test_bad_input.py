@@ -291,7 +291,7 @@ CASES: dict[str, tuple[str, ...]] = {
     # models
     f"{CHAT_WITH} nosuch": ("nosuch", "does not exist", "give a model folder"),
     f"{CHAT_WITH} nodata": ("nodata", "no model", "give the path of a model"),
-    f"{CHAT_WITH} file": ("file is a nameless file", "give its folder"),
+    f"{CHAT_WITH} file": ("file is a file without an ending", "give its folder"),
     f"{CHAT_WITH} m.cut": ("m.cut/model.safetensors", "5000 bytes", "copy or save it again"),
     f"{CHAT_WITH} m.huge": ("m.huge/model.safetensors", "cut short", "copy or save it again"),
     f"{CHAT_WITH} m.deep": ("m.deep/model.safetensors", "header", "copy or save it again"),

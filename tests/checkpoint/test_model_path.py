@@ -85,3 +85,14 @@ def test_what_is_no_model_is_said_to_be_what_it_is(tmp_path):
         resolve_model_path(tmp_path / "dpo_16_state")
     with pytest.raises(ValueError, match="https://there/größe is an address; models are read from this machine"):
         resolve_model_path("https://there/größe")
+    for name, message in (
+        ("a.onnx", "a.onnx is for other programs only; give the model folder that it was made from"),
+        ("b", "b is a file without an ending; give its folder"),
+        ("c.bin", "c.bin is a .bin file; give its folder"),
+    ):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=message):
+            resolve_model_path(tmp_path / name)
+    (tmp_path / "adapter.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match="adapter.gguf is a file; expected an adapter folder"):
+        resolve_adapter_path(tmp_path / "adapter.gguf")

@@ -39,8 +39,11 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a model folder, an adapter folder, a .gguf or .pth file")
     if path.is_file():
+        if path.suffix == ".onnx":
+            raise ValueError(f"{path} is for other programs only; give the model folder that it was made from")
         if path.suffix not in (".pth", ".pt", ".gguf"):
-            raise ValueError(f"{path} is a {path.suffix or 'nameless'} file; give its folder, or a .gguf or .pth file")
+            kind = f"a {path.suffix} file" if path.suffix else "a file without an ending"
+            raise ValueError(f"{path} is {kind}; give its folder, or a .gguf or .pth file")
         return path
     if not path.is_dir():
         raise ValueError(f"{path} is neither a file nor a folder; give a model folder, a .gguf or .pth file")
@@ -75,8 +78,9 @@ def resolve_adapter_path(path: str | Path) -> Path:
     """
     found = resolve_model_path(path)
     if found.is_file() or not (found / ADAPTER).is_file():
+        kind = "a file" if found.is_file() else "a full model"  # a GGUF may hold an adapter: llama.cpp reads that
         raise ValueError(
-            f"{found} is a full model; expected an adapter folder, such as the output of `tinylm lora`; give a full "
+            f"{found} is {kind}; expected an adapter folder, such as the output of `tinylm lora`; give a full "
             "model with --model_path"
         )
     return found
