@@ -19,7 +19,7 @@ from tinylm.cli import main
 from tinylm.commandline import synonyms
 from tinylm.commandline.exit_status import Stopped, run_main
 from tinylm.commandline.settings import _field_helps, _field_types
-from tinylm.system.runtime import DtypeName
+from tinylm.system.runtime import DtypeName, InferenceDtypeName
 
 
 def tinylm(repository: Path, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -90,7 +90,8 @@ def test_help_has_one_style(module: str, name: str) -> None:
         assert not text.endswith(".") or text.endswith("..."), f"{name}.{field.name}: {text}"
         assert not text[0].isupper() or text.startswith(NAMES), f"{name}.{field.name}: {text}"
         # An export's dtype is that of the numbers in a file, of which there are more than a machine computes with.
-        assert hints[field.name] == DtypeName or field.name != "dtype" or name == "ExportSettings"
+        if field.name == "dtype" and name != "ExportSettings":
+            assert hints["dtype"] == (InferenceDtypeName if name in ("ChatSettings", "EvalSettings") else DtypeName)
     assert (cls.__doc__ or "").startswith("Settings of "), cls.__doc__
 
 
