@@ -82,7 +82,9 @@ def test_a_template_that_does_not_work_or_is_missing_is_said_at_once(tmp_path: P
     assert "warning" not in run("import", folder, "--chat_template", "chatml", "--output_dir", tmp_path / "ours")
     bare = their_folder(tmp_path / "bare", "llama2")
     (bare / "chat_template.jinja").unlink()
-    assert "the model continues texts, and is not tuned on chats" in run("import", bare, "--output_dir", tmp_path / "b")
+    assert "the model continues texts and cannot be tuned on chats" in run(
+        "import", bare, "--output_dir", tmp_path / "b"
+    )
 
 
 def test_a_tokenizer_may_lie_elsewhere(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_every_end_is_kept_and_ours_replaces_a_template_on_request(tmp_path: Pat
     ("words", "message"),
     [
         (["nowhere"], "nowhere does not exist; expected a Hugging Face folder, .gguf or hub:owner/name"),
-        (["hub:some"], "hub:'some' is no name on the hub; expected hub:owner/name"),
+        (["hub:some"], "hub:'some' is not a name on the hub; expected hub:owner/name"),
         (["hub:some/name"], "hub:some/name cannot be downloaded .*; give the folder of a copy"),
         (["empty"], "empty is no Hugging Face folder; expected a folder with config.json"),
         (["theirs", "--output_dir", "theirs", "--overwrite"], "is the folder to import, or holds it"),

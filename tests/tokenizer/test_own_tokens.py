@@ -145,7 +145,7 @@ def test_names_on_the_command_line_or_in_a_file(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             read_own_tokens(str(file))
     for value in ("nosuch.txt", "", "a,b", "x" * 5000):
-        with pytest.raises(ValueError, match="is no file and has no name in < > or"):
+        with pytest.raises(ValueError, match="is neither a file nor a name in < > or"):
             read_own_tokens(value)
 
 

@@ -50,7 +50,7 @@ def card_of(
         license_name, base_model: what the user stated; empty for what the ancestors say.
 
     Raises:
-        ValueError: `base_model` is no name on the hub.
+        ValueError: `base_model` is not a name on the hub.
     """
     if base_model and not _HUB_NAME.fullmatch(base_model):
         raise ValueError(f"base_model is {shown(base_model)}; expected a name on the hub: owner/name")

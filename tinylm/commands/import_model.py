@@ -107,7 +107,7 @@ def _folder_of(source: str) -> Path:
 
 def _download(name: str) -> Path:
     if name.count("/") != 1:
-        raise ValueError(f"hub:{shown(name)} is no name on the hub; expected hub:owner/name")
+        raise ValueError(f"hub:{shown(name)} is not a name on the hub; expected hub:owner/name")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -140,7 +140,7 @@ def notices(folder: Path) -> list[str]:
 def no_chats(tokenizer: Tokenizer) -> str:
     """Why the model cannot be talked to, in one line; empty if it can."""
     if not tokenizer.can_chat:
-        return "there is no chat template and no <|im_start|>: the model continues texts, and is not tuned on chats"
+        return "there is no chat template and no <|im_start|>: the model continues texts and cannot be tuned on chats"
     try:
         encode_chat(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     except ValueError as error:

@@ -101,7 +101,7 @@ def num_bytes_of(size: str) -> int:
     """2,000,000,000 for "2GB"; 0 for the empty text.
 
     Raises:
-        ValueError: it is no number of KB, MB or GB.
+        ValueError: it is not a number of KB, MB or GB.
     """
     if not size:
         return 0

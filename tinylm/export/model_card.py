@@ -114,7 +114,7 @@ def _what(card: Card) -> Iterator[str]:
     config, millions = card.config, f"{card.config.num_parameters() / 1e6:.3g}M"
     made = f"Tiny Language Model (`tinylm` {__version__})"
     theirs = [lineage for lineage in card.line if lineage.get("stage") == "imported"]
-    if theirs and len(card.line) == len(theirs) and not card.adapter:
+    if theirs and len(theirs) == len(card.line):
         made = f"of another maker, converted with {made}"
     else:
         made = f"tuned with {made} from a model of another maker" if theirs else f"made with {made}"

@@ -23,6 +23,8 @@ from tinylm.generation.sampling import BatchSampling, SamplingSettings, next_tok
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 
+DAMAGED = "the model computes no numbers (NaN): its weights are damaged; use another checkpoint"
+
 
 @dataclass(eq=False)
 class Row:
@@ -122,7 +124,7 @@ class DecodingBatch:
         last = torch.tensor(lengths, device=hidden.device) - 1
         logits = self.model.lm_head(hidden[torch.arange(len(rows), device=hidden.device), last])
         if logits.isnan().any():
-            raise ValueError("the model computes no numbers (NaN): its weights are damaged; use another checkpoint")
+            raise ValueError(DAMAGED)
         return logits
 
     def _current_logits(self) -> Tensor:

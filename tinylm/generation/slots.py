@@ -27,9 +27,8 @@ class Slots:
     def __init__(self, model: TinyLMForCausalLM, num_slots: int, length: int) -> None:
         self.cache = model.new_cache(num_slots, length)
         self.num_used = 0
-        self._tokens: list[list[int]] = [
-            [] for _ in range(num_slots)
-        ]  # of each row; may run ahead of what the cache holds
+        # Of each row; they may run ahead of what the cache holds.
+        self._tokens: list[list[int]] = [[] for _ in range(num_slots)]
         self._last_use = [0] * num_slots  # larger is later
         self._clock = 0
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tinylm.generation.decoding import DAMAGED
 from tinylm.generation.request import Event, Ticket, TokenLogprob, one_line
 from tinylm.generation.sampling import BatchSampling, count_penalties, next_tokens, seen_tokens, uniform_numbers
 from tinylm.generation.text_stream import TextStream
@@ -121,9 +122,6 @@ class Stream:
         return Event(self.ticket, ids, text, logprobs, reason)
 
 
-DAMAGED = "the model computes no numbers (NaN): its weights are damaged; use another checkpoint"
-
-
 class TokenChoice:
     """Chooses the next tokens of streams from their logits, and remembers what is the same at the next step."""
 
@@ -176,7 +174,7 @@ class TokenChoice:
 
 
 def unsound_rows(values: Tensor) -> list[int]:
-    """Which of the B rows of [B, ...] have something that is no number, or infinite: their sum is not finite."""
+    """Which of the B rows of [B, ...] have something that is not a finite number: their sum is not finite."""
     sums = values.flatten(1).sum(dim=1).tolist()
     return [row for row, total in enumerate(sums) if not math.isfinite(total)]
 

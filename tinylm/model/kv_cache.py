@@ -150,7 +150,7 @@ class KVCache:
         self.lengths[target] = length
 
     def wipe_row(self, row: int) -> None:
-        """Empty a row and its storage: what is no number (NaN) would reach its next tokens even behind a mask."""
+        """Empty a row and its storage: NaN would reach its next tokens even behind a mask."""
         for layer in (*self.keys, *self.values):
             layer[row] = 0
         self.lengths[row] = 0

@@ -31,7 +31,7 @@ def read_own_tokens(value: str) -> tuple[str, ...]:
     if not os.path.isfile(path):
         if not re.search(r"[<\[]", value):
             raise ValueError(
-                f"special_tokens is {shown(value)}, which is no file and has no name in < > or [ ]; expected names "
+                f"special_tokens is {shown(value)}, which is neither a file nor a name in < > or [ ]; expected names "
                 "such as '<|fim|>,<|lang:de|>', or a file with one a line"
             )
         return tuple(value.split(","))
