@@ -27,7 +27,7 @@ from tinylm.system.rendezvous import fresh_store
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-InferenceDtypeName = DtypeName | Literal["int8"]
+InferenceDtypeName = Literal[DtypeName, "int8"]
 """Precisions of a model that is used, not trained."""
 
 # --------------------------------------------------------------------------------------------------
