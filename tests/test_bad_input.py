@@ -348,7 +348,7 @@ CASES: dict[str, tuple[str, ...]] = {
     f"{TOKENIZER} good.txt --digits both": ("digits is 'both'", "expected one of split, grouped"),
     f"{TOKENIZER} good.txt --special_tokens nosuch.txt": (
         "special_tokens is 'nosuch.txt'",
-        "no file",
+        "neither a file nor a name",
         "expected names",
     ),
     f"{TOKENIZER} good.txt --special_tokens <a>,<a>": ("special token 2 of 2 is '<a>'", "named before", "each once"),

@@ -44,10 +44,15 @@ def weights(folder: Path) -> bytes:
 
 
 def train_in_little_memory(words: list[str]) -> int:
-    """The command; in its first step it may take 80 MB more than it has."""
+    """The command; the gradients of its first step may take 80 MB more than it has.
+
+    The update of the weights may take what it likes: what fails there ends a run, and oneDNN, which fails to generate
+    code once, generates none in this process after it.
+    """
+    from tinylm.trainer.core import loop
     from tinylm.trainer.run.run import Run
 
-    fit_once, after_step = Run._fit, Run._after_step
+    fit_once, update_weights = Run._fit, loop._update_weights
 
     def fit_with_a_limit(run: Run) -> bool:
         if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
@@ -56,11 +61,11 @@ def train_in_little_memory(words: list[str]) -> int:
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         return fit_once(run)
 
-    def after_step_without(run: Run, report) -> None:
+    def update_without(*args):
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        after_step(run, report)
+        return update_weights(*args)
 
-    Run._fit, Run._after_step = fit_with_a_limit, after_step_without
+    Run._fit, loop._update_weights = fit_with_a_limit, update_without
     return cli.main(words)
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
-_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED", "bad_alloc")
+_OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED", "bad_alloc",
+    "could not create a primitive",  # oneDNN got no memory for generated code, and generates none in this process after it
+)  # fmt: skip
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
