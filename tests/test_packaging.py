@@ -19,7 +19,7 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 EXTRAS = {
-    "serve": {"fastapi", "uvicorn", "sse-starlette", "prometheus-client"},
+    "serve": {"fastapi", "uvicorn", "sse-starlette", "prometheus-client", "llguidance"},
     "track": {"tensorboard", "wandb", "trackio"},
     "eval": {"lm-eval"},
     "export": {"gguf"},
