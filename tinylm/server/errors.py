@@ -83,7 +83,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def invalid_body(error: RequestValidationError) -> ApiError:
-    """The error that lies deepest in the body: of a field that may have several shapes, it is of the one that was meant."""
+    """About the error that lies deepest: of the shapes that a field may have, it is in the one that was meant."""
     worst = max(error.errors(), key=lambda found: len(found["loc"]))
     kind, given = worst["type"], worst.get("input")
     place = _place(worst["loc"])
