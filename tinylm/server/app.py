@@ -6,10 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import tinylm
 from tinylm.server import chat_completions, completions, responses
+from tinylm.server.docs_page import docs_page
 from tinylm.server.errors import ApiError, add_handlers
 from tinylm.server.gate import Gate
 from tinylm.server.prompts import chat_prompt, text_prompt
@@ -26,7 +27,11 @@ router = APIRouter()
 def make_app(settings: ServeSettings) -> FastAPI:
     """The ASGI application; `app.state.server.use(models)` makes it ready."""
     app = FastAPI(
-        title="tinylm", version=tinylm.__version__, redoc_url=None, description="OpenAI's API for tiny models"
+        title="tinylm",
+        version=tinylm.__version__,
+        docs_url=None,
+        redoc_url=None,
+        description="OpenAI's API for tiny models",
     )
     app.state.server = ServerState(settings)
     for each in (router, chat_completions.router, completions.router, responses.router):
@@ -49,6 +54,12 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Counters, in Prometheus' text format."""
     return Response(state_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/docs", response_class=HTMLResponse)
+async def docs(request: Request) -> str:
+    """This page."""
+    return docs_page(request.app.openapi())
 
 
 @router.get("/v1/models")
