@@ -11,7 +11,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
-from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.exit_status import Stopped, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
 
@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     console = make_console()
     with listening(settings) as at:
         warn(settings, console)
-        asyncio.run(serve(settings, at, console.print))
-    return 0
+        signum = asyncio.run(serve(settings, at, console.print))
+    raise Stopped(signum)
 
 
 def listening(settings: ServeSettings) -> socket.socket:
