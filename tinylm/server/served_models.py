@@ -124,6 +124,8 @@ class ServedModels:
         _require_sound(scheduler, name)
         self._models[name] = ServedModel(name, engine, scheduler, int(time.time()), parent)
         kind = f"adapter of {parent}" if parent else f"{loaded.model.num_parameters():,} parameters"
+        if loaded.lineage.get("stage") == "pretrain" and not parent:
+            kind += ", a base model, which continues text"
         self._say(
             f"{name}: {kind}, {str(model.dtype).removeprefix('torch.')}, {scheduler.max_streams} answers at a time, "
             f"contexts of {scheduler.context_length} tokens"
