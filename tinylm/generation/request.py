@@ -5,13 +5,28 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from tinylm.generation.sampling import SamplingSettings, accept
 
-TokenMask = Callable[[list[int]], "Tensor | None"]
-"""Token ids of the answer so far to bool [V], true where a token may come next; None where every token may."""
+
+class AnswerState(Protocol):
+    """What may follow in one answer, step by step."""
+
+    def mask(self) -> Tensor | None:
+        """bool [V], true where a token may come next; None where every token may."""
+
+    def take(self, token_id: int) -> bool:
+        """Go on behind the token that was chosen; returns whether the answer is complete, so that nothing follows."""
+
+
+class Constraint(Protocol):
+    """Which answers there may be."""
+
+    def start(self, stop_ids: Sequence[int]) -> AnswerState:
+        """The state of a new answer, which these tokens end. It is called from any thread."""
 
 
 class RequestError(ValueError):
@@ -56,8 +71,8 @@ class Request:
     """added to the logits of these tokens, from -100 to 100"""
     num_logprobs: int | None = None
     """with each token its log-probability, and those of this many likeliest tokens; None for none of it"""
-    allowed: TokenMask | None = None
-    """which tokens may come next"""
+    constraint: Constraint | None = None
+    """which tokens may come next; every answer has its own state"""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -104,7 +119,7 @@ class Request:
     @property
     def has_own_logits(self) -> bool:
         """Whether the model's logits are changed for this request alone, before the settings' filters."""
-        return self.counts_tokens or bool(self.logit_bias) or self.allowed is not None
+        return self.counts_tokens or bool(self.logit_bias) or self.constraint is not None
 
     @property
     def counts_tokens(self) -> bool:
@@ -145,10 +160,14 @@ class Ticket:
     Args:
         listener: called with each event in the scheduler's thread, in place of keeping it for iteration. It must be
             quick. If it raises, the request is cancelled.
+
+    Attributes:
+        answer_state: of the request's constraint; None if it has none.
     """
 
     def __init__(self, request: Request, listener: Callable[[Event], None] | None = None) -> None:
         self.request = request
+        self.answer_state = request.constraint.start(request.stop_ids) if request.constraint else None
         self.is_cancelled = False
         self.is_done = False
         self._kept: queue.SimpleQueue[Event] = queue.SimpleQueue()
