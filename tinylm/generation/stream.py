@@ -51,11 +51,6 @@ class Stream:
             self._uniforms = uniform_numbers(seed, request.number, limit).tolist()
 
     @property
-    def answer(self) -> list[int]:
-        """The answer so far."""
-        return self.tokens[self.prompt_length :]
-
-    @property
     def next_uniform(self) -> float:
         """The random number that the next token is drawn with."""
         return self._uniforms[len(self.tokens) - self.prompt_length] if self._uniforms else 0.0
@@ -75,7 +70,8 @@ class Stream:
             counts = torch.zeros_like(logits)
             counts[list(self._counts)] = torch.tensor(list(self._counts.values()), dtype=logits.dtype).to(counts.device)
             logits = count_penalties(logits, counts, request.presence_penalty, request.frequency_penalty)
-        allowed = request.allowed(self.answer) if request.allowed else None
+        state = self.ticket.answer_state
+        allowed = state.mask() if state else None
         if allowed is None:
             return logits
         if allowed.shape != logits.shape or allowed.dtype != torch.bool:
@@ -91,12 +87,17 @@ class Stream:
         """Append the token to the answer, or end the answer."""
         if token_id in self._stop_ids:
             return self._finish("stop")
+        state = self.ticket.answer_state
+        try:
+            is_complete = state is not None and state.take(token_id)
+        except Exception as error:  # whatever a constraint raises is its own request's end
+            return self.fail(one_line(error))
         self.tokens.append(token_id)
         if self.request.counts_tokens:
             self._counts[token_id] += 1
         text = self._text.feed(token_id) if self._text else ""
         logprobs = () if logprob is None else (logprob,)
-        if self._text and self._text.is_stopped:
+        if is_complete or (self._text and self._text.is_stopped):
             return self._finish("stop", (token_id,), text, logprobs)
         if len(self.tokens) == self.prompt_length + self.limit:
             return self._finish("length", (token_id,), text, logprobs)
