@@ -15,7 +15,7 @@ import sys
 from rich.console import Console
 
 from tinylm.commandline.exit_status import run_main
-from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.settings import model_first, parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.commands.chat import find_model
 from tinylm.server.settings import ServeSettings, named
@@ -23,9 +23,7 @@ from tinylm.server.settings import ServeSettings, named
 
 def main(argv: list[str]) -> int:
     """The command line: listen, load, answer until a signal ends it."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model_path", *argv]  # accept `tinylm serve MODEL`
-    settings = parse_settings(ServeSettings, argv, "tinylm serve", "Serve models over OpenAI's API.")
+    settings = parse_settings(ServeSettings, model_first(argv), "tinylm serve", "Serve models over OpenAI's API.")
     try:
         from tinylm.server.listen import serve
     except ImportError as error:
