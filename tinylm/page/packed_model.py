@@ -6,9 +6,9 @@ Layout: 8 digits, the header's length; the header, JSON, padded with blanks; the
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -22,7 +22,11 @@ PageDtype = Literal["int8", "f32"]
 
 
 def packed_model(
-    model: TinyLMForCausalLM, tokenizer: Tokenizer, dtype: PageDtype, about: dict[str, Any] | None = None
+    model: TinyLMForCausalLM,
+    tokenizer: Tokenizer,
+    dtype: PageDtype,
+    about: dict[str, Any] | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> bytes:
     """The model, its tokenizer and facts about it.
 
@@ -59,7 +63,7 @@ def packed_model(
         tensors[name] = entry
     header = {
         "config": _config(model),
-        "tokenizer": _tokenizer(tokenizer),
+        "tokenizer": _tokenizer(tokenizer, stop_ids or (tokenizer.endoftext_id, tokenizer.im_end_id, tokenizer.eos_id)),
         "tensors": tensors,
         "about": about or {},
     }
@@ -96,7 +100,7 @@ def _config(model: TinyLMForCausalLM) -> dict[str, Any]:
     return facts
 
 
-def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+def _tokenizer(tokenizer: Tokenizer, stop_ids: Sequence[int]) -> dict[str, Any]:
     """What tokenizer.js needs."""
     definition = tokenizer.definition
     names: list[str | None] = [None] * tokenizer.vocab_size
@@ -110,6 +114,7 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         "isNormalized": [step["type"] for step in steps_of(definition.get("normalizer"), "normalizers")] == ["NFC"],
         "controls": sorted({*tokenizer.added_ids.values(), *tokenizer.special_ids}),
         "documentStart": tokenizer.document_start,
+        "stops": list(stop_ids),
         "imStart": tokenizer.im_start_id if tokenizer.has_chat_tokens else None,
         "imEnd": tokenizer.im_end_id if tokenizer.has_chat_tokens else None,
         "canChat": tokenizer.has_chat_tokens and tokenizer.their_template is None,
@@ -139,4 +144,8 @@ def _javascript_pattern(definition: dict[str, Any]) -> str:
     # \u017f, the long s, is the one other character that these match without regard to case.
     both = "'(?:[sS\u017ftTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
     pattern = pattern.replace(contractions, both)
-    return pattern.replace(r"[^\s", r"[^\p{White_Space}").replace(r"\S", r"\P{White_Space}").replace(r"\s", r"\p{White_Space}")
+    return (
+        pattern.replace(r"[^\s", r"[^\p{White_Space}")
+        .replace(r"\S", r"\P{White_Space}")
+        .replace(r"\s", r"\p{White_Space}")
+    )
