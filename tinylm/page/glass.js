@@ -163,7 +163,9 @@ class Glass {
     large.style.width = "min(100%, 24rem)";
     large.setAttribute("role", "img");
     large.setAttribute("aria-label", `attention of layer ${this.layer + 1}, head ${this.head + 1}: a row for each token`);
-    this.attention.replaceChildren(make("div", { class: "heads" }, ...buttons),
+    const heads = make("div", { class: "heads" }, ...buttons);
+    heads.style.gridTemplateColumns = `repeat(${config.heads}, minmax(2rem, 4.5rem))`; // a row for each layer
+    this.attention.replaceChildren(heads,
       make("p", { class: "hint" }, `Layer ${this.layer + 1}, head ${this.head + 1}: each row is a token, each column one `,
         "that it may look at. The tokens above are coloured by the row of the chosen one."), large);
   }

@@ -6,29 +6,22 @@ Layout: 8 digits, the header's length; the header, JSON, padded with blanks; the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 
 from tinylm.files.untrusted import shown
+from tinylm.generation.engine import Engine
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.model.positions import rope_frequencies
 from tinylm.tokenizer.split_patterns import DIGIT_PATTERNS, steps_of
-from tinylm.tokenizer.tokenizer import Tokenizer
 
 PageDtype = Literal["int8", "f32"]
 
 
-def packed_model(
-    model: TinyLMForCausalLM,
-    tokenizer: Tokenizer,
-    dtype: PageDtype,
-    about: dict[str, Any] | None = None,
-    stop_ids: Sequence[int] = (),
-) -> bytes:
-    """The model, its tokenizer and facts about it.
+def packed_model(engine: Engine, dtype: PageDtype, about: dict[str, Any] | None = None) -> bytes:
+    """The model of `engine`, its tokenizer, and facts about it.
 
     Args:
         dtype: of the matrices; int8 has one scale for each row.
@@ -37,6 +30,7 @@ def packed_model(
     Raises:
         ValueError: the tokenizer splits text in a way that the page does not know, or weights are not finite.
     """
+    model = engine.model
     tensors: dict[str, dict[str, Any]] = {}
     parts: list[bytes] = []
     size = 0
@@ -63,7 +57,7 @@ def packed_model(
         tensors[name] = entry
     header = {
         "config": _config(model),
-        "tokenizer": _tokenizer(tokenizer, stop_ids or (tokenizer.endoftext_id, tokenizer.im_end_id, tokenizer.eos_id)),
+        "tokenizer": _tokenizer(engine),
         "tensors": tensors,
         "about": about or {},
     }
@@ -77,6 +71,9 @@ def _tensors(model: TinyLMForCausalLM) -> dict[str, torch.Tensor]:
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    tensors.pop("model.embed_positions.weight", None)
+    if (positions := model.model.embed_positions) is not None:
+        tensors["positions"] = positions(slice(None))
     return tensors
 
 
@@ -100,8 +97,9 @@ def _config(model: TinyLMForCausalLM) -> dict[str, Any]:
     return facts
 
 
-def _tokenizer(tokenizer: Tokenizer, stop_ids: Sequence[int]) -> dict[str, Any]:
+def _tokenizer(engine: Engine) -> dict[str, Any]:
     """What tokenizer.js needs."""
+    tokenizer = engine.tokenizer
     definition = tokenizer.definition
     names: list[str | None] = [None] * tokenizer.vocab_size
     for name, token_id in {**definition["model"]["vocab"], **tokenizer.added_ids}.items():
@@ -112,9 +110,10 @@ def _tokenizer(tokenizer: Tokenizer, stop_ids: Sequence[int]) -> dict[str, Any]:
         "merges": merges,
         "pattern": _javascript_pattern(definition),
         "isNormalized": [step["type"] for step in steps_of(definition.get("normalizer"), "normalizers")] == ["NFC"],
+        "ignoresMerges": definition["model"].get("ignore_merges") is True,
         "controls": sorted({*tokenizer.added_ids.values(), *tokenizer.special_ids}),
-        "documentStart": tokenizer.document_start,
-        "stops": list(stop_ids),
+        "documentStart": engine.document_start,
+        "stops": list(engine.stop_ids),
         "imStart": tokenizer.im_start_id if tokenizer.has_chat_tokens else None,
         "imEnd": tokenizer.im_end_id if tokenizer.has_chat_tokens else None,
         "canChat": tokenizer.has_chat_tokens and tokenizer.their_template is None,
@@ -133,7 +132,7 @@ def _javascript_pattern(definition: dict[str, Any]) -> str:
     ]
     normalizers = [step["type"] for step in steps_of(definition.get("normalizer"), "normalizers")]
     known = [[pattern, "ByteLevel"] for pattern in DIGIT_PATTERNS.values()]
-    if steps not in known or normalizers not in ([], ["NFC"]) or definition["model"].get("ignore_merges"):
+    if steps not in known or normalizers not in ([], ["NFC"]):
         raise ValueError(
             f"this tokenizer splits text by {shown(steps)}; expected our own, or Qwen's: the page knows no others; "
             "use another format, such as gguf"

@@ -14,7 +14,8 @@ const BYTE_CHARACTERS = (() => {
 
 class Tokenizer {
   /** `definition`: tokens (names by id), merges (pairs of names, the earlier goes first), pattern (how text is split),
-      isNormalized (NFC), controls (ids that no text holds), documentStart, stops, and for ChatML imStart and imEnd. */
+      isNormalized (NFC), ignoresMerges (a piece that is a token is taken whole), controls (ids that no text holds),
+      documentStart, stops, and for ChatML imStart and imEnd. */
   constructor(definition) {
     Object.assign(this, definition);
     this.controls = new Set(definition.controls);
@@ -30,7 +31,9 @@ class Tokenizer {
     const ids = [];
     for (const piece of (this.isNormalized ? text.normalize("NFC") : text).match(this.split) || []) {
       const characters = Array.from(this.encoder.encode(piece), (byte) => BYTE_CHARACTERS[byte]);
-      for (const name of this.merge(characters)) ids.push(this.ids.get(name));
+      const whole = this.ignoresMerges ? this.ids.get(characters.join("")) : undefined;
+      if (whole !== undefined) ids.push(whole);
+      else for (const name of this.merge(characters)) ids.push(this.ids.get(name));
     }
     return ids;
   }
