@@ -71,6 +71,9 @@ class Request:
     """added to the logits of these tokens, from -100 to 100"""
     num_logprobs: int | None = None
     """with each token its log-probability, and those of this many likeliest tokens; None for none of it"""
+    num_prompt_logprobs: int | None = None
+    """the same for each token of the prompt but the first, in the ticket's `prompt_logprobs`; the prompt is then read
+    from its beginning, whatever is known of it"""
     constraint: Constraint | None = None
     """which tokens may come next; every answer has its own state"""
 
@@ -89,8 +92,9 @@ class Request:
             accept(name, value, -2 <= value <= 2, "-2 to 2 (0 = off)")
         for token_id, value in self.logit_bias.items():
             accept(f"logit_bias of token {token_id}", value, -100 <= value <= 100, "-100 to 100")
-        if self.num_logprobs is not None:
-            accept("num_logprobs", self.num_logprobs, self.num_logprobs >= 0, "0 or more")
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            value = getattr(self, name)
+            accept(name, value, value is None or value >= 0, "0 or more")
 
     def check(self, vocab_size: int, context_length: int, has_tokenizer: bool) -> None:
         """Refuse what this model cannot answer.
@@ -111,8 +115,9 @@ class Request:
                         f"{name} has token {token_id}; expected 0 to {vocab_size - 1}; encode the text with this "
                         "model's tokenizer"
                     )
-        if self.num_logprobs is not None and self.num_logprobs > vocab_size:
-            raise RequestError(f"num_logprobs is {self.num_logprobs}; the model has {vocab_size} tokens; ask for fewer")
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            if (value := getattr(self, name)) is not None and value > vocab_size:
+                raise RequestError(f"{name} is {value}; the model has {vocab_size} tokens; ask for fewer")
         if self.stop_strings and not has_tokenizer:
             raise RequestError("stop strings need a tokenizer, and the scheduler has none; use stop_ids")
 
@@ -162,6 +167,8 @@ class Ticket:
             quick. If it raises, the request is cancelled.
 
     Attributes:
+        prompt_logprobs: of the prompt's second and later tokens, if asked for; complete with the first event.
+        num_cached: tokens of the prompt that were known already.
         answer_state: of the request's constraint; None if it has none.
     """
 
@@ -170,6 +177,8 @@ class Ticket:
         self.answer_state = request.constraint.start(request.stop_ids) if request.constraint else None
         self.is_cancelled = False
         self.is_done = False
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.num_cached = 0
         self._kept: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._listener = listener or self._kept.put
 

@@ -183,8 +183,15 @@ def unsound_rows(values: Tensor) -> list[int]:
 def _logprob(stream: Stream, token_id: int, logits: Tensor, row: int) -> TokenLogprob | None:
     """The log-probabilities that the stream asked for, from the model's logits [B, V]."""
     count = stream.request.num_logprobs
-    if count is None:
-        return None
-    log_probs = logits[row].log_softmax(dim=-1)
-    values, ids = log_probs.topk(count)
-    return TokenLogprob(token_id, log_probs[token_id].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return None if count is None else token_logprobs([token_id], logits[row : row + 1], count)[0]
+
+
+def token_logprobs(token_ids: Sequence[int], logits: Tensor, count: int) -> list[TokenLogprob]:
+    """How likely each of B tokens is by its row of logits [B, V], and the `count` likeliest tokens there."""
+    log_probs = logits.log_softmax(dim=-1)
+    chosen = log_probs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]).flatten().tolist()
+    values, ids = log_probs.topk(count, dim=-1)
+    return [
+        TokenLogprob(token_id, logprob, tuple(zip(tops, those, strict=True)))
+        for token_id, logprob, tops, those in zip(token_ids, chosen, ids.tolist(), values.tolist(), strict=True)
+    ]
