@@ -37,7 +37,7 @@ WHITESPACE = r"\x20|\n\x20{0,32}"
 """Between the parts of JSON: a blank, or a new line and its indentation. Endless blanks, which JSON allows as well, are
 what a small model otherwise answers."""
 
-# What one grammar may cost. With these, none took more than 0.1 s to prepare, 5 ms a token, or 20 MB.
+# What one grammar may cost. With these, none took more than 0.1 s to prepare, 10 ms a token, or 20 MB.
 _LIMITS = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 20_000,
