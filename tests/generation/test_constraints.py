@@ -237,6 +237,7 @@ def test_a_dropped_blank_may_be_written_or_not(tmp_path: Path) -> None:
     assert state.mask()[[blank, with_blank, without, *plain]].all()
     assert not state.take(blank)
     assert not state.mask()[blank] and not state.mask()[with_blank] and state.mask()[plain].any()
+    refused(lambda: GrammarCompiler(own, own.vocab_size).regex("[^\\s\\S]"), "accepts no text")
 
 
 def test_tokens_beyond_the_tokenizer_and_control_tokens_are_never_allowed() -> None:
