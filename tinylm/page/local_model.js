@@ -9,6 +9,7 @@ class LocalModel {
     this.tokenizer = new Tokenizer(packed.tokenizer);
     this.transformer = new Transformer(packed.config, packed.tensors);
     this.config = packed.config;
+    this.canChat = this.tokenizer.canChat && !this.about.isBase; // else it continues text
     this.cache = this.transformer.newCache();
     this.known = []; // the tokens whose keys and values the cache holds
   }
@@ -65,7 +66,7 @@ class LocalModel {
     let turns = messages.filter(({ role }) => role !== "system");
     const all = turns.length;
     for (;;) {
-      const ids = this.tokenizer.canChat
+      const ids = this.canChat
         ? this.tokenizer.chat([...system, ...turns])
         : [...this.tokenizer.documentStart, ...this.tokenizer.encode(turns.map(({ content }) => content).join("\n"))];
       if (ids.length <= budget) return { ids, dropped: all - turns.length };

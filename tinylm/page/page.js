@@ -44,8 +44,9 @@ function start() {
   document.getElementById("facts").textContent =
     `${about.parameters.toLocaleString("en")} parameters, a context of ${config.context} tokens; ` +
     "everything is computed in this page, and nothing leaves it.";
-  if (!model.tokenizer.canChat || about.isBase) {
-    document.getElementById("facts").textContent += " It is a base model: it continues text.";
+  if (!model.canChat) {
+    const reason = about.isBase ? "It is a base model" : "Its chats are not in ChatML";
+    document.getElementById("facts").textContent += ` ${reason}: here it continues text.`;
   }
   window.parts = { model, chat: new Chat(document.getElementById("chat"), model),
     glass: new Glass(document.getElementById("glass"), model) };
