@@ -1,14 +1,17 @@
-"""llama.cpp as a contender, in this process: the same weights in GGUF files of our own export, the same work.
+"""llama.cpp as a contender: the same weights in GGUF files of our own export, the same work.
 
-xllamacpp is llama.cpp and its server as one Python package. It is imported only when it is measured.
+xllamacpp is llama.cpp and its server as one Python package. It has a process of its own: in one process with torch,
+OpenMP counts the threads of both, and with more threads than cores it lets all of them sleep between two operations.
+Both were half as fast.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,40 +22,40 @@ NAMES = {dtype: f"llama.cpp {kind.upper()}" for dtype, kind in FORMATS.items()}
 
 
 class LlamaCpp:
-    """A GGUF file, loaded, with llama.cpp's usual settings.
-
-    Args:
-        slots: texts that it answers at the same time.
-        context: tokens that each of them has room for.
-    """
+    """A GGUF file, loaded by a process of its own, which ends with this object (see `llama_cpp_worker`)."""
 
     def __init__(self, model: Path, slots: int, context: int, reuses_prompts: bool = False) -> None:
-        import xllamacpp
+        numbers = (slots, context, torch.get_num_threads(), int(reuses_prompts))
+        words = [sys.executable, "-m", "tinylm.benchmark.llama_cpp_worker", str(model), *map(str, numbers)]
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        )
 
-        params = xllamacpp.CommonParams()
-        params.model.path = str(model)
-        params.n_parallel, params.n_ctx, params.n_gpu_layers = slots, slots * context, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.cache_ram_mib, params.verbosity = 0, -1
-        self.reuses_prompts = reuses_prompts
-        self.slots = slots
-        self._server = xllamacpp.Server(params)
-        # A server that is destroyed before its loop runs waits for ever; one that has answered is past that.
-        self.complete([0], 1)
+    def complete(self, prompts: Sequence[list[int]], num_tokens: int) -> int:
+        """Continue prompts together, each greedily by `num_tokens`; returns how many tokens there were in all.
 
-    def complete(self, prompt: list[int], num_tokens: int) -> int:
-        """Continue token ids greedily by exactly so many tokens; returns how many there were."""
-        answer: Any = self._server.handle_completions({
-            "prompt": prompt, "max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True,
-            "cache_prompt": self.reuses_prompts,
-        })  # fmt: skip
-        return int(answer["usage"]["completion_tokens"])
+        Raises:
+            RuntimeError: the process failed.
+        """
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        try:
+            process.stdin.write(json.dumps([list(prompts), num_tokens]) + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:  # what it said is read below
+            pass
+        line = process.stdout.readline()
+        if not line.strip().isdecimal():
+            process.kill()
+            said = process.stderr.read().strip().splitlines()
+            raise RuntimeError(f"llama.cpp: the process failed: {said[-1] if said else 'it said nothing'}")
+        return int(line)
 
     def turn(self, prompts: Callable[[], Sequence[list[int]]], num_tokens: int) -> Callable[[], float]:
-        """Continue the prompts together, each by `num_tokens`; returns how many tokens there were in all."""
+        """A turn's work: new prompts, and so many tokens for each."""
+        return lambda: float(self.complete(prompts(), num_tokens))
 
-        def turn() -> float:
-            with ThreadPoolExecutor(self.slots) as pool:
-                return float(sum(pool.map(lambda prompt: self.complete(prompt, num_tokens), prompts())))
-
-        return turn
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
