@@ -30,6 +30,7 @@ class Server:
     settings: ServeSettings
     said: list[str] = field(default_factory=list)
     models: ServedModels | None = None
+    client: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=PATIENCE))
 
     @property
     def url(self) -> str:
@@ -41,12 +42,12 @@ class Server:
         return self.models.named(None).engine
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
-        return httpx2.get(self.url + path, timeout=PATIENCE, **options)
+        return self.client.get(self.url + path, **options)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx2.Response:
         if body is not None:
             options["json"] = body
-        return httpx2.post(self.url + path, timeout=PATIENCE, **options)
+        return self.client.post(self.url + path, **options)
 
     def figure(self, name: str) -> float:
         """The sum of a figure of /metrics over its models."""
@@ -105,6 +106,7 @@ def running(settings: ServeSettings, is_ready: bool = True) -> Iterator[Server]:
         yield server
     finally:
         listen.ServedModels = original
+        server.client.close()
         if thread.is_alive():
             kept["loop"].call_soon_threadsafe(kept["task"].cancel)
         thread.join(PATIENCE)
