@@ -13,9 +13,10 @@ FLOORS = (
     {"system", "files"},
     {"commandline", "tokenizer", "model"},
     {"checkpoint", "dataset", "generation"},
+    {"page"},
     {"evaluation", "export", "trainer/core"},
     {"trainer/run"},
-    {"trainer"},
+    {"trainer", "server"},
     {"benchmark"},
     {"commands"},
     {"cli.py"},
@@ -122,7 +123,12 @@ def test_init_files_only_re_export(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_targets_are_never_called_labels(name: str) -> None:
-    """Elsewhere `labels` are targets still to be shifted; ours are shifted once, in the dataset."""
+    """Elsewhere `labels` are targets still to be shifted; ours are shifted once, in the dataset.
+
+    Prometheus calls the parts of a counter so.
+    """
+    if name == "server/metrics.py":
+        return
     for node in ast.walk(parse(name)):
         names = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname")]
         assert "labels" not in names, f"tinylm/{name}:{getattr(node, 'lineno', '?')}"

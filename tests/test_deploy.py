@@ -6,6 +6,7 @@ runs its command and passes signals on to it, `scontrol` knows the machines' nam
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import json
 import os
@@ -25,9 +26,11 @@ import yaml
 
 from tests.processes import PATIENCE
 from tinylm.commandline.settings import parse_settings
+from tinylm.server.settings import ServeSettings
 from tinylm.trainer.train_pretrain import PretrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCKERFILE, UNIT = ROOT / "deploy" / "Dockerfile", ROOT / "deploy" / "tinylm.service"
 SLURM = ROOT / "deploy" / "slurm.sbatch"
 RECIPE = "tinylm/trainer/train_pretrain.py"
 OUR_ENVIRONMENT = {"OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"}
@@ -124,11 +127,54 @@ def test_no_file_names_somebodys_cluster() -> None:
         assert "CHANGE" in text, f"{path.name}: what is to be filled in must be marked"
 
 
+def checker_of(name: str) -> str:
+    """Where a checker from requirements-dev.txt is."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"{name} is not installed; requirements-dev.txt has it")
+    return found
+
+
+def test_hadolint_finds_nothing() -> None:
+    done = subprocess.run([checker_of("hadolint"), DOCKERFILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_container_serves_as_nobody() -> None:
+    """Its words are flags of ours, what it copies exists, and its port is the one that is asked for health."""
+    lines = re.sub(r"^#.*$", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    steps = {line.split()[0]: line.partition(" ")[2] for line in lines if line.strip()}
+    command, *words = json.loads(steps["ENTRYPOINT"]) + json.loads(steps["CMD"])
+    assert (command, words.pop(0)) == ("tinylm", "serve")
+    settings = parse_settings(ServeSettings, words, "tinylm serve", "")
+    assert settings.model_path == "/model" and f"127.0.0.1:{settings.port}/health" in steps["HEALTHCHECK"]
+    assert int(steps["EXPOSE"]) == settings.port and not settings.is_local
+    assert int(steps["USER"].partition(":")[0]) > 0
+    for line in lines:
+        for name in line.split()[1:-1] if line.startswith("COPY") else ():
+            assert (ROOT / name).exists(), name
+    assert "CMD" in steps and "TINYLM_API_KEY" in DOCKERFILE.read_text()
+
+
+def test_the_unit_drains_before_it_kills() -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(UNIT)
+    service = unit["Service"]
+    command, name, *words = shlex.split(service["ExecStart"])
+    assert Path(command).name == "tinylm" and name == "serve"
+    settings = parse_settings(ServeSettings, words, "tinylm serve", "")
+    assert settings.is_local and int(service["TimeoutStopSec"]) > settings.drain_timeout + 5
+    assert service["DynamicUser"] == service["NoNewPrivileges"] == "yes" and "install" in UNIT.read_text()
+    if checker := shutil.which("systemd-analyze"):
+        done = subprocess.run([checker, "verify", UNIT], capture_output=True, text=True)
+        complaints = [line for line in done.stderr.splitlines() if "is not executable" not in line]
+        assert complaints == []
+
+
 @pytest.mark.parametrize("name", ["slurm.sbatch", "skypilot.yaml"])
 def test_shellcheck_finds_nothing(name: str, tmp_path: Path) -> None:
-    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if checker is None:
-        pytest.skip("shellcheck is not installed; requirements-dev.txt has it")
+    checker = checker_of("shellcheck")
     script = SLURM
     if name == "skypilot.yaml":
         script = tmp_path / "run.sh"

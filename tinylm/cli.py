@@ -28,6 +28,7 @@ COMMANDS = {
     "lora": Command("tinylm.trainer.train_lora:main", "fine-tune a small adapter of a frozen model", RESUME_ADVICE),
     "dpo": Command("tinylm.trainer.train_dpo:main", "teach a model which of two answers is preferred", RESUME_ADVICE),
     "chat": Command("tinylm.commands.chat:main", "talk with a model in the terminal"),
+    "serve": Command("tinylm.commands.serve:main", "serve models to other programs, over OpenAI's API"),
     "eval": Command("tinylm.commands.evaluate:main", "measure a model"),
     "merge": Command("tinylm.commands.merge:main", "fold an adapter into its model"),
     "import": Command("tinylm.commands.import_model:main", "take in a Hugging Face folder or a GGUF of another maker"),

@@ -5,13 +5,28 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from tinylm.generation.sampling import SamplingSettings, accept
 
-TokenMask = Callable[[list[int]], "Tensor | None"]
-"""Token ids of the answer so far to bool [V], true where a token may come next; None where every token may."""
+
+class AnswerState(Protocol):
+    """What may follow in one answer, step by step."""
+
+    def mask(self) -> Tensor | None:
+        """bool [V], true where a token may come next; None where every token may."""
+
+    def take(self, token_id: int) -> bool:
+        """Go on behind the token that was chosen; returns whether the answer is complete, so that nothing follows."""
+
+
+class Constraint(Protocol):
+    """Which answers there may be."""
+
+    def start(self, stop_ids: Sequence[int]) -> AnswerState:
+        """The state of a new answer, which these tokens end. It is called from any thread."""
 
 
 class RequestError(ValueError):
@@ -56,8 +71,11 @@ class Request:
     """added to the logits of these tokens, from -100 to 100"""
     num_logprobs: int | None = None
     """with each token its log-probability, and those of this many likeliest tokens; None for none of it"""
-    allowed: TokenMask | None = None
-    """which tokens may come next"""
+    num_prompt_logprobs: int | None = None
+    """the same for each token of the prompt but the first, in the ticket's `prompt_logprobs`; the prompt is then read
+    from its beginning, whatever is known of it"""
+    constraint: Constraint | None = None
+    """which tokens may come next; every answer has its own state"""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -74,8 +92,9 @@ class Request:
             accept(name, value, -2 <= value <= 2, "-2 to 2 (0 = off)")
         for token_id, value in self.logit_bias.items():
             accept(f"logit_bias of token {token_id}", value, -100 <= value <= 100, "-100 to 100")
-        if self.num_logprobs is not None:
-            accept("num_logprobs", self.num_logprobs, self.num_logprobs >= 0, "0 or more")
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            value = getattr(self, name)
+            accept(name, value, value is None or value >= 0, "0 or more")
 
     def check(self, vocab_size: int, context_length: int, has_tokenizer: bool) -> None:
         """Refuse what this model cannot answer.
@@ -96,15 +115,16 @@ class Request:
                         f"{name} has token {token_id}; expected 0 to {vocab_size - 1}; encode the text with this "
                         "model's tokenizer"
                     )
-        if self.num_logprobs is not None and self.num_logprobs > vocab_size:
-            raise RequestError(f"num_logprobs is {self.num_logprobs}; the model has {vocab_size} tokens; ask for fewer")
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            if (value := getattr(self, name)) is not None and value > vocab_size:
+                raise RequestError(f"{name} is {value}; the model has {vocab_size} tokens; ask for fewer")
         if self.stop_strings and not has_tokenizer:
             raise RequestError("stop strings need a tokenizer, and the scheduler has none; use stop_ids")
 
     @property
     def has_own_logits(self) -> bool:
         """Whether the model's logits are changed for this request alone, before the settings' filters."""
-        return self.counts_tokens or bool(self.logit_bias) or self.allowed is not None
+        return self.counts_tokens or bool(self.logit_bias) or self.constraint is not None
 
     @property
     def counts_tokens(self) -> bool:
@@ -145,12 +165,20 @@ class Ticket:
     Args:
         listener: called with each event in the scheduler's thread, in place of keeping it for iteration. It must be
             quick. If it raises, the request is cancelled.
+
+    Attributes:
+        prompt_logprobs: of the prompt's second and later tokens, if asked for; complete with the first event.
+        num_cached: tokens of the prompt that were known already.
+        answer_state: of the request's constraint; None if it has none.
     """
 
     def __init__(self, request: Request, listener: Callable[[Event], None] | None = None) -> None:
         self.request = request
+        self.answer_state = request.constraint.start(request.stop_ids) if request.constraint else None
         self.is_cancelled = False
         self.is_done = False
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.num_cached = 0
         self._kept: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._listener = listener or self._kept.put
 

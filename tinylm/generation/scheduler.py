@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,13 @@ from torch import Tensor
 from tinylm.generation.request import Event, QueueFull, Request, SchedulerClosed, Ticket, one_line
 from tinylm.generation.sampling import accept
 from tinylm.generation.slots import Slots, common_start
-from tinylm.generation.stream import DAMAGED, Stream, TokenChoice, unsound_rows
+from tinylm.generation.stream import DAMAGED, Stream, TokenChoice, token_logprobs, unsound_rows
 from tinylm.model.kv_cache import KVCache
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.tokenizer.tokenizer import Tokenizer
 
+SCORED_AT_ONCE = 128
+"""Positions of a prompt whose logits are computed at a time; each takes the memory of a vocabulary."""
 WORTH_WAITING = 32
 """A prompt that shares this many more tokens with one that is being read waits for them, in place of reading them."""
 
@@ -66,6 +68,7 @@ class Scheduler:
     Args:
         model: in evaluation mode, in the precision to compute in.
         tokenizer: for text and stop strings; None for token ids only.
+        changed: shared by schedulers that one thread runs (see `run_together`); None for one of its own.
 
     Raises:
         ValueError: the memory for keys and values holds no stream, or the context is longer than the model's.
@@ -76,6 +79,7 @@ class Scheduler:
         model: TinyLMForCausalLM,
         tokenizer: Tokenizer | None = None,
         settings: SchedulerSettings | None = None,
+        changed: threading.Condition | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.settings = settings = settings or SchedulerSettings()
@@ -87,7 +91,7 @@ class Scheduler:
         self._choice = TokenChoice()
         self._waiting: deque[Ticket] = deque()
         self._is_closing = self._cancels_all = False
-        self._changed = threading.Condition()  # guards `_waiting` and `_is_closing`
+        self._changed = changed or threading.Condition()  # guards `_waiting` and `_is_closing`
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -128,12 +132,7 @@ class Scheduler:
 
     def run(self) -> None:
         """Step whenever there is something to do; return once the scheduler is closed and all requests are done."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self.has_work or self._is_closing)
-                if not self.has_work:
-                    return
-            self.step()
+        run_together([self])
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests, and wait for the thread to end, at most `timeout` seconds.
@@ -253,9 +252,12 @@ class Scheduler:
         for place in range(first, len(self._streams)):
             stream = self._streams[place]
             if not stream.is_started:
-                if self._must_wait(place):
+                if stream.request.num_prompt_logprobs is not None:
+                    cache.lengths[place] = 0
+                elif self._must_wait(place):
                     break
-                self._slots.reuse(place, stream.prompt_length)
+                else:
+                    stream.ticket.num_cached = self._slots.reuse(place, stream.prompt_length)
                 stream.is_started = True
             past = cache.lengths[place]
             size = min(stream.prompt_length - past, budget)
@@ -294,6 +296,8 @@ class Scheduler:
         device = self.model.device
         hidden = self.model.hidden_states(torch.tensor(parts, device=device), cache=cache.rows(first, end))
         cache.lengths[first:end] = [start + size for _, start, size in rows]
+        for row, (stream, start, size) in enumerate(rows):
+            self._score_prompt(stream, start, hidden[row, :size])
         # Where hidden states are numbers, so are the keys and values below them, which other prompts may reuse.
         for row in unsound_rows(hidden):
             rows[row][0].is_damaged = True
@@ -302,6 +306,17 @@ class Scheduler:
         ended = [row for row, is_end in enumerate(ends) if is_end]
         last = [chunks[row] - 1 for row in ended]
         return [rows[row][0] for row in ended], hidden[ended, last]
+
+    def _score_prompt(self, stream: Stream, start: int, hidden: Tensor) -> None:
+        """If the stream asked for it, how likely its prompt's tokens after `start` are, from hidden states [T, C]."""
+        count = stream.request.num_prompt_logprobs
+        if count is None:
+            return
+        following = stream.tokens[start + 1 : min(start + len(hidden) + 1, stream.prompt_length)]
+        for first in range(0, len(following), SCORED_AT_ONCE):
+            ids = following[first : first + SCORED_AT_ONCE]
+            logits = self.model.lm_head(hidden[first : first + len(ids)]).float()
+            stream.ticket.prompt_logprobs += token_logprobs(ids, logits, count)
 
     # ----------------------------------------------------------------------------------------------------- rows
 
@@ -322,6 +337,25 @@ class Scheduler:
             self._swap(place, len(self._streams) - 1)
             self._slots.give_back_last()
             self._streams.pop()
+
+
+def run_together(schedulers: Sequence[Scheduler]) -> None:
+    """Step those that have something to do in turn; return once all are closed and all requests are done.
+
+    Models that share a machine are run so, in one thread: in two, each would wait for the other's cores.
+
+    Args:
+        schedulers: made with the same `changed`.
+    """
+    changed = schedulers[0]._changed
+    while True:
+        with changed:
+            changed.wait_for(lambda: any(s.has_work for s in schedulers) or all(s._is_closing for s in schedulers))
+            busy = [scheduler for scheduler in schedulers if scheduler.has_work]
+        if not busy:
+            return
+        for scheduler in busy:
+            scheduler.step()
 
 
 def _padded(tokens: list[int], width: int) -> list[int]:

@@ -51,11 +51,6 @@ class Stream:
             self._uniforms = uniform_numbers(seed, request.number, limit).tolist()
 
     @property
-    def answer(self) -> list[int]:
-        """The answer so far."""
-        return self.tokens[self.prompt_length :]
-
-    @property
     def next_uniform(self) -> float:
         """The random number that the next token is drawn with."""
         return self._uniforms[len(self.tokens) - self.prompt_length] if self._uniforms else 0.0
@@ -75,7 +70,8 @@ class Stream:
             counts = torch.zeros_like(logits)
             counts[list(self._counts)] = torch.tensor(list(self._counts.values()), dtype=logits.dtype).to(counts.device)
             logits = count_penalties(logits, counts, request.presence_penalty, request.frequency_penalty)
-        allowed = request.allowed(self.answer) if request.allowed else None
+        state = self.ticket.answer_state
+        allowed = state.mask() if state else None
         if allowed is None:
             return logits
         if allowed.shape != logits.shape or allowed.dtype != torch.bool:
@@ -91,12 +87,17 @@ class Stream:
         """Append the token to the answer, or end the answer."""
         if token_id in self._stop_ids:
             return self._finish("stop")
+        state = self.ticket.answer_state
+        try:
+            is_complete = state is not None and state.take(token_id)
+        except Exception as error:  # whatever a constraint raises is its own request's end
+            return self.fail(one_line(error))
         self.tokens.append(token_id)
         if self.request.counts_tokens:
             self._counts[token_id] += 1
         text = self._text.feed(token_id) if self._text else ""
         logprobs = () if logprob is None else (logprob,)
-        if self._text and self._text.is_stopped:
+        if is_complete or (self._text and self._text.is_stopped):
             return self._finish("stop", (token_id,), text, logprobs)
         if len(self.tokens) == self.prompt_length + self.limit:
             return self._finish("length", (token_id,), text, logprobs)
@@ -182,8 +183,15 @@ def unsound_rows(values: Tensor) -> list[int]:
 def _logprob(stream: Stream, token_id: int, logits: Tensor, row: int) -> TokenLogprob | None:
     """The log-probabilities that the stream asked for, from the model's logits [B, V]."""
     count = stream.request.num_logprobs
-    if count is None:
-        return None
-    log_probs = logits[row].log_softmax(dim=-1)
-    values, ids = log_probs.topk(count)
-    return TokenLogprob(token_id, log_probs[token_id].item(), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return None if count is None else token_logprobs([token_id], logits[row : row + 1], count)[0]
+
+
+def token_logprobs(token_ids: Sequence[int], logits: Tensor, count: int) -> list[TokenLogprob]:
+    """How likely each of B tokens is by its row of logits [B, V], and the `count` likeliest tokens there."""
+    log_probs = logits.log_softmax(dim=-1)
+    chosen = log_probs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None]).flatten().tolist()
+    values, ids = log_probs.topk(count, dim=-1)
+    return [
+        TokenLogprob(token_id, logprob, tuple(zip(tops, those, strict=True)))
+        for token_id, logprob, tops, those in zip(token_ids, chosen, ids.tolist(), values.tolist(), strict=True)
+    ]

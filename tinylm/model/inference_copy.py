@@ -74,13 +74,13 @@ def _base(linear: nn.Module) -> nn.Linear:
     return base
 
 
-def _scale(norm: RMSNorm) -> Tensor:
+def norm_scale(norm: RMSNorm) -> Tensor:
     """The part of a norm that `_Division` leaves out: sqrt(width) times its weight, float32."""
     return norm.weight.float() * norm.weight.numel() ** 0.5
 
 
 class _Division(nn.Module):
-    """x / sqrt(|x|^2 + width * eps) over the last axis: an RMSNorm without its `_scale`."""
+    """x / sqrt(|x|^2 + width * eps) over the last axis: an RMSNorm without its `norm_scale`."""
 
     def __init__(self, norm: RMSNorm):
         super().__init__()
@@ -102,7 +102,7 @@ def _product(linears: list[nn.Linear], dtype: torch.dtype, norm: RMSNorm | None 
     """
     weight = torch.cat(tuple(linear.weight for linear in linears)).float()
     if norm is not None:
-        weight = weight * _scale(norm)
+        weight = weight * norm_scale(norm)
     biases = [_base(linear).bias for linear in linears]
     bias = None if biases[0] is None else torch.cat(tuple(biases)).float()
     return _Int8(weight, bias) if dtype == torch.int8 else _Packed(weight, bias, dtype)
@@ -257,7 +257,7 @@ class _JoinedAttention(Attention):
         linears = [base.q_proj, base.k_proj, base.v_proj]
         queries, keys, _ = self.heads = [_base(linear).out_features // self.head_dim for linear in linears]
         if base.qk_norm:
-            scales = [_scale(base.q_norm).expand(queries, -1), _scale(base.k_norm).expand(keys, -1)]
+            scales = [norm_scale(base.q_norm).expand(queries, -1), norm_scale(base.k_norm).expand(keys, -1)]
             self.qk_scale = torch.cat(scales).to(_computed_in(dtype))  # [H+K, D]
             self.qk_division = _Division(base.q_norm)
         self.products = qkv_proj, o_proj = _product(linears, dtype, norm), _product([base.o_proj], dtype)

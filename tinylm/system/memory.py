@@ -11,7 +11,7 @@ import torch
 
 _OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory", "not enough memory", "out of memory", "_ALLOC_FAILED", "bad_alloc",
-    "could not create a primitive",  # oneDNN got no memory for generated code, and generates none in this process after it
+    "could not create a primitive",  # oneDNN got no memory for generated code; after that, this process gets none
 )  # fmt: skip
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 

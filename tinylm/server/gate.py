@@ -1,0 +1,127 @@
+"""What every request passes before a route sees it: host, origin, key, and a body of bounded size and time.
+
+A page in a browser can send requests to this machine, and by DNS rebinding even read the answers. So a request must
+call the server by a known name, and one from a page of another origin is refused unless that is allowed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from urllib.parse import urlsplit
+
+import anyio
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tinylm.files.untrusted import shown
+from tinylm.server.errors import ApiError
+from tinylm.server.settings import ServeSettings, listed
+
+OPEN_ROUTE = "/health"
+"""Needs no key: a supervisor asks it."""
+
+
+class Gate:
+    """The ASGI application `app`, for requests that pass."""
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
+        self.app, self.settings = app, settings
+        self._key = settings.key.encode()
+        self._hosts = {"localhost", settings.host.lower(), *listed(settings.allowed_hosts)}
+        self._origins = set(listed(settings.cors_origins))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            headers = Headers(scope=scope)
+            self._check_caller(headers)
+            if scope["path"] != OPEN_ROUTE and scope["method"] != "OPTIONS":
+                self._check_key(headers)
+            self._check_length(headers)
+            receive = await self._with_body(receive) if scope["method"] in ("POST", "PUT", "PATCH") else receive
+        except ApiError as error:
+            response = error.response
+            response.headers["Connection"] = "close"  # the rest of its body is not read
+            await response(scope, receive, send)
+            return
+        except ConnectionError:  # it left while it sent
+            return
+        await self.app(scope, receive, send)
+
+    def _check_caller(self, headers: Headers) -> None:
+        host = headers.get("host", "")
+        name = _hostname(f"//{host}")
+        if "*" not in self._hosts and name not in self._hosts and not _is_address(name):
+            message = f"this server is not known as {shown(host, 100)}; add the name to --allowed_hosts"
+            raise ApiError(403, message, code="unknown_host")
+        origin = headers.get("origin")
+        if origin is None or "*" in self._origins or origin.lower() in self._origins:
+            return
+        if urlsplit(origin).netloc.lower() != host.lower():
+            message = f"pages of {shown(origin, 100)} may not use this server; add them to --cors_origins"
+            raise ApiError(403, message, code="unknown_origin")
+
+    def _check_key(self, headers: Headers) -> None:
+        if not self._key:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode("latin-1"), self._key):
+            message = "the API key is wrong or missing; send it as `Authorization: Bearer KEY`"
+            raise ApiError(401, message, code="invalid_api_key")
+
+    def _check_length(self, headers: Headers) -> None:
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15 or int(length) > self.settings.max_body_bytes:
+            raise self._too_large()
+
+    async def _with_body(self, receive: Receive) -> Receive:
+        """Receive the whole body, then give it in one piece."""
+        parts, size, more = [], 0, True
+        try:
+            with anyio.fail_after(self.settings.receive_timeout):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ConnectionError
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    more = message.get("more_body", False)
+                    if size > self.settings.max_body_bytes:
+                        raise self._too_large()
+        except TimeoutError:
+            seconds = self.settings.receive_timeout
+            raise ApiError(408, f"the body did not arrive within {seconds:g} seconds", code="timeout") from None
+        return _replayed(b"".join(parts), receive)
+
+    def _too_large(self) -> ApiError:
+        most = self.settings.max_body_bytes
+        return ApiError(413, f"the body is larger than {most:,} bytes; send a smaller one", code="body_too_large")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """First the body, then what `receive` brings: that the client has gone."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replay
+
+
+def _hostname(url: str) -> str:
+    try:
+        return (urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    """Whether it is an IP address: no page can make a browser call this server by one in place of its own name."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

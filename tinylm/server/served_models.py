@@ -1,0 +1,149 @@
+"""The models of a server: loaded once, each with a scheduler of its own; adapters share their base's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tinylm.checkpoint.adapter_folder import load_adapter
+from tinylm.checkpoint.loading import LoadedModel, load_for_use
+from tinylm.checkpoint.model_folder import check_tokenizer, recorded_tokenizer
+from tinylm.checkpoint.model_path import resolve_adapter_path
+from tinylm.files.untrusted import shown
+from tinylm.generation.engine import Engine
+from tinylm.generation.request import Request
+from tinylm.generation.sampling import SamplingSettings
+from tinylm.generation.scheduler import Scheduler, SchedulerSettings, run_together
+from tinylm.model.adapted_copy import adapted_copy
+from tinylm.model.inference_copy import inference_copy
+from tinylm.model.lora import unload_lora
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.server.errors import ApiError
+from tinylm.server.settings import ServeSettings, named
+from tinylm.system.allocator import give_back_freed_memory
+from tinylm.system.runtime import setup_runtime
+from tinylm.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model, or a model with an adapter, under the name that clients choose it by."""
+
+    name: str
+    engine: Engine
+    scheduler: Scheduler
+    created: int
+    """When it was loaded (seconds since 1970)."""
+    parent: str | None = None
+    """The name of the model that this adapter is on."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self.engine.tokenizer
+
+
+class ServedModels:
+    """All models of a server, and the thread that computes.
+
+    Args:
+        settings: of the server.
+        say: called with one line for each model that is loaded, and with what users must know about it.
+
+    Raises:
+        FileNotFoundError, ValueError: a model or an adapter cannot be served; the message says which, and why.
+    """
+
+    def __init__(self, settings: ServeSettings, say: Callable[[str], None] = lambda line: None) -> None:
+        self._settings, self._say = settings, say
+        self._runtime = setup_runtime(settings.device, settings.dtype, only_uses=True)
+        self._changed = threading.Condition()
+        self._models: dict[str, ServedModel] = {}
+        adapters = named(settings.adapter)
+        num_models = len(named(settings.model_path)) + len(adapters)
+        self._scheduling = dataclasses.replace(settings.scheduling, cache_bytes=settings.cache_bytes // num_models)
+        for name, path in named(settings.model_path):
+            self._load(name, path, adapters if not self._models else [])
+        give_back_freed_memory()
+        schedulers = [model.scheduler for model in self._models.values()]
+        self._thread = threading.Thread(target=run_together, args=(schedulers,), name="scheduler", daemon=True)
+        self._thread.start()
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._models.values())
+
+    def named(self, name: str | None) -> ServedModel:
+        """The model of this name; without one, the first.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if name is None:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            known = ", ".join(self._models)
+            message = f"model {shown(name, 100)} is not served here; expected one of {known}"
+            raise ApiError(404, message, "model", "model_not_found")
+        return self._models[name]
+
+    def close(self, timeout: float) -> None:
+        """Answer what was accepted, for at most `timeout` seconds; cancel the rest."""
+        for drain, seconds in ((True, timeout), (False, 5.0)):
+            for model in self:
+                model.scheduler.close(drain)
+            self._thread.join(seconds)
+
+    # ------------------------------------------------------------------------------------------------------ loading
+
+    def _load(self, name: str, path: str, adapters: list[tuple[str, str]]) -> None:
+        settings = self._settings
+        loaded = load_for_use(path, tokenizer_path=settings.tokenizer_path, device=self._runtime.device, newest=True)
+        base = inference_copy(loaded.model, self._runtime.compute_dtype)
+        name = name or loaded.path.stem if loaded.path.is_file() else name or loaded.path.name
+        self._add(name, base, loaded, None)
+        if loaded.notice:
+            self._say(loaded.notice)
+        for adapter_name, adapter in adapters:
+            folder = Path(resolve_adapter_path(adapter))
+            load_adapter(loaded.model, folder, loaded.path)
+            check_tokenizer(loaded.tokenizer, recorded_tokenizer(folder), folder, loaded.path)
+            self._add(adapter_name or folder.name, adapted_copy(base, loaded.model), loaded, name)
+            unload_lora(loaded.model)
+
+    def _add(self, name: str, model: TinyLMForCausalLM, loaded: LoadedModel, parent: str | None) -> None:
+        if name in self._models:
+            raise ValueError(f"two models have the name {name}; expected different ones; give names: name=path")
+        engine = Engine(model, loaded.tokenizer, model.dtype, loaded.document_start)
+        scheduler = Scheduler(model, loaded.tokenizer, _fitting(self._scheduling, model), self._changed)
+        _require_sound(scheduler, name)
+        self._models[name] = ServedModel(name, engine, scheduler, int(time.time()), parent)
+        kind = f"adapter of {parent}" if parent else f"{loaded.model.num_parameters():,} parameters"
+        if loaded.lineage.get("stage") == "pretrain" and not parent:
+            kind += ", a base model, which continues text"
+        self._say(
+            f"{name}: {kind}, {str(model.dtype).removeprefix('torch.')}, {scheduler.max_streams} answers at a time, "
+            f"contexts of {scheduler.context_length} tokens"
+        )
+
+
+def _fitting(settings: SchedulerSettings, model: TinyLMForCausalLM) -> SchedulerSettings:
+    """The settings with a context that this model has: a limit for several models may be longer than one's."""
+    longest = model.config.max_position_embeddings
+    return dataclasses.replace(settings, context_length=min(settings.context_length or longest, longest))
+
+
+def _require_sound(scheduler: Scheduler, name: str) -> None:
+    """Answer one token, so that damaged weights are found before the first client comes."""
+    with torch.inference_mode():
+        scheduler.submit(Request([0], SamplingSettings(max_new_tokens=1, temperature=0)))
+        events = []
+        while scheduler.has_work:
+            events += scheduler.step()
+    if events[-1].error:
+        raise ValueError(f"{name}: {events[-1].error}")
