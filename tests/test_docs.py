@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import pytest
 
 from tinylm import cli
-from tinylm.commandline.settings import SHARED_FLAGS, parse_settings
+from tinylm.commandline.settings import SHARED_FLAGS, model_first, parse_settings
 from tinylm.dataset import tinyworld
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +30,8 @@ SCRIPTS = {
     "inference.py": "chat",
 }
 """The original project's script names -> our commands."""
+ABOUT_ONE_MODEL = ("serve", "import", "verify")
+"""Commands whose first word may be the model's path."""
 OTHER_FLAGS = {"help", "version"} | {
     "nnodes", "nproc_per_node", "max_restarts", "rdzv_conf", "rdzv_endpoint", "rdzv_id", "net", "lora"
 }  # fmt: skip
@@ -112,6 +114,8 @@ def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert command in cli.COMMANDS, f"{page.name}: tinylm {command}"
         if command == "run":
             continue
+        if command in ABOUT_ONE_MODEL:
+            argv = model_first(argv)
         try:
             parse_settings(settings_of(command), argv, f"tinylm {command}", "")
         except SystemExit as stop:

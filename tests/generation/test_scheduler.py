@@ -360,23 +360,37 @@ def test_bias_and_penalties_change_the_logits(model: TinyLMForCausalLM) -> None:
         assert answer_of(scheduler_of(model), replace(request, **change)) != answer
 
 
+class EvenThenOdd:
+    """A constraint and its states: ten tokens that take turns, then five free ones, and the answer is complete."""
+
+    def start(self, stop_ids: tuple[int, ...]) -> EvenThenOdd:
+        state = EvenThenOdd()
+        state.stop_ids, state.taken = stop_ids, []
+        return state
+
+    def mask(self) -> torch.Tensor | None:
+        if len(self.taken) >= 10:
+            return torch.arange(300) > 2
+        return (torch.arange(300) % 2 == len(self.taken) % 2) & (torch.arange(300) > 2)
+
+    def take(self, token_id: int) -> bool:
+        self.taken.append(token_id)
+        return len(self.taken) == 15
+
+
 def test_a_mask_leaves_only_what_it_allows(model: TinyLMForCausalLM) -> None:
-    """It is asked before each token, with the answer so far; a neighbour is not touched."""
-    asked = []
-
-    def even_then_odd(answer: list[int]) -> torch.Tensor | None:
-        asked.append(list(answer))
-        if len(answer) >= 10:
-            return None
-        return torch.arange(300) % 2 == len(answer) % 2
-
+    """Each answer has a state of its own, which hears of each token; a neighbour is not touched."""
     scheduler = scheduler_of(model)
     neighbour = scheduler.submit(Request(SYSTEM, GREEDY, STOPS))
-    ticket = scheduler.submit(Request(SYSTEM, replace(DRAWN, top_k=50), allowed=even_then_odd))
+    request = Request(SYSTEM, replace(DRAWN, top_k=50), STOPS, constraint=EvenThenOdd())
+    tickets = [scheduler.submit(replace(request, number=number)) for number in (0, 1)]
     events = finish(scheduler)
-    answer = ids_of(events[ticket])
-    assert [token_id % 2 for token_id in answer[:10]] == [0, 1] * 5
-    assert asked == [answer[:n] for n in range(24)]
+    for ticket in tickets:
+        answer = ids_of(events[ticket])
+        assert [token_id % 2 for token_id in answer[:10]] == [0, 1] * 5 and len(answer) == 15
+        assert events[ticket][-1].finish_reason == "stop" and ticket.answer_state.taken == answer
+        assert ticket.answer_state.stop_ids == STOPS
+    assert ids_of(events[tickets[0]]) != ids_of(events[tickets[1]])
     assert ids_of(events[neighbour]) == greedy_reference(SYSTEM)[0]
 
 
@@ -454,25 +468,39 @@ def test_damaged_weights_end_only_the_requests_that_meet_them() -> None:
     assert [events[ticket][-1].finish_reason for ticket in tickets] == ["error", "length"]
 
 
-def broken(answer: list[int]) -> torch.Tensor:
-    raise KeyError("grammar")
+class Broken:
+    """A constraint whose states have this mask, or that raises after two tokens."""
+
+    def __init__(self, mask: torch.Tensor | None) -> None:
+        self.mask = lambda: mask
+        self.count = 0
+
+    def start(self, stop_ids: tuple[int, ...]) -> Broken:
+        return self
+
+    def take(self, token_id: int) -> bool:
+        self.count += 1
+        if self.count > 2:
+            raise KeyError("grammar")
+        return False
 
 
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (lambda answer: torch.zeros(300, dtype=torch.bool), "the token mask allows no token"),
-        (lambda answer: torch.ones(299, dtype=torch.bool), r"the token mask is torch.bool \[299\]; expected"),
-        (lambda answer: torch.ones(300), r"the token mask is torch.float32 \[300\]; expected"),
-        (broken, "grammar"),
+        (torch.zeros(300, dtype=torch.bool), "the token mask allows no token"),
+        (torch.ones(299, dtype=torch.bool), r"the token mask is torch.bool \[299\]; expected"),
+        (torch.ones(300), r"the token mask is torch.float32 \[300\]; expected"),
+        (None, "grammar"),
     ],
 )
-def test_a_mask_that_fails_ends_only_its_request(model: TinyLMForCausalLM, mask, message: str) -> None:
+def test_a_constraint_that_fails_ends_only_its_request(model: TinyLMForCausalLM, mask, message: str) -> None:
     scheduler = scheduler_of(model)
-    tickets = [scheduler.submit(Request(SYSTEM, GREEDY, STOPS, allowed=own)) for own in (None, mask, None)]
+    constraints = (None, Broken(mask), None)
+    tickets = [scheduler.submit(Request(SYSTEM, GREEDY, STOPS, constraint=own)) for own in constraints]
     events = finish(scheduler)
-    (error,) = events[tickets[1]]
-    assert error.finish_reason == "error"
+    *before, error = events[tickets[1]]
+    assert error.finish_reason == "error" and len(before) == (2 if mask is None else 0)
     assert re.search(message, error.error)
     assert ids_of(events[tickets[0]]) == ids_of(events[tickets[2]]) == greedy_reference(SYSTEM)[0]
 

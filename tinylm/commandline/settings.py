@@ -97,6 +97,11 @@ def parse_settings(cls: type[Settings], argv: list[str], prog: str, description:
     return settings
 
 
+def model_first(argv: list[str]) -> list[str]:
+    """The arguments of a command that is about one model, where its path may come first, without --model_path."""
+    return ["--model_path", *argv] if argv and not argv[0].startswith("-") else argv
+
+
 def settings_to_yaml(settings: Any) -> str:
     """The settings as YAML, in the order of the fields; `--config` reads them back into an equal instance."""
     values = {field.name: _plain(getattr(settings, field.name)) for field in _init_fields(type(settings))}

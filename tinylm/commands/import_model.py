@@ -21,7 +21,7 @@ from tinylm.checkpoint.lineage import facts_of
 from tinylm.checkpoint.model_folder import load_model, save_model
 from tinylm.checkpoint.model_path import ADAPTER, CONFIG
 from tinylm.commandline.exit_status import run_main
-from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.settings import model_first, parse_settings
 from tinylm.commandline.terminal import make_console, print_next
 from tinylm.files.atomic import require_new
 from tinylm.files.untrusted import check_file, read_json, shown
@@ -58,9 +58,7 @@ class ImportSettings:
 
 def main(argv: list[str]) -> int:
     """The command line: check, load, save."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model_path", *argv]  # accept `tinylm import FOLDER`
-    settings = parse_settings(ImportSettings, argv, "tinylm import", "Take in a model of another maker.")
+    settings = parse_settings(ImportSettings, model_first(argv), "tinylm import", "Take in a model of another maker.")
     output, console = Path(settings.output_dir), make_console()
     require_new(output / CONFIG, settings.overwrite, "output_dir")
     folder = _folder_of(settings.model_path)

@@ -1,5 +1,6 @@
 """Serve models to other programs, over OpenAI's API.
 
+tinylm serve                                                     # the model that `tinylm chat` would take
 tinylm serve out/quickstart/dpo
 tinylm serve out/quickstart/full_sft --adapter pip=out/quickstart/lora
 """
@@ -7,32 +8,29 @@ tinylm serve out/quickstart/full_sft --adapter pip=out/quickstart/lora
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 import sys
-from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from tinylm.commandline.exit_status import Stopped, run_main
-from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.settings import model_first, parse_settings
 from tinylm.commandline.terminal import make_console
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from tinylm.server.settings import ServeSettings
+from tinylm.commands.chat import find_model
+from tinylm.server.settings import ServeSettings, named
 
 
 def main(argv: list[str]) -> int:
     """The command line: listen, load, answer until a signal ends it."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model_path", *argv]  # accept `tinylm serve MODEL`
-    from tinylm.server.settings import ServeSettings
-
-    settings = parse_settings(ServeSettings, argv, "tinylm serve", "Serve models over OpenAI's API.")
+    settings = parse_settings(ServeSettings, model_first(argv), "tinylm serve", "Serve models over OpenAI's API.")
     try:
         from tinylm.server.listen import serve
     except ImportError as error:
         package = (error.name or "fastapi").split(".")[0]
         raise ValueError(f"the package {package} is not installed; pip install 'tinylm[serve]'") from None
+    if [name for name, _ in named(settings.model_path)] in ([], [""]):
+        settings = dataclasses.replace(settings, model_path=str(find_model(settings.model_path, weight="")))
     console = make_console()
     with listening(settings) as at:
         warn(settings, console)

@@ -23,7 +23,7 @@ from tinylm.checkpoint.model_folder import adapter_base, load_model
 from tinylm.checkpoint.model_path import resolve_model_path
 from tinylm.checkpoint.training_state import load_training_state, state_folders
 from tinylm.commandline.exit_status import run_main
-from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.settings import model_first, parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.files.atomic import check_manifest
 from tinylm.files.untrusted import read_own_json
@@ -146,9 +146,9 @@ def as_flags(settings: dict[str, Any]) -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     """The command line: check a folder; the status is 1 if a check fails."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model_path", *argv]  # accept `tinylm verify out/pretrain`
-    settings = parse_settings(VerifySettings, argv, "tinylm verify", "Check a model's files and where it comes from.")
+    settings = parse_settings(
+        VerifySettings, model_first(argv), "tinylm verify", "Check a model's files and where it comes from."
+    )
     console, path = make_console(), Path(settings.model_path)
     if path.is_dir() and state_folders(path):
         folder, findings = path, list(verify_states(path))

@@ -5,13 +5,28 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from tinylm.generation.sampling import SamplingSettings, accept
 
-TokenMask = Callable[[list[int]], "Tensor | None"]
-"""Token ids of the answer so far to bool [V], true where a token may come next; None where every token may."""
+
+class AnswerState(Protocol):
+    """What may follow in one answer, step by step."""
+
+    def mask(self) -> Tensor | None:
+        """bool [V], true where a token may come next; None where every token may."""
+
+    def take(self, token_id: int) -> bool:
+        """Go on behind the token that was chosen; returns whether the answer is complete, so that nothing follows."""
+
+
+class Constraint(Protocol):
+    """Which answers there may be."""
+
+    def start(self, stop_ids: Sequence[int]) -> AnswerState:
+        """The state of a new answer, which these tokens end. It is called from any thread."""
 
 
 class RequestError(ValueError):
@@ -59,8 +74,8 @@ class Request:
     num_prompt_logprobs: int | None = None
     """the same for each token of the prompt but the first, in the ticket's `prompt_logprobs`; the prompt is then read
     from its beginning, whatever is known of it"""
-    allowed: TokenMask | None = None
-    """which tokens may come next"""
+    constraint: Constraint | None = None
+    """which tokens may come next; every answer has its own state"""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -109,7 +124,7 @@ class Request:
     @property
     def has_own_logits(self) -> bool:
         """Whether the model's logits are changed for this request alone, before the settings' filters."""
-        return self.counts_tokens or bool(self.logit_bias) or self.allowed is not None
+        return self.counts_tokens or bool(self.logit_bias) or self.constraint is not None
 
     @property
     def counts_tokens(self) -> bool:
@@ -154,10 +169,12 @@ class Ticket:
     Attributes:
         prompt_logprobs: of the prompt's second and later tokens, if asked for; complete with the first event.
         num_cached: tokens of the prompt that were known already.
+        answer_state: of the request's constraint; None if it has none.
     """
 
     def __init__(self, request: Request, listener: Callable[[Event], None] | None = None) -> None:
         self.request = request
+        self.answer_state = request.constraint.start(request.stop_ids) if request.constraint else None
         self.is_cancelled = False
         self.is_done = False
         self.prompt_logprobs: list[TokenLogprob] = []

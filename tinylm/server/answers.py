@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import anyio
+import anyio.to_thread
 
 from tinylm.generation.request import Event, PromptTooLong, Request, Ticket, TokenLogprob
 from tinylm.server.errors import ApiError, refused
@@ -56,16 +57,22 @@ class Answers:
     async def __aenter__(self) -> Answers:
         loop = asyncio.get_running_loop()
         try:
-            for number, request in enumerate(self.requests):
-
-                def listen(event: Event, number: int = number) -> None:  # in the scheduler's thread
-                    loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
-
-                self.tickets.append(self.model.scheduler.submit(request, listen))
+            if any(request.constraint for request in self.requests):  # a grammar takes up to a tenth of a second
+                await anyio.to_thread.run_sync(self._submit, loop)
+            else:
+                self._submit(loop)
         except Exception as error:
             self._cancel()
             raise refused(error, "prompt" if isinstance(error, PromptTooLong) else None) from None
         return self
+
+    def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number, request in enumerate(self.requests):
+
+            def listen(event: Event, number: int = number) -> None:  # in the scheduler's thread
+                loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+
+            self.tickets.append(self.model.scheduler.submit(request, listen))
 
     async def __aexit__(self, *raised: object) -> None:
         self._cancel()

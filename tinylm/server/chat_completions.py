@@ -13,6 +13,7 @@ from sse_starlette.sse import EventSourceResponse
 from tinylm.generation.request import TokenLogprob
 from tinylm.server.answers import Answer, Answers
 from tinylm.server.errors import ApiError
+from tinylm.server.forms import grammar_of
 from tinylm.server.json_body import json_router
 from tinylm.server.prompts import chat_prompt, requests_of
 from tinylm.server.replies import event_stream, token_bytes, token_text, unless_gone, usage
@@ -35,7 +36,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> dict[str, Any
     prompt = await chat_prompt(model, body.messages, state.settings)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    requests = requests_of(model, [prompt], body, state.settings, limit, num_logprobs)
+    requests = requests_of(model, [prompt], body, state.settings, limit, await grammar_of(model, body), num_logprobs)
     answers = Answers(model, requests, state.metrics, state.settings.request_timeout)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
     if body.stream:

@@ -13,6 +13,7 @@ from sse_starlette.sse import EventSourceResponse
 from tinylm.generation.request import TokenLogprob
 from tinylm.server.answers import Answer, Answers
 from tinylm.server.errors import ApiError
+from tinylm.server.forms import grammar_of
 from tinylm.server.json_body import json_router
 from tinylm.server.prompts import requests_of, text_prompt
 from tinylm.server.replies import event_stream, likeliest, token_text, unless_gone, usage
@@ -42,7 +43,16 @@ async def completions(body: CompletionRequest, request: Request) -> dict[str, An
     prompts = [await text_prompt(model, each) if isinstance(each, str) else each for each in texts]
     prompt_logprobs = body.logprobs if body.echo else None
     # One token more than none: it is computed and not shown.
-    requests = requests_of(model, prompts, body, state.settings, max(1, limit), body.logprobs, prompt_logprobs)
+    requests = requests_of(
+        model,
+        prompts,
+        body,
+        state.settings,
+        max(1, limit),
+        await grammar_of(model, body),
+        body.logprobs,
+        prompt_logprobs,
+    )
     answers = Answers(model, requests, state.metrics, state.settings.request_timeout)
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
     if body.stream:

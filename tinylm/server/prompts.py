@@ -10,6 +10,7 @@ from typing import Any
 import anyio.to_thread
 
 from tinylm.files.untrusted import is_unicode
+from tinylm.generation.constraints import Grammar
 from tinylm.generation.request import PromptTooLong, Request
 from tinylm.generation.sampling import SamplingSettings
 from tinylm.server.errors import ApiError, refused
@@ -103,6 +104,7 @@ def requests_of(
     body: Sampling,
     settings: ServeSettings,
     max_new_tokens: int | None,
+    grammar: Grammar | None,
     num_logprobs: int | None = None,
     num_prompt_logprobs: int | None = None,
 ) -> list[Request]:
@@ -136,6 +138,7 @@ def requests_of(
                 logit_bias={int(token_id): value for token_id, value in bias.items()},
                 num_logprobs=num_logprobs,
                 num_prompt_logprobs=num_prompt_logprobs,
+                constraint=grammar,
                 **penalties,
             )
             for prompt in prompts

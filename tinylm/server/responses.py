@@ -12,6 +12,7 @@ from sse_starlette.sse import EventSourceResponse
 
 from tinylm.server.answers import Answer, Answers
 from tinylm.server.errors import ApiError
+from tinylm.server.forms import grammar_of
 from tinylm.server.json_body import json_router
 from tinylm.server.prompts import chat_prompt, requests_of, sampling_settings
 from tinylm.server.replies import event_stream, unless_gone
@@ -27,7 +28,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> dict[str,
     state = state_of(request)
     model = state.models.named(body.model)
     prompt = await chat_prompt(model, _messages(body), state.settings, param="input")
-    requests = requests_of(model, [prompt], body, state.settings, body.max_output_tokens)
+    requests = requests_of(model, [prompt], body, state.settings, body.max_output_tokens, await grammar_of(model, body))
     answers = Answers(model, requests, state.metrics, state.settings.request_timeout)
     response = _Response(body, model.name)
     if body.stream:

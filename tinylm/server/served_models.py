@@ -128,6 +128,8 @@ class ServedModels:
         why = _why_no_chats(loaded.tokenizer)
         self._models[name] = ServedModel(name, engine, scheduler, int(time.time()), parent, why)
         kind = f"adapter of {parent}" if parent else f"{loaded.model.num_parameters():,} parameters"
+        if loaded.lineage.get("stage") == "pretrain" and not parent:
+            kind += ", a base model, which continues text"
         self._say(
             f"{name}: {kind}, {str(model.dtype).removeprefix('torch.')}, {scheduler.max_streams} answers at a time, "
             f"contexts of {scheduler.context_length} tokens" + f"; chats are refused: {why}" * bool(why)

@@ -19,8 +19,9 @@ _NAMED = re.compile(r"([\w.:-]+)=(.+)")
 class ServeSettings(SchedulerSettings):
     """Settings of serving."""
 
-    model_path: str
-    """model folder, adapter folder, .gguf or .pth file; several as name=path,name2=path2"""
+    model_path: str = ""
+    """model folder, adapter folder, .gguf or .pth file; several as name=path,name2=path2; without it the model that
+    `tinylm chat` would take"""
     adapter: str = ""
     """LoRA adapters of the first model, as name=path,name2=path2; a request chooses one by `model`"""
     tokenizer_path: str = ""
