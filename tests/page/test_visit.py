@@ -209,10 +209,11 @@ def test_it_fits_a_phone_in_the_dark(exported, visit):
 
 
 def test_nothing_of_the_page_comes_from_elsewhere(exported):
-    html = page("x", b"")
+    html = page("x", b"model")
     assert not re.search(r"(https?:)?//[a-z0-9.-]+\.[a-z]{2,}", re.sub(r"//.*", "", html))
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)[1]
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "connect-src" not in policy
+    assert page("x").count("; connect-src 'self'\">") == 1, "a server's page may ask that server, and no other"
 
 
 def test_what_cannot_be_a_page_is_refused(models, tmp_path):

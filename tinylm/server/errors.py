@@ -38,7 +38,11 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The answer; it says to try again later where that may help."""
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        headers |= (
+            {"WWW-Authenticate": 'Basic realm="tinylm: any name, and the API key", Bearer'}
+            if self.status == 401
+            else {}
+        )
         return JSONResponse(self.content, self.status, headers)
 
 
