@@ -59,6 +59,7 @@ class Contest:
 
     def __post_init__(self) -> None:
         self.fastest = self.bench.runtimes[-1].compute_dtype
+        self._peers: list[LlamaCpp] = []
         if self.bench.compares_llama_cpp:
             for kind in FORMATS.values():
                 export_gguf(self.model, Tokenizer.default(), {}, self.folder / f"{kind}.gguf", kind)
@@ -69,7 +70,9 @@ class Contest:
 
     def llama_cpp(self, dtype: torch.dtype, slots: int, context: int, reuses_prompts: bool = False) -> LlamaCpp:
         """llama.cpp with the format that is nearest to `dtype`."""
-        return LlamaCpp(self.folder / f"{FORMATS[dtype]}.gguf", slots, context, reuses_prompts)
+        peer = LlamaCpp(self.folder / f"{FORMATS[dtype]}.gguf", slots, context, reuses_prompts)
+        self._peers.append(peer)
+        return peer
 
     def scheduler(self, dtype: torch.dtype, streams: int, context: int) -> Scheduler:
         """Ours, with room for so many texts."""
@@ -86,8 +89,12 @@ class Contest:
         return {THEIRS: lambda: transformers_peer.generation_turn(theirs, list(prompts()), num_tokens)()}
 
     def take_turns(self, contenders: dict[str, Callable[[], float]]) -> dict[str, Turns]:
-        """As `figures.take_turns`, with the rounds of the settings."""
-        return take_turns(contenders, self.bench.settings.rounds, self.bench.runtimes[-1])
+        """As `figures.take_turns`, with the rounds of the settings; then llama.cpp's processes end."""
+        try:
+            return take_turns(contenders, self.bench.settings.rounds, self.bench.runtimes[-1])
+        finally:
+            while self._peers:
+                self._peers.pop().close()
 
 
 def scheduler_turn(scheduler: Scheduler, prompts: Prompts, num_tokens: int) -> Callable[[], float]:
