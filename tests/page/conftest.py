@@ -21,9 +21,12 @@ __all__ = ["tokenizer", "torture", "world_texts"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium, for tests that have a page to look at."""
+    """Headless Chromium, for tests that have a page to look at.
+
+    Its driver holds this thread's event loop, so it must not live on into tests that run one.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
