@@ -13,6 +13,7 @@ FLOORS = (
     {"system", "files"},
     {"commandline", "tokenizer", "model"},
     {"checkpoint", "dataset", "generation"},
+    {"page"},
     {"evaluation", "export", "trainer/core"},
     {"trainer/run"},
     {"trainer", "server"},

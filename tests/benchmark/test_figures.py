@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tinylm.benchmark import figures
-from tinylm.benchmark.figures import OURS, THEIRS, Ceilings, Figure, Work, take_turns
+from tinylm.benchmark.figures import OURS, THEIRS, Bar, Ceilings, Figure, Work, take_turns
 from tinylm.system.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -42,6 +42,22 @@ def test_median_ratio_and_json():
     assert ours["samples"] == [10.0, 20.0, 90.0] and ours["share_of_ceiling"] is None
     alone = Figure("start", "", "tinylm --version", "s", {OURS: (0.25,)})
     assert alone.ratio is None and alone.to_json(Ceilings())["better"] == "lower"
+
+
+def test_bars_are_of_the_rounds_ratios_or_of_our_own_number():
+    """2, 1 and 9 times transformers: 2; 1, 0.5 and 3 times llama.cpp: 1. At the bar is enough."""
+    samples = {OURS: (10.0, 20.0, 90.0), THEIRS: (5.0, 20.0, 10.0), "llama.cpp Q8_0": (10.0, 40.0, 30.0)}
+    bars = Bar(2.0, THEIRS), Bar(2.01, THEIRS), Bar(1.0, "llama.cpp Q8_0"), Bar(1.5, "llama.cpp Q8_0")
+    figure = Figure("serve", "", "1 stream", "tokens/s", samples, bars=bars)
+    assert figure.others == ["llama.cpp Q8_0"]
+    assert [(figure.reached(bar), figure.meets(bar)) for bar in bars] == [
+        (2.0, True), (2.0, False), (1.0, True), (1.0, False),
+    ]  # fmt: skip
+    made = figure.to_json(Ceilings())
+    assert made["bars"][3] == {"contender": "llama.cpp Q8_0", "bound": 1.5, "reached": 1.0, "met": False}
+    assert made["ratio"] == 2.0 and made["contenders"]["llama.cpp Q8_0"]["ratio"] == 1.0
+    first = Figure("serve", "", "first token", "s", {OURS: (0.1, 0.2, 0.4)}, bars=(Bar(0.2), Bar(0.19)))
+    assert [first.meets(bar) for bar in first.bars] == [True, False]
 
 
 def test_a_share_is_of_the_nearer_ceiling():

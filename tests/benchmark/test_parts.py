@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 
-from tinylm.benchmark import machine, text_and_start, training, transformers_peer, using, whole_run
+from tinylm.benchmark import bench as suite_bench
+from tinylm.benchmark import machine, serving, text_and_start, training, transformers_peer, using, whole_run
 from tinylm.benchmark.bench import Bench, start_bench
 from tinylm.benchmark.figures import OURS, THEIRS, Turns
 from tinylm.benchmark.settings import BenchSettings
 from tinylm.benchmark.step_memory import peak_memory
 from tinylm.generation.engine import Engine
+from tinylm.generation.scheduler import Scheduler
 from tinylm.model.model_tinylm import TinyLMConfig, TinyLMForCausalLM
 from tinylm.system.runtime import Runtime
 from tinylm.trainer.core.optimizer import make_optimizers
@@ -197,9 +199,55 @@ def test_decode_counts_generated_tokens_and_prefill_those_of_the_prompt(monkeypa
     assert dict(prefill.samples) == {OURS: (16.0,), THEIRS: (16.0,)}
 
 
+def test_serve_counts_the_same_tokens_for_all_contenders(monkeypatch):
+    """On a clock that moves one second at each look: a turn takes a second. Each contender has its bars."""
+    clock = itertools.count()
+    monkeypatch.setattr("tinylm.benchmark.figures.time.perf_counter", lambda: float(next(clock)))
+    bench = quick(only="serve", precision="auto", max_new_tokens=5, prefill_tokens=30)
+    *answering, reading, first, cached = serving.measure_serve(bench)
+    half = bench.name_of(bench.runtimes[-1])
+    peers = {"float32": "llama.cpp F32", "bfloat16": "llama.cpp BF16", "int8": "llama.cpp Q8_0"}
+    assert [figure.name for figure in answering] == [*(f"1 stream, {name}" for name in peers), f"2 streams, {half}"]
+    for figure, count, name in zip(answering, (5.0, 5.0, 5.0, 10.0), (*peers, half), strict=True):
+        assert set(figure.samples.values()) == {(count,)}
+        transformers_has_it = name == "float32" or (name == "bfloat16" and half == "bfloat16")
+        assert set(figure.samples) == {OURS, peers[name]} | ({THEIRS} if transformers_has_it else set())
+    one_stream = [(peer, bound) for peer, bound in zip(peers.values(), (1.0, 1.0, 0.9), strict=True)]
+    bars = [[(bar.contender, bar.bound) for bar in figure.bars] for figure in answering]
+    assert bars == [*([pair] for pair in one_stream), [(peers[half], 1.0), (THEIRS, 2.0)]]
+    everyone = {OURS, THEIRS, *peers.values()}
+    assert dict(reading.samples) == dict.fromkeys(everyone, (30.0,)) and len(reading.bars) == 3
+    assert dict(first.samples) == dict.fromkeys(everyone, (1.0,)) and first.unit == "s"
+    assert dict(cached.samples) == dict.fromkeys(everyone - {THEIRS}, (1.0,))
+
+
+def test_serve_alone_says_what_is_missing(monkeypatch):
+    find = suite_bench.importlib.util.find_spec
+    monkeypatch.setattr(
+        suite_bench.importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else find(name)
+    )
+    line = "xllamacpp is not installed, so llama.cpp is not measured; pip install xllamacpp"
+    bench = quick(only="serve", streams="2")
+    assert bench.remarks.count(line) == 1
+    many, reading, _, _ = serving.measure_serve(bench)
+    assert set(many.samples) == set(reading.samples) == {OURS, THEIRS} and not reading.bars
+    assert line not in quick(only="decode").remarks and line not in quick(only="serve", compare=False).remarks
+
+
+def test_no_turn_finds_its_prompt_in_the_cache_except_the_last_figure(monkeypatch):
+    """Tokens that the scheduler reads: all of each prompt, and behind a cached prefix only the new ones."""
+    read = []
+    real = Scheduler._read
+    monkeypatch.setattr(
+        Scheduler, "_read", lambda self, first, chunks: read.append(sum(chunks)) or real(self, first, chunks)
+    )
+    list(serving.measure_serve(quick(only="serve", compare=False, streams="2", rounds=2, prefill_tokens=30)))
+    assert read == [8] * 3 + [30] * 3 + [30] + [serving.NEW_TOKENS] * 2
+
+
 def test_streams_share_the_reading_of_the_weights():
-    bench, config = quick(), TinyLMConfig.preset("small")
-    one, sixteen = (using.decoding_work(bench, config, CPU, streams) for streams in (1, 16))
+    config = TinyLMConfig.preset("small")
+    one, sixteen = (using.decoding_work(config, torch.float32, streams) for streams in (1, 16))
     assert one.num_bytes == 4 * 25_829_888 and sixteen.num_bytes == one.num_bytes / 16
     assert one.flops == sixteen.flops == 2 * 25_829_888
 

@@ -12,8 +12,8 @@ import pytest
 from tests.command_line import tinylm
 from tinylm.benchmark import suite, text_and_start
 from tinylm.benchmark.bench import start_bench
-from tinylm.benchmark.figures import OURS, THEIRS, Figure, Work
-from tinylm.benchmark.report import number, show_table, table_lines, words_of
+from tinylm.benchmark.figures import OURS, THEIRS, Bar, Figure, Work
+from tinylm.benchmark.report import bar_lines, number, show_table, table_lines, words_of
 from tinylm.benchmark.settings import PARTS, BenchSettings
 from tinylm.commandline.terminal import make_console
 
@@ -59,8 +59,9 @@ def test_every_part_runs_and_the_file_has_every_sample(monkeypatch: pytest.Monke
         assert figure["ratio"] is None and list(figure["contenders"]) == [OURS]
         assert ours["median"] > 0 or figure["name"] == "compiling, once"
         if work := figure["work_per_unit"]:
-            bounds = [work["flops"] / found["ceilings"]["flops"][work["precision"]]]
-            bounds.append(work["num_bytes"] / found["ceilings"]["memory_bytes_per_second"])
+            bounds = [work["num_bytes"] / found["ceilings"]["memory_bytes_per_second"]]
+            if limit := found["ceilings"]["flops"].get(work["precision"]):  # none of int8
+                bounds.append(work["flops"] / limit)
             assert ours["share_of_ceiling"] == pytest.approx(ours["median"] * max(bounds))
     assert "every sample is in Maß/alles.json" in said
 
@@ -151,6 +152,25 @@ def test_the_table_fits_80_columns_and_cuts_no_word(
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed)) <= 80 and set(lines) <= set(printed)
     assert lines[-1] == lines[-2] and lines[-1].startswith(f"  {cells[0]} ")
+
+
+def test_the_others_have_rows_and_the_bars_lines() -> None:
+    """Our 120 tokens/s are 1.5 times transformers' 80, 0.8 times llama.cpp's 150; 0.1234 s is within a bar of 0.2 s."""
+    bench = start_bench(BenchSettings(quick=True, device="cpu", compare=False), lambda line: None)
+    samples = {OURS: (120.0,), THEIRS: (80.0,), "llama.cpp Q8_0": (150.0,)}
+    bars = (Bar(0.9, "llama.cpp Q8_0"), Bar(1.5, THEIRS))
+    speed = Figure("serve", "small", "16 streams, bfloat16", "tokens/s", samples, bars=bars)
+    first = Figure("serve", "small", "first token", "s", {OURS: (0.1234,)}, bars=(Bar(0.2),))
+    assert [text.plain.split() for text in table_lines([speed, first], bench)][2:4] == [
+        ["16", "streams,", "bfloat16", "120", "120–120", "80.0", "1.50"],
+        ["llama.cpp", "Q8_0", "150", "150–150", "0.80"],
+    ]
+    assert words_of(speed, bench)[1:] == ["1.50x transformers (80.0)", "0.80x llama.cpp Q8_0 (150)"]
+    assert bar_lines([speed, first]) == [
+        "not met: 16 streams, bfloat16: 0.80x llama.cpp Q8_0; the bar is at least 0.9x",
+        "met: 16 streams, bfloat16: 1.50x transformers; the bar is at least 1.5x",
+        "met: first token: 0.123 s; the bar is at most 0.2 s",
+    ]
 
 
 def test_numbers_have_three_digits() -> None:

@@ -196,3 +196,23 @@ def test_one_token_is_multiplied_without_onednn(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         fast(random_ids(1, 1))
     assert seen == [False] and torch._C._get_mkldnn_enabled() is module.ONEDNN_IS_ON
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("shape", [*SHAPES, {"position_embedding_type": "learned"}, {"hidden_size": 72}])
+def test_one_token_of_one_text_has_a_way_of_its_own(shape, dtype, monkeypatch):
+    """It gives what the common way gives, and is taken for one token behind a cache, never for several texts."""
+    taken = []
+    real = module._JoinedBlock._of_one
+    monkeypatch.setattr(module._JoinedBlock, "_of_one", lambda *args: taken.append(args) or real(*args))
+    model = trained_model(**shape)
+    ids = random_ids(2, 40)
+    fast = inference_copy(model, dtype)
+    together = steps(fast, ids)
+    assert not taken
+    alone = torch.cat([steps(fast, row) for row in ids.split(1)])
+    assert len(taken) == 2 * 5 * model.config.num_hidden_layers
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert (alone.float() - together.float()).norm() < tolerance * together.float().norm()
+    fast(ids[:1, :1])
+    assert len(taken) == 2 * 5 * model.config.num_hidden_layers

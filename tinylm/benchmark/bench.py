@@ -22,6 +22,8 @@ class Bench:
     """One for each precision."""
     compares: bool
     """Whether transformers is measured, too."""
+    compares_llama_cpp: bool
+    """Whether llama.cpp is: it computes on the CPU only, and serves only."""
     say: Callable[[str], None]
     """Shows a line at once."""
     ceilings: Ceilings = field(default_factory=Ceilings)
@@ -47,10 +49,15 @@ def start_bench(settings: BenchSettings, say: Callable[[str], None]) -> Bench:
     """Choose the device, the precisions and the contenders."""
     settings = settings.filled()
     runtimes = {r.compute_dtype: r for r in (setup_runtime(settings.device, p) for p in words(settings.precision))}
-    is_there = importlib.util.find_spec("transformers") is not None
-    bench = Bench(settings, list(runtimes.values()), settings.compare and is_there, say)
-    if settings.compare and not is_there:
+    is_there = {name: importlib.util.find_spec(name) is not None for name in ("transformers", "xllamacpp")}
+    serves = "serve" in settings.parts and next(iter(runtimes.values())).device.type == "cpu"
+    compares = settings.compare and is_there["transformers"]
+    compares_llama_cpp = settings.compare and serves and is_there["xllamacpp"]
+    bench = Bench(settings, list(runtimes.values()), compares, compares_llama_cpp, say)
+    if settings.compare and not is_there["transformers"]:
         bench.remark("transformers is not installed, so it is not measured; pip install transformers")
+    if settings.compare and serves and not is_there["xllamacpp"]:
+        bench.remark("xllamacpp is not installed, so llama.cpp is not measured; pip install xllamacpp")
     if settings.quick:
         bench.remark("--quick: a rehearsal; its figures say nothing about the machine")
     return bench

@@ -62,6 +62,14 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """What a figure should reach: a multiple of a contender's speed; without a contender, at most its own number."""
+
+    bound: float
+    contender: str | None = None
+
+
+@dataclass(frozen=True)
 class Figure:
     """One quantity, measured."""
 
@@ -77,6 +85,8 @@ class Figure:
     """Contender -> a number for each round."""
     work: Work | None = None
     """What one unit costs, where the figure is a speed that a ceiling bounds."""
+    bars: tuple[Bar, ...] = ()
+    """What it should reach."""
 
     def median(self, contender: str = OURS) -> float:
         """Of the contender's samples."""
@@ -84,11 +94,26 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """Ours over theirs, the median of the rounds' ratios; of seconds and GB, less than 1 is better."""
-        if THEIRS not in self.samples:
-            return None
-        rounds = zip(self.samples[OURS], self.samples[THEIRS], strict=True)
+        """Ours over theirs; None where transformers is not measured."""
+        return self.ratio_to(THEIRS) if THEIRS in self.samples else None
+
+    @property
+    def others(self) -> list[str]:
+        """The contenders beside ours and transformers."""
+        return [name for name in self.samples if name not in (OURS, THEIRS)]
+
+    def ratio_to(self, contender: str) -> float:
+        """Ours over the contender's, the median of the rounds' ratios; of seconds and GB, less than 1 is better."""
+        rounds = zip(self.samples[OURS], self.samples[contender], strict=True)
         return statistics.median(ours / theirs for ours, theirs in rounds)
+
+    def reached(self, bar: Bar) -> float:
+        """What the bar is about: our ratio to its contender, or our median."""
+        return self.median() if bar.contender is None else self.ratio_to(bar.contender)
+
+    def meets(self, bar: Bar) -> bool:
+        """Whether the bar is reached."""
+        return self.reached(bar) <= bar.bound if bar.contender is None else self.reached(bar) >= bar.bound
 
     def share(self, ceilings: Ceilings, contender: str = OURS) -> float | None:
         """The contender's median as a share of the machine's ceiling; None where no ceiling bounds it."""
@@ -103,13 +128,16 @@ class Figure:
                 "highest": max(values),
                 "share_of_ceiling": self.share(ceilings, name),
                 "samples": list(values),
+                "ratio": None if name == OURS else self.ratio_to(name),
             }
             for name, values in self.samples.items()
         }
-        facts = {"part": self.part, "group": self.group, "name": self.name, "unit": self.unit}
+        facts: dict[str, Any] = {"part": self.part, "group": self.group, "name": self.name, "unit": self.unit}
         better = "lower" if self.unit in FALLING else "higher"
         work = None if self.work is None else vars(self.work)
-        return {**facts, "better": better, "ratio": self.ratio, "contenders": contenders, "work_per_unit": work}
+        bars = [{**vars(bar), "reached": self.reached(bar), "met": self.meets(bar)} for bar in self.bars]
+        facts |= {"better": better, "ratio": self.ratio}
+        return {**facts, "contenders": contenders, "bars": bars, "work_per_unit": work}
 
 
 @dataclass(frozen=True)

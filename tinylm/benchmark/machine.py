@@ -49,7 +49,7 @@ def machine_line(facts: dict[str, Any]) -> str:
 def versions() -> dict[str, str | None]:
     """Of Python, of this code and of the packages that decide the speed; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "tokenizers", "transformers"):
+    for name in ("torch", "tokenizers", "transformers", "xllamacpp"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

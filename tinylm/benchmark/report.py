@@ -39,6 +39,7 @@ def words_of(figure: Figure, bench: Bench) -> list[str]:
     words = [f"{figure.part}, {figure.name}: {number(figure.median())} {figure.unit}"]
     if figure.ratio is not None:
         words.append(f"{figure.ratio:.2f}x {THEIRS} ({number(figure.median(THEIRS))})")
+    words += [f"{figure.ratio_to(name):.2f}x {name} ({number(figure.median(name))})" for name in figure.others]
     if (share := figure.share(bench.ceilings)) is not None:
         words.append(f"{share:.0%} of the ceiling")
     return words
@@ -57,17 +58,20 @@ def table_lines(figures: Sequence[Figure], bench: Bench) -> list[Text]:
     for (part, group, unit), found in itertools.groupby(figures, lambda f: (f.part, f.group, f.unit)):
         heading = f"{part}{f': {group}' * bool(group)} ({unit})"
         lines += [Text(line, style="bold") for line in wrapped(heading)]
-        lines += [Text(_row(figure, bench)) for figure in found]
+        for figure in found:
+            lines.append(Text(_row(f"  {figure.name}", figure, bench)))
+            lines += [Text(_row(f"    {name}", figure, bench, name)) for name in figure.others]
     return lines
 
 
-def _row(figure: Figure, bench: Bench) -> str:
-    share, ratio = figure.share(bench.ceilings), figure.ratio
-    peer = number(figure.median(THEIRS)) if ratio is not None else ""
+def _row(title: str, figure: Figure, bench: Bench, contender: str = OURS) -> str:
+    share = figure.share(bench.ceilings, contender)
+    ratio = figure.ratio if contender == OURS else figure.ratio_to(contender)
+    peer = number(figure.median(THEIRS)) if contender == OURS and ratio is not None else ""
     cells = [
-        f"  {figure.name:<{NAME - 2}}",
-        f"{number(figure.median()):>{NUMBER}}",
-        f"{spread(figure):>{SPREAD}}",
+        f"{title:<{NAME}}",
+        f"{number(figure.median(contender)):>{NUMBER}}",
+        f"{spread(figure, contender):>{SPREAD}}",
         f"{peer:>{PEER}}",
         f"{'' if ratio is None else f'{ratio:.2f}':>6}",
         f"{'' if share is None else f'{share:.0%}':>6}",
@@ -81,6 +85,20 @@ NOTE = (
 )
 
 
+def bar_lines(figures: Sequence[Figure]) -> list[str]:
+    """Each bar, what was reached, and whether that is enough."""
+    lines = []
+    for figure in figures:
+        for bar in figure.bars:
+            met = "met" if figure.meets(bar) else "not met"
+            if bar.contender is None:
+                found, wanted = f"{figure.reached(bar):.3f} {figure.unit}", f"at most {bar.bound:g} {figure.unit}"
+            else:
+                found, wanted = f"{figure.reached(bar):.2f}x {bar.contender}", f"at least {bar.bound:g}x"
+            lines.append(f"{met}: {figure.name}: {found}; the bar is {wanted}")
+    return lines
+
+
 def wrapped(line: str) -> list[str]:
     """A long line in lines of at most 80 columns."""
     return textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_long_words=False)
@@ -92,7 +110,7 @@ def show_table(console: Console, figures: Sequence[Figure], bench: Bench) -> Non
         console.print(line)
     for text in table_lines(figures, bench):
         console.print(text)
-    for line in [NOTE, *bench.remarks]:
+    for line in [*bar_lines(figures), NOTE, *bench.remarks]:
         console.print("\n".join(wrapped(line)))
 
 

@@ -11,7 +11,7 @@ from tinylm.files.atomic import require_file_name, require_new
 from tinylm.model.model_tinylm import PRESETS, TinyLMConfig
 from tinylm.trainer.core.optimizer import OPTIMIZERS
 
-PARTS = ("ceilings", "step", "compiled", "memory", "run", "decode", "prefill", "evaluate", "tokenize", "start")
+PARTS = ("ceilings", "step", "compiled", "memory", "run", "decode", "prefill", "serve", "evaluate", "tokenize", "start")
 PRECISIONS = ("auto", "float32", "bfloat16")
 PRESETS_OF = {"step": "tiny,small", "compiled": "tiny,small", "run": "tiny"}
 """Part -> presets measured unless --preset is given; all others take small."""
@@ -35,7 +35,8 @@ class BenchSettings:
     """Settings of the benchmark."""
 
     only: str = "all"
-    """comma-separated parts: ceilings, step, compiled, memory, run, decode, prefill, evaluate, tokenize, start"""
+    """comma-separated parts: ceilings, step, compiled, memory, run, decode, prefill, serve, evaluate, tokenize,
+    start"""
     preset: str = "auto"
     """comma-separated presets: tiny, small, large; auto takes tiny and small for training steps, tiny for the run,
     small for the rest"""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from tinylm.benchmark.bench import Bench
 from tinylm.benchmark.figures import Figure
 from tinylm.benchmark.machine import measure_ceilings, measure_matmul_again
+from tinylm.benchmark.serving import measure_serve
 from tinylm.benchmark.settings import PARTS
 from tinylm.benchmark.text_and_start import measure_start, measure_tokenize
 from tinylm.benchmark.training import measure_compiled, measure_memory, measure_step
@@ -21,12 +22,13 @@ MEASURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "run": measure_run,
     "decode": measure_decode,
     "prefill": measure_prefill,
+    "serve": measure_serve,
     "evaluate": measure_evaluate,
     "tokenize": measure_tokenize,
     "start": measure_start,
 }
 assert tuple(MEASURES) == PARTS
-COMPARED = ("step", "compiled", "run", "decode", "prefill", "evaluate")
+COMPARED = ("step", "compiled", "run", "decode", "prefill", "serve", "evaluate")
 """Parts whose figures are shown as shares of a ceiling."""
 
 

@@ -41,20 +41,21 @@ def measure_decode(bench: Bench) -> Iterator[Figure]:
     for preset in settings.presets("decode"):
         config = settings.config(preset, settings.prompt_tokens + settings.max_new_tokens)
         for runtime in bench.runtimes:
-            group = f"{_shape(preset, config)}, {settings.prompt_tokens} + {settings.max_new_tokens} tokens"
+            group = f"{shape_words(preset, config)}, {settings.prompt_tokens} + {settings.max_new_tokens} tokens"
             group = f"{group}, {bench.name_of(runtime)}"
             bench.say(f"decode: {group}")
             for streams in map(int, words(settings.streams)):
                 samples = _generate(bench, config, runtime, streams, settings.prompt_tokens, settings.max_new_tokens)
                 name = "1 stream" if streams == 1 else f"{streams} streams"
-                yield Figure("decode", group, name, "tokens/s", samples, decoding_work(bench, config, runtime, streams))
+                work = decoding_work(config, runtime.compute_dtype, streams)
+                yield Figure("decode", group, name, "tokens/s", samples, work)
 
 
-def decoding_work(bench: Bench, config: TinyLMConfig, runtime: Runtime, streams: int) -> Work:
+def decoding_work(config: TinyLMConfig, dtype: torch.dtype, streams: int) -> Work:
     """Of a token: 2 N operations, and its stream's part of reading the weights."""
     weights = config.num_parameters()
-    num_bytes = weights * runtime.compute_dtype.itemsize / streams
-    return Work(bench.name_of(runtime), flops=2 * weights, num_bytes=num_bytes)
+    num_bytes = weights * dtype.itemsize / streams
+    return Work(str(dtype).removeprefix("torch."), flops=2 * weights, num_bytes=num_bytes)
 
 
 def measure_prefill(bench: Bench) -> Iterator[Figure]:
@@ -63,7 +64,7 @@ def measure_prefill(bench: Bench) -> Iterator[Figure]:
     for preset in settings.presets("prefill"):
         config = settings.config(preset, length + 1)
         for runtime in bench.runtimes:
-            group = f"{_shape(preset, config)}, {bench.name_of(runtime)}"
+            group = f"{shape_words(preset, config)}, {bench.name_of(runtime)}"
             bench.say(f"prefill: {group}")
             answers = _generate(bench, config, runtime, 1, length, 1)
             samples = {name: tuple(length * speed for speed in speeds) for name, speeds in answers.items()}
@@ -103,7 +104,7 @@ def measure_evaluate(bench: Bench) -> Iterator[Figure]:
         fields = {**vars(settings.config(preset, length)), "vocab_size": tokenizer.vocab_size}
         config = TinyLMConfig(**{**fields, "max_position_embeddings": length})
         for runtime in bench.runtimes:
-            group = f"{_shape(preset, config)}, contexts of {length:,}, {bench.name_of(runtime)}"
+            group = f"{shape_words(preset, config)}, contexts of {length:,}, {bench.name_of(runtime)}"
             bench.say(f"evaluate: {group}")
             seed_everything(0)
             model = TinyLMForCausalLM(config).to(runtime.device)
@@ -128,5 +129,6 @@ def held_out_texts(num_bytes: int) -> list[str]:
     return texts
 
 
-def _shape(preset: str, config: TinyLMConfig) -> str:
+def shape_words(preset: str, config: TinyLMConfig) -> str:
+    """The shape in words."""
     return f"{preset} {config.hidden_size}x{config.num_hidden_layers}, V={config.vocab_size:,}"

@@ -2,10 +2,11 @@
 
     tinylm export --model_path out/dpo --format gguf --dtype q8_0 --output model.gguf
     tinylm export --model_path out/dpo --format hf --output tiny-chat
+    tinylm export --model_path out/dpo --output tiny.html
 
 A model folder is already a Hugging Face folder. This command writes one to publish, with a model card; a GGUF for
-llama.cpp and Ollama; an ONNX file for onnxruntime and transformers.js; or the `.pth` of the original project,
-lyuzlion/Tiny-Language-Model.
+llama.cpp and Ollama; an ONNX file for onnxruntime and transformers.js; a web page with the model inside; or the
+`.pth` of the original project, lyuzlion/Tiny-Language-Model.
 """
 
 from __future__ import annotations
@@ -28,15 +29,21 @@ from tinylm.commandline.terminal import make_console, print_next
 from tinylm.commands.card_facts import card_of
 from tinylm.commands.merge import merged_lineage
 from tinylm.export.hf import DTYPES, export_hf, export_hf_adapter, num_bytes_of, require_publishable
+from tinylm.export.html import export_html
 from tinylm.export.model_card import model_card
 from tinylm.export.modelfile import modelfile
 from tinylm.export.pth import export_pth, unlike_the_original
 from tinylm.files.atomic import atomic_write, require_new
+from tinylm.generation.engine import Engine
 from tinylm.model.hf_config import require_llama_shape
 from tinylm.model.lora import has_lora
 
 if TYPE_CHECKING:
     from tinylm.export.gguf import Written
+
+
+LARGE_PAGE = 64_000_000
+"""Bytes; `small` takes 35 MB in int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +54,14 @@ class ExportSettings:
     """the model folder, or an adapter folder"""
     output: str
     """the file to write; for hf, the folder"""
-    format: Literal["auto", "pth", "gguf", "hf", "onnx"] = "auto"
+    format: Literal["auto", "pth", "gguf", "hf", "onnx", "html"] = "auto"
     """pth: weights under the names of lyuzlion/Tiny-Language-Model; gguf: for llama.cpp and Ollama, with tokenizer and
     chat template, and a Modelfile beside it; hf: a folder to publish on the Hugging Face hub, with a model card; onnx:
-    for onnxruntime and transformers.js; auto: what the ending of `output` says"""
-    dtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0"] = "auto"
-    """numbers, of 32, 16, 16, 8.5 or 4.5 bits each; auto: f16 in a GGUF, bf16 for hf, f32 in a .pth, an ONNX file and
-    an adapter for hf"""
+    for onnxruntime and transformers.js; html: a page that chats in a browser, with no network; auto: what the ending of
+    `output` says"""
+    dtype: Literal["auto", "f32", "f16", "bf16", "q8_0", "q4_0", "int8"] = "auto"
+    """numbers, of 32, 16, 16, 8.5, 4.5 or 8 bits each; auto: f16 in a GGUF, bf16 for hf, int8 in a page, f32 in a
+    .pth, an ONNX file and an adapter for hf"""
     merge: bool = False
     """fold an adapter into its base model; without it, an adapter folder goes out as the adapter alone (a .pth and an
     ONNX file always hold both)"""
@@ -85,21 +93,23 @@ def main(argv: list[str]) -> int:
         _to_gguf(settings, output, console)
     elif settings.format == "onnx":
         _to_onnx(settings, output, console)
+    elif settings.format == "html":
+        _to_html(settings, output, console)
     else:
         _to_pth(settings, output, console)
     return 0
 
 
-def _format_of(settings: ExportSettings, output: Path) -> Literal["pth", "gguf", "hf", "onnx"]:
+def _format_of(settings: ExportSettings, output: Path) -> Literal["pth", "gguf", "hf", "onnx", "html"]:
     """The format that is asked for; the file must have the ending by which programs, ours too, know it."""
     stated, said = settings.format, output.suffix.lower().removeprefix(".")
     if stated == "hf":
         return stated
-    wanted = "model.gguf, model.onnx or model.pth" if stated == "auto" else f"model.{stated}"
+    wanted = "model.gguf, model.onnx, model.html or model.pth" if stated == "auto" else f"model.{stated}"
     advice = f"expected a file name such as {wanted}, or --format hf, which writes a folder"
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; {advice}; choose another --output")
-    if said not in ("pth", "gguf", "onnx") or stated not in ("auto", said):
+    if said not in ("pth", "gguf", "onnx", "html") or stated not in ("auto", said):
         raise ValueError(f"output is {output}; {advice}")
     return said  # type: ignore[return-value]
 
@@ -167,6 +177,25 @@ def _to_onnx(settings: ExportSettings, output: Path, console: Console) -> None:
     num_bytes = export_onnx(loaded.model, output)
     console.print(f"{loaded.path} written to {output}: {num_bytes / 1e6:,.1f} MB in f32")
     print_next(console, "for transformers.js, put it into a model folder as onnx/model.onnx")
+
+
+def _to_html(settings: ExportSettings, output: Path, console: Console) -> None:
+    if settings.dtype not in ("auto", "int8", "f32") or settings.license:
+        flag = "license" if settings.license else "dtype"
+        raise ValueError(f"--{flag} {getattr(settings, flag)} is not for a page, which holds int8 or f32; leave it out")
+    loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path)
+    dtype: Literal["int8", "f32"] = "f32" if settings.dtype == "f32" else "int8"
+    about = {
+        "name": loaded.path.stem,
+        "parameters": loaded.model.num_parameters(),
+        "isBase": loaded.lineage.get("stage") == "pretrain" or not loaded.tokenizer.can_chat,
+    }
+    engine = Engine(loaded.model, loaded.tokenizer, loaded.model.dtype, loaded.document_start)
+    size = export_html(engine, output, dtype, about)
+    console.print(f"{loaded.path} written to {output}: {size / 1e6:,.1f} MB in {dtype}")
+    if size > LARGE_PAGE:
+        console.print("a browser takes long to open so large a page, and to compute in it")
+    print_next(console, f"open {output} in a browser; it needs no network")
 
 
 def _to_hf(settings: ExportSettings, output: Path, console: Console) -> None:

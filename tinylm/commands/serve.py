@@ -14,7 +14,7 @@ import sys
 
 from rich.console import Console
 
-from tinylm.commandline.exit_status import run_main
+from tinylm.commandline.exit_status import Stopped, run_main
 from tinylm.commandline.settings import model_first, parse_settings
 from tinylm.commandline.terminal import make_console
 from tinylm.commands.chat import find_model
@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
     console = make_console()
     with listening(settings) as at:
         warn(settings, console)
-        asyncio.run(serve(settings, at, console.print))
-    return 0
+        signum = asyncio.run(serve(settings, at, console.print))
+    raise Stopped(signum)
 
 
 def listening(settings: ServeSettings) -> socket.socket:

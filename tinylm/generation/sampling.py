@@ -268,12 +268,44 @@ def next_tokens(
     return logits.argmax(dim=-1)
 
 
-def seen_tokens(rows: list[list[int]], vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
+def seen_tokens(rows: Sequence[list[int]], vocab_size: int, device: torch.device | str = "cpu") -> Tensor:
     """bool [B, V]: which tokens occur in each row of ids; what `repetition_penalty` reads."""
     seen = torch.zeros(len(rows), vocab_size, dtype=torch.bool)
     for row, ids in zip(seen, rows, strict=True):
         row[ids] = True
     return seen.to(device)
+
+
+class BatchChoice:
+    """How the rows of a batch choose their next tokens, step after step; make another when the rows change.
+
+    Args:
+        settings: of each row.
+        tokens: of each row so far, for a repetition penalty.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[SamplingSettings],
+        tokens: Sequence[list[int]],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._sampling = BatchSampling.of(settings, device)
+        self._seen = seen_tokens(tokens, vocab_size, device) if self._sampling.has_penalty else None
+
+    def __call__(self, logits: Tensor, uniforms: Sequence[float]) -> Tensor:
+        """The next tokens [B] from logits [B, V] and a random number for each row, which greedy rows do not read."""
+        numbers = None if self._sampling.is_greedy else torch.tensor(uniforms, device=logits.device)
+        tokens = next_tokens(logits, self._sampling, numbers, self._seen)
+        if self._seen is not None:
+            self._seen[torch.arange(len(tokens), device=tokens.device), tokens] = True
+        return tokens
+
+
+def numbers_to_draw_with(settings: SamplingSettings, seed: int, row: int, count: int) -> list[float]:
+    """The `uniform_numbers` of an answer of at most `count` tokens; zeros for a greedy one, which reads none."""
+    return [0.0] * count if settings.temperature == 0 else uniform_numbers(seed, row, count).tolist()
 
 
 def uniform_numbers(seed: int, row: int, count: int) -> Tensor:

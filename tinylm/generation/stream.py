@@ -15,7 +15,7 @@ from torch import Tensor
 from tinylm.generation.decoding import DAMAGED
 from tinylm.generation.prompt_lookup import PromptLookup
 from tinylm.generation.request import Event, Ticket, TokenLogprob, one_line
-from tinylm.generation.sampling import BatchSampling, count_penalties, next_tokens, seen_tokens, uniform_numbers
+from tinylm.generation.sampling import BatchChoice, count_penalties, numbers_to_draw_with
 from tinylm.generation.text_stream import TextStream
 from tinylm.tokenizer.tokenizer import Tokenizer
 
@@ -47,16 +47,13 @@ class Stream:
         self._text = None if tokenizer is None else TextStream(tokenizer, request.stop_strings)
         self._counts: Counter[int] = Counter()
         self.lookup = PromptLookup()
-        settings = request.settings
-        self._uniforms: list[float] = []
-        if settings.temperature > 0:
-            seed = torch.Generator().seed() if settings.seed is None else settings.seed
-            self._uniforms = uniform_numbers(seed, request.number, limit).tolist()
+        seed = torch.Generator().seed() if request.settings.seed is None else request.settings.seed
+        self._uniforms = numbers_to_draw_with(request.settings, seed, request.number, limit)
 
     @property
     def next_uniform(self) -> float:
         """The random number that the next token is drawn with."""
-        return self._uniforms[len(self.tokens) - self.prompt_length] if self._uniforms else 0.0
+        return self._uniforms[len(self.tokens) - self.prompt_length]
 
     def adjust(self, logits: Tensor) -> Tensor:
         """The logits [V] with this request's bias and penalties, and minus infinity for tokens it does not allow.
@@ -131,20 +128,17 @@ class TokenChoice:
 
     def __init__(self) -> None:
         self._streams: list[Stream] = []
-        self._seen: Tensor | None = None
 
     def choose(self, streams: Sequence[Stream], logits: Tensor) -> list[Event]:
         """One event for each stream, from logits [B, V]. A stream whose logits or mask are unusable fails alone."""
         logits = logits.float()
         failed = {row: DAMAGED for row in unsound_rows(logits)}
         adjusted = self._adjusted(streams, logits, failed)
-        self._prepare(streams, logits)
-        uniforms = None
-        if not self._sampling.is_greedy:
-            uniforms = torch.tensor([stream.next_uniform for stream in streams], device=logits.device)
-        tokens = next_tokens(adjusted, self._sampling, uniforms, self._seen)
-        if self._seen is not None:
-            self._seen[torch.arange(len(tokens), device=tokens.device), tokens] = True
+        if self._streams != list(streams):
+            self._streams = list(streams)
+            settings, before = [stream.request.settings for stream in streams], [stream.tokens for stream in streams]
+            self._choice = BatchChoice(settings, before, logits.shape[-1], logits.device)
+        tokens = self._choice(adjusted, [stream.next_uniform for stream in streams])
         return [
             stream.fail(failed[row])
             if row in failed
@@ -165,16 +159,6 @@ class TokenChoice:
                 failed[row] = one_line(error)
         logits[list(failed)] = 0.0
         return logits
-
-    def _prepare(self, streams: Sequence[Stream], logits: Tensor) -> None:
-        """Gather the settings, and the tokens that occurred where a penalty needs those, when the streams change."""
-        if self._streams == list(streams):
-            return
-        self._streams = list(streams)
-        self._sampling = BatchSampling.of([stream.request.settings for stream in streams], logits.device)
-        self._seen = None
-        if self._sampling.has_penalty:
-            self._seen = seen_tokens([stream.tokens for stream in streams], logits.shape[-1], logits.device)
 
 
 def unsound_rows(values: Tensor) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
@@ -13,6 +13,7 @@ from tinylm.server import chat_completions, completions, responses
 from tinylm.server.docs_page import docs_page
 from tinylm.server.errors import ApiError, add_handlers
 from tinylm.server.gate import Gate
+from tinylm.server.json_body import json_router
 from tinylm.server.prompts import chat_prompt, text_prompt
 from tinylm.server.replies import token_text
 from tinylm.server.schemas import DetokenizeRequest, TokenizeRequest
@@ -21,7 +22,7 @@ from tinylm.server.settings import ServeSettings, listed
 from tinylm.server.state import ServerState, state_of
 from tinylm.tokenizer.chat_template import encode_chat
 
-router = APIRouter()
+router = json_router()
 
 
 def make_app(settings: ServeSettings) -> FastAPI:

@@ -7,20 +7,21 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from sse_starlette.sse import EventSourceResponse
 
 from tinylm.generation.request import TokenLogprob
 from tinylm.server.answers import Answer, Answers
 from tinylm.server.errors import ApiError
 from tinylm.server.forms import grammar_of
+from tinylm.server.json_body import json_router
 from tinylm.server.prompts import chat_prompt, requests_of
 from tinylm.server.replies import event_stream, token_bytes, token_text, unless_gone, usage
 from tinylm.server.schemas import ChatRequest
 from tinylm.server.state import state_of
 from tinylm.tokenizer.tokenizer import Tokenizer
 
-router = APIRouter()
+router = json_router()
 
 
 @router.post("/v1/chat/completions", response_model=None)

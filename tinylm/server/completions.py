@@ -7,13 +7,14 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from sse_starlette.sse import EventSourceResponse
 
 from tinylm.generation.request import TokenLogprob
 from tinylm.server.answers import Answer, Answers
 from tinylm.server.errors import ApiError
 from tinylm.server.forms import grammar_of
+from tinylm.server.json_body import json_router
 from tinylm.server.prompts import requests_of, text_prompt
 from tinylm.server.replies import event_stream, likeliest, token_text, unless_gone, usage
 from tinylm.server.schemas import CompletionRequest
@@ -23,7 +24,7 @@ from tinylm.tokenizer.tokenizer import StreamDecoder
 
 DEFAULT_TOKENS = 16
 """OpenAI's limit for an answer that names none."""
-router = APIRouter()
+router = json_router()
 
 
 @router.post("/v1/completions", response_model=None)

@@ -73,7 +73,8 @@ def add_handlers(app: FastAPI) -> None:
             message = f"{request.method} is not a method of {shown(request.url.path)}; see /docs"
         else:
             message = str(error.detail)
-        response = ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None).response
+        code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        response = ApiError(error.status_code, message, code=code).response
         response.headers.update(error.headers or {})
         return response
 
@@ -84,20 +85,28 @@ def add_handlers(app: FastAPI) -> None:
 
 def invalid_body(error: RequestValidationError) -> ApiError:
     """About the error that lies deepest: of the shapes that a field may have, it is in the one that was meant."""
-    worst = max(error.errors(), key=lambda found: len(found["loc"]))
+
+    def depth(found: dict[str, Any]) -> tuple[int, list[int]]:
+        return len(found["loc"]), [part for part in found["loc"] if isinstance(part, int)]
+
+    worst = max(error.errors(), key=depth)
     kind, given = worst["type"], worst.get("input")
     place = _place(worst["loc"])
-    if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON ({worst['ctx']['error']}); expected an object", code="invalid_json")
     if kind in ("model_attributes_type", "missing") and not place:
         return ApiError(400, "the body is not a JSON object; send one as application/json", code="invalid_json")
     if kind == "missing":
         return ApiError(400, f"{place} is missing; see /docs", place, "missing_required_parameter")
+    if kind == "extra_forbidden":  # a stranger's name: it may be anything
+        place = ".".join(part for part in (_place(worst["loc"][:-1]), _name(worst["loc"][-1])) if part)
     if kind in ("extra_forbidden", "none_required"):
         message = f"{place} is not supported here; leave it out; /docs lists what is"
         return ApiError(400, message, place, "unsupported_parameter")
     expected = str(worst["msg"])
     return ApiError(400, f"{place} is {shown(given)}: {expected[:1].lower()}{expected[1:]}", place, "invalid_value")
+
+
+def _name(name: int | str) -> str:
+    return name if isinstance(name, str) and name.isascii() and name.isidentifier() else shown(name)
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

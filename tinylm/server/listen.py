@@ -3,73 +3,97 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import uvicorn
 from sse_starlette.sse import AppStatus
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tinylm.commandline.exit_status import StopRequest
 from tinylm.server.app import make_app
+from tinylm.server.connections import Connection
 from tinylm.server.served_models import ServedModels
 from tinylm.server.settings import ServeSettings
 
 
-async def serve(settings: ServeSettings, at: socket.socket, say: Callable[[str], Any]) -> None:
+async def serve(settings: ServeSettings, at: socket.socket, say: Callable[[str], Any]) -> int:
     """Serve until SIGTERM or Ctrl-C; then take no more requests, answer what was accepted, and return.
+
+    A second signal ends the process at once.
+
+    Returns:
+        The number of the signal.
 
     Raises:
         FileNotFoundError, ValueError: a model cannot be served.
     """
     app = make_app(settings)
     AppStatus.disable_automatic_graceful_drain()  # streams may end by themselves
+    server = _server(app, settings)
+
+    def drain() -> None:  # in a thread
+        server.should_exit = True
+        say(f"ends when the open answers are complete, or in {settings.drain_timeout:g} s; a second signal ends it now")
+
+    models = None
+    with StopRequest(drain) as stop:
+        serving = asyncio.create_task(server.serve(sockets=[at]))
+        loading = _in_thread(lambda: ServedModels(settings, say))
+        try:
+            await asyncio.wait([serving, loading], return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                models = loading.result()
+                app.state.server.use(models)
+                say(f"ready at {_address(at)} (Ctrl-C ends it; /docs lists the routes)")
+            await asyncio.wait([serving])
+        finally:
+            server.should_exit = True
+            await asyncio.wait([serving])
+            if models is not None:
+                await asyncio.to_thread(models.close, settings.drain_timeout)
+    serving.result()
+    return stop.signum
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves the signals to us."""
+
+    def capture_signals(self) -> Any:
+        return contextlib.nullcontext()
+
+
+def _server(app: Any, settings: ServeSettings) -> _Server:
     config = uvicorn.Config(
         app,
-        http=_impatient(settings.receive_timeout),
+        http=type("_Connection", (Connection,), {"limits": settings}),
         ws="none",
         lifespan="off",
         log_level="warning",
-        limit_concurrency=settings.max_connections,
+        timeout_keep_alive=max(1, round(settings.receive_timeout)),
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
         server_header=False,
     )
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[at]))
-    try:
-        models = await asyncio.to_thread(ServedModels, settings, say)
-        app.state.server.use(models)
-        host, port = at.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        say(f"ready at http://{shown}:{port}/v1 (Ctrl-C ends it; /docs lists the routes)")
-        await serving
-        await asyncio.to_thread(models.close, settings.drain_timeout)
-    finally:
-        server.should_exit = True
-        await asyncio.wait([serving])
+    return _Server(config)
 
 
-def _impatient(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which also closes connections whose next request does not begin or end its head in time."""
+def _in_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
+    """Its result, from a thread that a signal need not wait for."""
+    result: Future[Any] = Future()
 
-    class Protocol(H11Protocol):
-        waited = False
+    def work() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._look_later()
+    threading.Thread(target=work, name="loading", daemon=True).start()
+    return asyncio.wrap_future(result)
 
-        def _look_later(self) -> None:
-            self.loop.call_later(seconds, self._look)
 
-        def _look(self) -> None:
-            if self.transport.is_closing():
-                return
-            is_idle = self.cycle is None or self.cycle.response_complete
-            if is_idle and self.waited:
-                self.transport.close()
-                return
-            self.waited = is_idle
-            self._look_later()
-
-    return Protocol
+def _address(at: socket.socket) -> str:
+    host, port = at.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"

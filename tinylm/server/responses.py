@@ -7,18 +7,19 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from sse_starlette.sse import EventSourceResponse
 
 from tinylm.server.answers import Answer, Answers
 from tinylm.server.errors import ApiError
 from tinylm.server.forms import grammar_of
+from tinylm.server.json_body import json_router
 from tinylm.server.prompts import chat_prompt, requests_of, sampling_settings
 from tinylm.server.replies import event_stream, unless_gone
 from tinylm.server.schemas import ChatMessage, ResponsesRequest
 from tinylm.server.state import state_of
 
-router = APIRouter()
+router = json_router()
 
 
 @router.post("/v1/responses", response_model=None)

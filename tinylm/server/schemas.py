@@ -6,15 +6,29 @@ None exist so that a client may send them empty: what they ask for is not suppor
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from tinylm.generation.sampling import SamplingSettings
 
 DEFAULTS = SamplingSettings()
 MAX_LOGPROBS = 20
 NUMBERS = 2**63
+Each = TypeVar("Each")
+Many = Annotated[list[Each], Field(fail_fast=True)]
+"""A list, of which the first wrong entry is reported."""
+
+
+def at_most(number: int) -> BeforeValidator:
+    """A dictionary of this many entries: they are counted before they are looked at."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > number:
+            raise ValueError(f"{len(given)} entries; expected at most {number}")
+        return given
+
+    return BeforeValidator(check)
 
 
 class Fields(BaseModel):
@@ -22,26 +36,36 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_one_unknown(cls, given: Any) -> Any:
+        """Of unknown fields one is left, to be refused: a hundred thousand errors would take time and memory."""
+        if not isinstance(given, dict):
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = [name for name in given if name not in known]
+        return {name: value for name, value in given.items() if name in known or name == unknown[0]}
+
 
 class TextPart(Fields):
     """A part of a message that is text; there are no others."""
 
     type: Literal["text", "input_text", "output_text"]
     text: str
-    annotations: list[None] | None = None
-    logprobs: list[None] | None = None
+    annotations: Many[None] | None = None
+    logprobs: Many[None] | None = None
 
 
 class ChatMessage(Fields):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
     refusal: None = None
-    annotations: list[None] | None = None
+    annotations: Many[None] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: list[None] | None = None
+    tool_calls: Many[None] | None = None
     name: None = None
 
     @property
@@ -95,12 +119,12 @@ class StructuredOutputs(Fields):
 
     json_schema: Annotated[dict[str, Any] | None, Field(alias="json")] = None
     regex: Annotated[str, Field(min_length=1)] | None = None
-    choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    choice: Annotated[Many[str], Field(min_length=1, max_length=1000)] | None = None
 
 
 Number = Annotated[int, Field(ge=-NUMBERS, lt=NUMBERS)]
 Count = Annotated[int, Field(ge=1, lt=NUMBERS)]
-Stop = str | list[str] | None
+Stop = str | Many[str] | None
 
 
 class Sampling(Fields):
@@ -114,7 +138,7 @@ class Sampling(Fields):
     user: str | None = Field(None, description="changes nothing")
     safety_identifier: str | None = Field(None, description="changes nothing")
     prompt_cache_key: str | None = Field(None, description="changes nothing: every prompt's start is reused")
-    metadata: dict[str, str] | None = Field(None, description="changes nothing")
+    metadata: Annotated[dict[str, str], at_most(16)] | None = Field(None, description="changes nothing")
     service_tier: Literal["auto", "default"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -144,8 +168,8 @@ class Generation(Sampling):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=1024),
+            dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
+            at_most(1024),
         ]
         | None
     ) = None
@@ -156,19 +180,19 @@ class Generation(Sampling):
 class ChatRequest(Generation):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     max_tokens: Count | None = Field(None, description="most tokens of an answer; default: what the context leaves")
     max_completion_tokens: Count | None = Field(None, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     store: Literal[False] | None = None
     parallel_tool_calls: bool | None = Field(None, description="changes nothing: there are no tools")
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Annotated[Many[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
 
 
-Prompt = str | list[str] | list[int] | list[list[int]]
+Prompt = str | Many[str] | Many[int] | Many[Many[int]]
 
 
 class CompletionRequest(Generation):
@@ -209,15 +233,15 @@ class TextOptions(Fields):
 class ResponsesRequest(Sampling):
     """The body of /v1/responses."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[Many[InputMessage], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     text: TextOptions | None = None
     truncation: Literal["disabled"] | None = None
     store: Literal[False] | None = Field(None, description="nothing is stored")
     background: Literal[False] | None = None
-    include: Annotated[list[Any], Field(max_length=0)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    include: Annotated[Many[Any], Field(max_length=0)] | None = None
+    tools: Annotated[Many[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none"] | None = None
     parallel_tool_calls: bool | None = Field(None, description="changes nothing: there are no tools")
     previous_response_id: None = None
@@ -230,7 +254,7 @@ class TokenizeRequest(Fields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)] | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = Field(True, description="begin a text as documents began in training")
     return_token_strs: bool | None = None
@@ -240,4 +264,4 @@ class DetokenizeRequest(Fields):
     """The body of /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Many[int]

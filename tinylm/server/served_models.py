@@ -28,6 +28,7 @@ from tinylm.server.errors import ApiError
 from tinylm.server.settings import ServeSettings, named
 from tinylm.system.allocator import give_back_freed_memory
 from tinylm.system.runtime import setup_runtime
+from tinylm.tokenizer.chat_template import encode_chat
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 
@@ -42,6 +43,8 @@ class ServedModel:
     """When it was loaded (seconds since 1970)."""
     parent: str | None = None
     """The name of the model that this adapter is on."""
+    why_no_chats: str = ""
+    """Why it cannot be asked for the next message of a conversation; empty where it can."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -122,13 +125,14 @@ class ServedModels:
         engine = Engine(model, loaded.tokenizer, model.dtype, loaded.document_start)
         scheduler = Scheduler(model, loaded.tokenizer, _fitting(self._scheduling, model), self._changed)
         _require_sound(scheduler, name)
-        self._models[name] = ServedModel(name, engine, scheduler, int(time.time()), parent)
+        why = _why_no_chats(loaded.tokenizer)
+        self._models[name] = ServedModel(name, engine, scheduler, int(time.time()), parent, why)
         kind = f"adapter of {parent}" if parent else f"{loaded.model.num_parameters():,} parameters"
         if loaded.lineage.get("stage") == "pretrain" and not parent:
             kind += ", a base model, which continues text"
         self._say(
             f"{name}: {kind}, {str(model.dtype).removeprefix('torch.')}, {scheduler.max_streams} answers at a time, "
-            f"contexts of {scheduler.context_length} tokens"
+            f"contexts of {scheduler.context_length} tokens" + f"; chats are refused: {why}" * bool(why)
         )
 
 
@@ -136,6 +140,17 @@ def _fitting(settings: SchedulerSettings, model: TinyLMForCausalLM) -> Scheduler
     """The settings with a context that this model has: a limit for several models may be longer than one's."""
     longest = model.config.max_position_embeddings
     return dataclasses.replace(settings, context_length=min(settings.context_length or longest, longest))
+
+
+def _why_no_chats(tokenizer: Tokenizer) -> str:
+    """What is wrong with the chat template: found at the start, since a client should not wait for an endless one."""
+    if not tokenizer.can_chat:
+        return "it has no chat template"
+    try:
+        encode_chat(tokenizer, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _require_sound(scheduler: Scheduler, name: str) -> None:

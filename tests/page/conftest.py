@@ -1,0 +1,66 @@
+"""A real browser, and pages with models inside."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tokenizer.conftest import tokenizer, torture, world_texts
+from tinylm.generation.engine import Engine
+from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.page.packed_model import packed_model
+from tinylm.page.page import page
+from tinylm.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["tokenizer", "torture", "world_texts"]
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, for tests that have a page to look at."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium is installed; on Debian or Ubuntu: apt install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+    """A function that opens a file without a network. Whatever the console says but for `allowed` is an error."""
+    contexts, said = [], []
+
+    def open_file(path: Path, **options: Any) -> Any:
+        context = browser.new_context(offline=True, **options)
+        context.set_default_timeout(20_000)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: said.append(request.url) if not request.url.startswith("file:") else None)
+        tab.goto(path.as_uri())
+        return tab
+
+    yield open_file
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def write_page(
+    path: Path, model: TinyLMForCausalLM, tokenizer: Tokenizer, dtype: Any = "f32", name: str = "tiny", **about: Any
+) -> Path:
+    """A page with this model."""
+    engine = Engine(model, tokenizer, model.dtype, tokenizer.document_start)
+    facts = {"name": name, "parameters": model.num_parameters(), "isBase": False, **about}
+    path.write_text(page(name, packed_model(engine, dtype, facts)), encoding="utf-8")
+    return path

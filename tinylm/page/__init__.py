@@ -1,0 +1,1 @@
+"""The page: a model that runs and is watched in a browser."""

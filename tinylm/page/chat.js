@@ -1,0 +1,137 @@
+"use strict";
+/* The chat: messages, an answer that streams in, and the ways to change one's mind. */
+
+const SETTINGS = {
+  temperature: ["temperature", 0, 5, 0.05, "divides the logits: 0 always takes the likeliest token"],
+  topK: ["top-k", 0, 1000, 1, "draw only from the k likeliest tokens; 0 is off"],
+  topP: ["top-p", 0, 1, 0.01, "draw only from the fewest tokens whose probabilities reach this sum; 1 is off"],
+  minP: ["min-p", 0, 1, 0.01, "draw only from tokens at least this fraction as likely as the likeliest; 0 is off"],
+  repetitionPenalty: ["repetition penalty", 0.01, 100, 0.05, "makes tokens that occurred less likely; 1 is off"],
+  maxTokens: ["most tokens", 1, 4096, 1, "of an answer"],
+  seed: ["seed", 0, 4294967295, 1, "the same seed, the same answer; empty: another one every time"],
+};
+
+/** The fields of the sampling settings; `.values()` reads them, with what is out of range put back to its default. */
+function samplingFields(changed = () => {}) {
+  const fields = Object.entries(SETTINGS).map(([key, [name, min, max, step, hint]]) => {
+    const field = make("input", { type: "number", min, max, step, value: DEFAULTS[key], name: key, onchange: changed });
+    return [key, name, field, hint];
+  });
+  const box = make("div", { class: "settings" }, ...fields.map(([, name, field, hint]) => labelled(name, field, hint)));
+  box.values = () =>
+    Object.fromEntries(
+      fields.map(([key, , field]) => {
+        const isUsable = field.value !== "" && +field.value >= +field.min && +field.value <= +field.max;
+        if (!isUsable) field.value = DEFAULTS[key];
+        return [key, isUsable ? +field.value : DEFAULTS[key]];
+      }),
+    );
+  return box;
+}
+
+class Chat {
+  constructor(place, model) {
+    this.model = model;
+    this.messages = [];
+    this.stopping = null;
+    this.list = make("ol", { class: "messages", "aria-label": "Conversation" });
+    this.notice = make("p", { class: "hint", role: "status", "aria-live": "polite" });
+    this.system = make("textarea", { rows: 2, placeholder: "none" });
+    this.sampling = samplingFields();
+    this.input = make("textarea", { rows: 2, "aria-label": "Your message", placeholder: "Ask something…",
+      onkeydown: (event) => this.key(event) });
+    this.send = make("button", { onclick: () => this.ask() }, "Send");
+    this.stop = make("button", { onclick: () => this.stopping?.abort(), disabled: true }, "Stop");
+    this.clear = make("button", { onclick: () => this.restart() }, "Start over");
+    place.append(
+      this.list,
+      this.notice,
+      this.input,
+      make("div", { class: "row" }, this.send, this.stop, this.clear,
+        make("span", { class: "hint" }, "Enter sends, Shift+Enter begins a line.")),
+      make("details", {}, make("summary", {}, "Settings"), labelled("system prompt", this.system), this.sampling),
+    );
+  }
+
+  key(event) {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    if (!this.stopping) this.ask();
+  }
+
+  ask() {
+    const content = this.input.value;
+    if (!content.trim()) return;
+    this.input.value = "";
+    this.messages.push({ role: "user", content });
+    this.answer();
+  }
+
+  restart() {
+    this.stopping?.abort();
+    this.messages = [];
+    this.notice.textContent = "";
+    this.show();
+    this.input.focus();
+  }
+
+  /** Answers what was said last. What an answer has when it is stopped stays. */
+  async answer() {
+    trouble("");
+    this.notice.textContent = "";
+    const message = { role: "assistant", content: "" };
+    const history = [...this.messages];
+    this.messages.push(message);
+    const stopping = (this.stopping = new AbortController());
+    this.show();
+    const text = this.list.lastChild.querySelector(".text");
+    const system = this.system.value.trim() ? [{ role: "system", content: this.system.value }] : [];
+    try {
+      const say = (line) => (this.notice.textContent = line);
+      const started = performance.now();
+      let pieces = 0;
+      for await (const piece of this.model.answer([...system, ...history], this.sampling.values(), stopping.signal, say)) {
+        message.content += piece;
+        text.textContent = message.content;
+        pieces++;
+      }
+      const speed = (1000 * pieces) / (performance.now() - started);
+      if (!this.notice.textContent) say(stopping.signal.aborted ? "stopped" : `${speed.toFixed(0)} tokens/s`);
+    } catch (error) {
+      trouble(error.message);
+      if (!message.content) this.messages.splice(this.messages.indexOf(message), 1);
+    }
+    if (this.stopping === stopping) this.stopping = null;
+    this.show();
+  }
+
+  /** Answers a message of the person once more; what came after it is forgotten. */
+  again(place) {
+    this.messages = this.messages.slice(0, place + 1);
+    this.answer();
+  }
+
+  edit(place) {
+    this.input.value = this.messages[place].content;
+    this.messages = this.messages.slice(0, place);
+    this.show();
+    this.input.focus();
+  }
+
+  show() {
+    const isBusy = this.stopping !== null;
+    this.send.disabled = isBusy;
+    this.stop.disabled = !isBusy;
+    this.list.replaceChildren(
+      ...this.messages.map(({ role, content }, place) => {
+        const small = (name, does) => make("button", { class: "small", disabled: isBusy, onclick: does }, name);
+        const button =
+          role === "user" ? small("Edit", () => this.edit(place)) : small("Again", () => this.again(place - 1));
+        const speaker = make("strong", {}, role === "user" ? "You" : this.model.about.name || "Model");
+        return make("li", { class: role }, make("div", { class: "row" }, speaker, button),
+          make("div", { class: "text", dir: "auto" }, content));
+      }),
+    );
+    this.list.lastChild?.scrollIntoView({ block: "nearest" });
+  }
+}

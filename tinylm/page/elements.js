@@ -1,0 +1,44 @@
+"use strict";
+/* Elements of the page. All that a model or a person writes goes in as text, never as HTML. */
+
+/** An element: `make("button", {class: "small", onclick: f}, "Stop")`. Children are elements or texts. */
+function make(kind, attributes = {}, ...children) {
+  const element = document.createElement(kind);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+/** A field with its name above it. */
+function labelled(name, field, hint = "") {
+  return make("label", { title: hint }, name, field);
+}
+
+/** One sentence about what went wrong, at the top of the page; "" takes it away. */
+function trouble(sentence) {
+  const place = document.getElementById("trouble");
+  place.textContent = sentence;
+  place.hidden = !sentence;
+}
+
+/** What a part shows: a sentence, an equation, and the file that computes it. */
+function why(sentence, equation, file) {
+  return make("p", { class: "why" }, `${sentence} `, equation ? make("code", {}, equation) : null, ` (${file})`);
+}
+
+/** Lets the browser draw and take clicks before the work goes on. */
+function breathe() {
+  return new Promise((resolve) => setTimeout(resolve));
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(share >= 0.0995 ? 0 : share >= 0.00095 ? 1 : 2)}%`;
+}
+
+function bytes(count) {
+  return count < 1e6 ? `${(count / 1e3).toFixed(1)} kB` : `${(count / 1e6).toFixed(1)} MB`;
+}

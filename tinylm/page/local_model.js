@@ -1,0 +1,80 @@
+"use strict";
+/* A model that computes in this page: conversations in, pieces of text out. */
+
+const DEFAULTS = { temperature: 0.7, topK: 0, topP: 0.9, minP: 0, repetitionPenalty: 1, maxTokens: 256, seed: "" };
+
+class LocalModel {
+  constructor(packed) {
+    this.about = packed.about;
+    this.tokenizer = new Tokenizer(packed.tokenizer);
+    this.transformer = new Transformer(packed.config, packed.tensors);
+    this.config = packed.config;
+    this.canChat = this.tokenizer.canChat && !this.about.isBase; // else it continues text
+    this.cache = this.transformer.newCache();
+    this.known = []; // the tokens whose keys and values the cache holds
+  }
+
+  /** Reads tokens, beginning behind those that are known already; returns the logits after the last. */
+  async read(ids, signal) {
+    let common = 0;
+    while (common < Math.min(this.known.length, ids.length - 1) && this.known[common] === ids[common]) common++;
+    this.cache.length = common;
+    this.known.length = common;
+    let logits = null, drawn = performance.now();
+    for (let place = common; place < ids.length; place++) {
+      logits = this.transformer.read(ids[place], this.cache, { wantsLogits: place === ids.length - 1 });
+      this.known.push(ids[place]);
+      if (performance.now() - drawn > 30) {
+        await breathe();
+        drawn = performance.now();
+        if (signal.aborted) return null;
+      }
+    }
+    return logits;
+  }
+
+  /** The ids that follow, one at a time, until the model ends its answer, the limit, or the signal. */
+  async *continued(prompt, settings, signal) {
+    const ids = [...prompt];
+    const random = randomNumbers(settings.seed === "" ? crypto.getRandomValues(new Uint32Array(1))[0] : +settings.seed);
+    const end = Math.min(this.config.context, prompt.length + settings.maxTokens);
+    while (ids.length < end) {
+      const logits = await this.read(ids, signal);
+      if (signal.aborted) return;
+      if (!logits.every(Number.isFinite)) throw new Error("the model computed something that is not a number");
+      const id = draw(candidates(logits, settings, ids), random());
+      if (this.tokenizer.stops.includes(id)) return;
+      ids.push(id);
+      yield id;
+      await breathe();
+    }
+  }
+
+  /** The answer to a conversation in pieces of text; `notice` hears what did not fit the context. */
+  async *answer(messages, settings, signal, notice) {
+    const { ids, dropped } = this.fitted(messages, settings.maxTokens);
+    if (dropped) notice(`left out to fit the context: ${dropped} of the oldest messages`);
+    const next = this.tokenizer.stream();
+    for await (const id of this.continued(ids, settings, signal)) yield next(id);
+    yield next(null);
+  }
+
+  /** Token ids of the conversation. The oldest exchanges are left out until what is left fits. */
+  fitted(messages, maxTokens) {
+    const budget = Math.max(this.config.context - maxTokens, Math.floor(this.config.context / 2));
+    const system = messages.filter(({ role }) => role === "system");
+    let turns = messages.filter(({ role }) => role !== "system");
+    const all = turns.length;
+    for (;;) {
+      const ids = this.canChat
+        ? this.tokenizer.chat([...system, ...turns])
+        : [...this.tokenizer.documentStart, ...this.tokenizer.encode(turns.map(({ content }) => content).join("\n"))];
+      if (ids.length <= budget) return { ids, dropped: all - turns.length };
+      const next = turns.findIndex(({ role }, place) => place > 0 && role === "user");
+      if (next < 0) {
+        throw new Error(`this message has ${ids.length} tokens; the context leaves ${budget}: shorten the message`);
+      }
+      turns = turns.slice(next);
+    }
+  }
+}
