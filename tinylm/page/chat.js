@@ -50,11 +50,12 @@ class Chat {
       models.length > 1 ? make("div", { class: "row" }, labelled("model", this.first), labelled("beside it", this.second))
         : "",
       this.list,
-      this.notice,
-      this.input,
-      make("div", { class: "row" }, this.send, this.stop, this.clear,
-        make("span", { class: "hint" }, "Enter sends, Shift+Enter begins a line.")),
-      make("details", {}, make("summary", {}, "Settings"), labelled("system prompt", this.system), this.sampling),
+      make("div", { class: "below" }, // stays where it is while an answer grows
+        this.notice,
+        this.input,
+        make("div", { class: "row" }, this.send, this.stop, this.clear,
+          make("span", { class: "hint" }, "Enter sends, Shift+Enter begins a line.")),
+        make("details", {}, make("summary", {}, "Settings"), labelled("system prompt", this.system), this.sampling)),
     );
   }
 
