@@ -27,11 +27,13 @@ def with_adapter(model, targets, seed):
     return model.eval()
 
 
+@pytest.mark.parametrize("num_texts", [1, 2])
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_equals_the_adapted_model(shape, targets):
+def test_it_equals_the_adapted_model(shape, targets, num_texts):
+    """One token of one text has a way of its own."""
     model = trained_model(**shape)
-    ids = random_ids(2, 40)
+    ids = random_ids(num_texts, 40)
     plain = model(ids)
     fast = inference_copy(model)
     adapted = adapted_copy(fast, with_adapter(model, targets, seed=3))
@@ -42,10 +44,11 @@ def test_it_equals_the_adapted_model(shape, targets):
     torch.testing.assert_close(steps(fast, ids), plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_texts", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_other_precisions_are_as_close_as_the_base(dtype):
+def test_other_precisions_are_as_close_as_the_base(dtype, num_texts):
     model = trained_model()
-    ids = random_ids(2, 40)
+    ids = random_ids(num_texts, 40)
     base_error = (steps(fast := inference_copy(model, dtype), ids) - model(ids)).abs().max()
     adapted = adapted_copy(fast, with_adapter(model, TARGETS[0], seed=4))
     error = (steps(adapted, ids) - model(ids)).abs().max()

@@ -41,7 +41,7 @@ def make_adapter(folder: Path, model_folder: Path, seed: int) -> Path:
     for layer in lora_layers(model).values():
         for weight in layer.adapter().values():
             torch.nn.init.normal_(weight, std=0.3)
-    save_adapter(folder, model, model_folder, {"stage": "lora"})
+    save_adapter(model, folder, model_folder, {"stage": "lora"})
     return folder
 
 

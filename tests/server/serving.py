@@ -30,6 +30,8 @@ class Server:
     settings: ServeSettings
     said: list[str] = field(default_factory=list)
     models: ServedModels | None = None
+    loop: asyncio.AbstractEventLoop | None = None
+    client: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=PATIENCE))
 
     @property
     def url(self) -> str:
@@ -41,12 +43,12 @@ class Server:
         return self.models.named(None).engine
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
-        return httpx2.get(self.url + path, timeout=PATIENCE, **options)
+        return self.client.get(self.url + path, **options)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx2.Response:
         if body is not None:
             options["json"] = body
-        return httpx2.post(self.url + path, timeout=PATIENCE, **options)
+        return self.client.post(self.url + path, **options)
 
     def figure(self, name: str) -> float:
         """The sum of a figure of /metrics over its models."""
@@ -82,7 +84,7 @@ def running(settings: ServeSettings, is_ready: bool = True) -> Iterator[Server]:
             server.models = self
 
     async def main() -> None:
-        kept["loop"], kept["task"] = asyncio.get_running_loop(), asyncio.current_task()
+        server.loop, kept["task"] = asyncio.get_running_loop(), asyncio.current_task()
         begun.set()
         with contextlib.suppress(asyncio.CancelledError):
             await listen.serve(settings, at, server.said.append)
@@ -105,12 +107,30 @@ def running(settings: ServeSettings, is_ready: bool = True) -> Iterator[Server]:
         yield server
     finally:
         listen.ServedModels = original
+        server.client.close()
         if thread.is_alive():
-            kept["loop"].call_soon_threadsafe(kept["task"].cancel)
+            server.loop.call_soon_threadsafe(kept["task"].cancel)
         thread.join(PATIENCE)
     assert not thread.is_alive()
     if "error" in kept:
         raise kept["error"]
+
+
+@contextlib.contextmanager
+def slowed(server: Server, seconds: float = 0.05) -> Iterator[None]:
+    """Inside the block, the first model takes so long for a step: an answer of this context takes seconds."""
+    model = server.engine.compute_model
+    original = model.hidden_states
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return original(*arguments, **options)
+
+    model.hidden_states = slow
+    try:
+        yield
+    finally:
+        del model.hidden_states
 
 
 def wait_until(is_true: Any, seconds: float = PATIENCE) -> float:

@@ -78,5 +78,9 @@ class _AdaptedProduct(nn.Module):
         scale = 1.0 if norm is None else norm_scale(norm)
         self.down, self.up = (torch.cat(down) * scale).to(dtype), torch.block_diag(*up).to(dtype)
 
+    def of_one(self, x: Tensor) -> Tensor:
+        """Of one token, [C_in] to [C_out]."""
+        return self.product.of_one(x) + F.linear(F.linear(x, self.down), self.up)  # type: ignore[operator]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x) + F.linear(F.linear(x, self.down), self.up)

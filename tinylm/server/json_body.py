@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 
 from tinylm.files.untrusted import parse_json
 
-MAX_VALUES = 1 << 18
+MAX_VALUES = 1 << 17
 """Most values in a body (see `parse_json`): token ids are that many in no context of a tiny model."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -43,8 +43,9 @@ def _check_text(model: ServedModel, texts: Sequence[str], param: str) -> None:
         raise refused(PromptTooLong(message), param)
 
 
-async def _off_loop(function, size: int):  # type: ignore[no-untyped-def]
-    return function() if size <= ENCODED_AT_ONCE else await anyio.to_thread.run_sync(function)
+async def _off_loop(function: Callable[[], list[int]], is_slow: bool) -> list[int]:
+    """Its result, from a thread if it is slow: long texts, and templates of strangers."""
+    return await anyio.to_thread.run_sync(function) if is_slow else function()
 
 
 async def chat_prompt(
@@ -58,8 +59,9 @@ async def chat_prompt(
     Raises:
         ApiError: too many messages, no valid Unicode, or the model's template cannot render them.
     """
-    if not model.tokenizer.can_chat:
-        raise ApiError(400, f"{model.name} has no chat template; use /v1/completions", param, "no_chat_template")
+    if model.why_no_chats:
+        message = f"{model.name} answers no chats: {model.why_no_chats}; use /v1/completions"
+        raise ApiError(400, message, param, "no_chat_template")
     if len(messages) > settings.max_messages:
         message = f"{len(messages)} messages; expected at most {settings.max_messages}; leave out the oldest"
         raise ApiError(400, message, param, "too_many_messages")
@@ -67,7 +69,10 @@ async def chat_prompt(
     plain = [message.plain for message in messages]
     try:
         size = sum(len(message["content"]) for message in plain)
-        return await _off_loop(lambda: encode_chat(model.tokenizer, plain, add_generation_prompt=True)[0], size)
+        return await _off_loop(
+            lambda: encode_chat(model.tokenizer, plain, add_generation_prompt=True)[0],
+            is_slow=size > ENCODED_AT_ONCE or model.tokenizer.their_template is not None,
+        )
     except ValueError as error:
         raise refused(error, param) from None
 
@@ -79,7 +84,7 @@ async def text_prompt(model: ServedModel, text: str) -> list[int]:
         ApiError: no valid Unicode, or too long.
     """
     _check_text(model, [text], "prompt")
-    return await _off_loop(lambda: model.engine.text_prompt(text), len(text))
+    return await _off_loop(lambda: model.engine.text_prompt(text), is_slow=len(text) > ENCODED_AT_ONCE)
 
 
 def sampling_settings(body: Sampling, max_new_tokens: int | None) -> SamplingSettings:

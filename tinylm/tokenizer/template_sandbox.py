@@ -20,6 +20,8 @@ _WALL_SECONDS = 120.0
 
 _workers: dict[int, subprocess.Popen[bytes]] = {}
 """The worker of this process, by its id: a fork must not talk to its parent's."""
+_asking = threading.Lock()
+"""One at a time: of two threads, one could read the other's answer."""
 
 
 def render_all(
@@ -34,7 +36,8 @@ def render_all(
         ValueError: the template took too much time or memory.
     """
     lines = [{"template": template, "values": dict(values), "marks": marks} for values in requests]
-    answer = _ask(json.dumps(lines).encode("ascii") + b"\n")
+    with _asking:
+        answer = _ask(json.dumps(lines).encode("ascii") + b"\n")
     if not answer:
         raise ValueError("the chat template takes too much time or memory; expected one that renders a chat at once")
     replies = json.loads(answer)
