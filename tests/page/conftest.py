@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.model.small_models import trained_model
 from tests.tokenizer.conftest import tokenizer, torture, world_texts
-from tinylm.generation.engine import Engine
+from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.page.packed_model import packed_model
 from tinylm.page.page import page
@@ -21,9 +23,12 @@ __all__ = ["tokenizer", "torture", "world_texts"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium, for tests that have a page to look at."""
+    """Headless Chromium, for tests that have a page to look at.
+
+    Its driver holds this thread's event loop, so it must not live on into tests that run one.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
@@ -64,3 +69,13 @@ def write_page(
     facts = {"name": name, "parameters": model.num_parameters(), "isBase": False, **about}
     path.write_text(page(name, packed_model(engine, dtype, facts)), encoding="utf-8")
     return path
+
+
+def endless_model(tokenizer: Tokenizer) -> TinyLMForCausalLM:
+    """A random model that, when greedy, continues "Größe" and does not end."""
+    torch.manual_seed(1)
+    model = trained_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=16_384)
+    engine = Engine(model, tokenizer, document_start=tokenizer.document_start)
+    settings = SamplingSettings(temperature=0, max_new_tokens=1500)
+    assert len(list(engine.generate(engine.text_prompt("Größe"), settings, engine.stop_ids))) == 1500
+    return model

@@ -10,7 +10,7 @@ import pytest
 from tests.command_line import tinylm
 from tests.export.chatting_models import ANSWERS, QUESTIONS, write_models
 from tests.model.small_models import trained_model
-from tests.page.conftest import write_page
+from tests.page.conftest import endless_model, write_page
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.page.page import page
@@ -75,12 +75,11 @@ def test_it_chats_from_a_disk(exported, visit):
 
 
 def test_an_answer_can_be_stopped(chat_tokenizer, visit, tmp_path):
-    """A random model rarely ends by itself; what it said stays, and the page can be used."""
-    model = trained_model(vocab_size=chat_tokenizer.vocab_size, max_position_embeddings=4000)
-    tab = visit(write_page(tmp_path / "page.html", model, chat_tokenizer))
-    tab.locator("#chat summary").click()
-    tab.locator("#chat [name=maxTokens]").fill("3000")
-    ask(tab, "Größe?")
+    """What it said stays, and the page can be used."""
+    tab = visit(write_page(tmp_path / "page.html", endless_model(chat_tokenizer), chat_tokenizer, isBase=True))
+    set_greedy(tab)
+    tab.locator("#chat [name=maxTokens]").fill("16000")
+    ask(tab, "Größe")
     tab.locator(".assistant .text:not(:empty)").wait_for()
     tab.get_by_role("button", name="Stop").click()
     assert wait_for_answer(tab)
@@ -209,10 +208,11 @@ def test_it_fits_a_phone_in_the_dark(exported, visit):
 
 
 def test_nothing_of_the_page_comes_from_elsewhere(exported):
-    html = page("x", b"")
+    html = page("x", b"model")
     assert not re.search(r"(https?:)?//[a-z0-9.-]+\.[a-z]{2,}", re.sub(r"//.*", "", html))
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)[1]
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "connect-src" not in policy
+    assert page("x").count("; connect-src 'self'\">") == 1, "a server's page may ask that server, and no other"
 
 
 def test_what_cannot_be_a_page_is_refused(models, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 from typing import Any
 
@@ -14,6 +15,11 @@ from tinylm.server.settings import ServeSettings
 
 KEY = "geheim-Schluessel"
 CHAT = {"messages": [{"role": "user", "content": "Größe?"}], "max_tokens": 2}
+
+
+def basic(name: str, password: str) -> str:
+    """How a browser sends what a person typed."""
+    return f"Basic {base64.b64encode(f'{name}:{password}'.encode()).decode()}"
 
 
 def status(server: Server, path: str = "/v1/models", **headers: str) -> tuple[int, str | None]:
@@ -94,6 +100,14 @@ def locked(model_folder):
         yield found
 
 
+def test_a_browser_may_send_the_key_as_a_password(locked):
+    for name in ("", "x", "wer auch immer: ü"):
+        is_right = ":" not in name  # the password begins behind the first colon
+        expected = (200, None) if is_right else (401, "invalid_api_key")
+        assert status(locked, authorization=basic(name, KEY)) == expected
+    assert locked.get("/", headers={"authorization": basic("x", KEY)}).text.startswith("<!doctype html>")
+
+
 ROUTES = [
     ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
     ("POST", "/v1/responses"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/metrics"), ("GET", "/docs"),
@@ -101,7 +115,8 @@ ROUTES = [
     ("GET", "/docs/oauth2-redirect"), ("HEAD", "/v1/models"), ("TRACE", "/v1/models"),
 ]  # fmt: skip
 WRONG: list[dict[str, Any]] = [
-    {}, {"authorization": "Bearer"}, {"authorization": f"Basic {KEY}"},
+    {}, {"authorization": "Bearer"}, {"authorization": f"Basic {KEY}"}, {"authorization": basic("x", f"{KEY}x")},
+    {"authorization": basic(KEY, "")},
     {"authorization": f"Bearer {KEY}x"}, {"authorization": f"Bearer {KEY[:-1]}"}, {"authorization": KEY},
     {"authorization": "Bearer größe".encode()}, {"authorization": "Bearer größe".encode("latin-1")},
     {"authorization": f"Bearer  {KEY}"}, {"x-api-key": KEY},
@@ -113,7 +128,7 @@ def test_every_route_needs_the_key(locked, method, path):
     for headers in WRONG:
         answer = locked.client.request(method, locked.url + path, headers=headers)
         assert answer.status_code == 401, headers
-        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.headers["www-authenticate"].endswith(", Bearer")
         if method != "HEAD":
             error = answer.json()["error"]
             assert error["code"] == "invalid_api_key" and KEY not in answer.text

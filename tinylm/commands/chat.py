@@ -98,9 +98,9 @@ def find_model(model_path: str, weight: str) -> Path:
     """
     if model_path:
         path = Path(model_path)
-        below = None if is_model(path) or models_in(path) else _last_stage_below(path, weight)
+        below = None if is_model(path) or models_in(path) else last_stage_below(path, weight)
         return below or resolve_model_path(model_path, weight, newest=True)
-    if model := _last_stage_below(DEFAULT_FOLDER / "quickstart", weight):
+    if model := last_stage_below(DEFAULT_FOLDER / "quickstart", weight):
         return model
     if models := last_models(DEFAULT_FOLDER, weight, depth=2):
         return newest_model(models)
@@ -112,7 +112,7 @@ def find_model(model_path: str, weight: str) -> Path:
     )
 
 
-def _last_stage_below(folder: Path, weight: str) -> Path | None:
+def last_stage_below(folder: Path, weight: str) -> Path | None:
     """The newest model in `folder` and the folders below it; where each stage has a folder, that of the last stage."""
     for stage in (weight,) if weight else STAGES:
         if models := last_models(folder, stage, depth=1):

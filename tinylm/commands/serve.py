@@ -1,6 +1,7 @@
 """Serve models to other programs, over OpenAI's API.
 
 tinylm serve                                                     # the model that `tinylm chat` would take
+tinylm serve out/quickstart                                      # a model of each stage
 tinylm serve out/quickstart/dpo
 tinylm serve out/quickstart/full_sft --adapter pip=out/quickstart/lora
 """
@@ -11,13 +12,15 @@ import asyncio
 import dataclasses
 import socket
 import sys
+from pathlib import Path
 
 from rich.console import Console
 
+from tinylm.checkpoint.model_path import is_model, models_in
 from tinylm.commandline.exit_status import Stopped, run_main
 from tinylm.commandline.settings import model_first, parse_settings
 from tinylm.commandline.terminal import make_console
-from tinylm.commands.chat import find_model
+from tinylm.commands.chat import STAGES, find_model, last_stage_below
 from tinylm.server.settings import ServeSettings, named
 
 
@@ -29,13 +32,26 @@ def main(argv: list[str]) -> int:
     except ImportError as error:
         package = (error.name or "fastapi").split(".")[0]
         raise ValueError(f"the package {package} is not installed; pip install 'tinylm[serve]'") from None
-    if [name for name, _ in named(settings.model_path)] in ([], [""]):
-        settings = dataclasses.replace(settings, model_path=str(find_model(settings.model_path, weight="")))
+    settings = with_models(settings)
     console = make_console()
     with listening(settings) as at:
         warn(settings, console)
         signum = asyncio.run(serve(settings, at, console.print))
     raise Stopped(signum)
+
+
+def with_models(settings: ServeSettings) -> ServeSettings:
+    """The settings with the models found: a folder with a folder for each stage means one of each."""
+    if [name for name, _ in named(settings.model_path)] not in ([], [""]):
+        return settings
+    folder, found = Path(settings.model_path), dict[str, Path]()
+    if settings.model_path and folder.is_dir() and not (is_model(folder) or models_in(folder) or settings.adapter):
+        found = {stage: model for stage in STAGES if (model := last_stage_below(folder, stage))}
+    adapter = found.pop("lora", None)
+    if not found:
+        return dataclasses.replace(settings, model_path=str(find_model(settings.model_path, weight="")))
+    paths = ",".join(f"{model.name}={model}" for model in found.values())
+    return dataclasses.replace(settings, model_path=paths, adapter=f"{adapter.name}={adapter}" if adapter else "")
 
 
 def listening(settings: ServeSettings) -> socket.socket:

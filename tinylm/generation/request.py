@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -157,6 +157,16 @@ class Event:
     """with the last event: "stop", "length", "cancelled" or "error" """
     error: str = ""
     """one line of what went wrong; empty unless the reason is "error" """
+
+
+def joined(events: Sequence[Event]) -> Event:
+    """Events of one ticket that followed each other as one."""
+    return replace(
+        events[-1],
+        token_ids=tuple(token_id for event in events for token_id in event.token_ids),
+        text="".join(event.text for event in events),
+        logprobs=tuple(logprob for event in events for logprob in event.logprobs),
+    )
 
 
 class Ticket:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinylm.generation.request import Event, QueueFull, Request, SchedulerClosed, Ticket, one_line
+from tinylm.generation.request import Event, QueueFull, Request, SchedulerClosed, Ticket, joined, one_line
 from tinylm.generation.sampling import accept
 from tinylm.generation.slots import Slots, common_start
 from tinylm.generation.stream import DAMAGED, Stream, TokenChoice, token_logprobs, unsound_rows
@@ -52,10 +52,13 @@ class SchedulerSettings:
     """most tokens of a prompt and its answer; None takes the model's"""
     prefill_tokens: int = 128
     """most prompt tokens read in a step while others are being answered; four times as many while none is"""
+    draft_tokens: int = 7
+    """most tokens that a request alone guesses ahead where it repeats itself, to compute them at once; 0 for none"""
 
     def __post_init__(self) -> None:
         for name in ("max_streams", "max_waiting", "cache_bytes", "prefill_tokens"):
             accept(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        accept("draft_tokens", self.draft_tokens, self.draft_tokens >= 0, "0 (off) or more")
         if self.context_length is not None:
             accept("context_length", self.context_length, self.context_length >= 2, "at least 2")
 
@@ -206,6 +209,8 @@ class Scheduler:
 
     def _compute(self) -> list[Event]:
         """Prompt tokens within the bound, then the next token of every answer, those just begun among them."""
+        if len(self._streams) == self._num_answering == 1 and (guess := self._guess(self._streams[0])):
+            return [self._check_guess(self._streams[0], guess)]
         answering = self._streams[: self._num_answering]
         begun, logits = self._read_prompts()
         if answering:
@@ -222,6 +227,26 @@ class Scheduler:
             events += self._choice.choose(answering + begun, torch.cat(logits))
         self._remove_done()
         return events
+
+    def _guess(self, stream: Stream) -> list[int]:
+        """The next tokens but for the last that fits, if it is worth to compute them at once."""
+        most = min(self.settings.draft_tokens, stream.prompt_length + stream.limit - len(stream.tokens) - 1)
+        return stream.lookup.guess(stream.tokens, most) if most > 0 else []
+
+    def _check_guess(self, stream: Stream, guess: list[int]) -> Event:
+        """Compute the logits after a guess's tokens in one pass, and choose from them as far as the guess is right."""
+        cache = self._slots.cache.rows(0, 1)
+        (past,) = cache.lengths
+        ids = torch.tensor([[stream.tokens[-1], *guess]], device=self.model.device)
+        logits = self.model.lm_head(self.model.hidden_states(ids, cache=cache)[0])
+        events = []
+        for row, guessed in enumerate([*guess, None]):
+            events += self._choice.choose([stream], logits[row : row + 1])
+            self._slots.cache.lengths[0] = past + row + 1  # of the wrong tokens nothing is kept
+            if stream.is_done or stream.tokens[-1] != guessed:
+                break
+        self._remove_done()
+        return joined(events)
 
     # -------------------------------------------------------------------------------------------------- prompts
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tinylm.generation.decoding import DAMAGED
+from tinylm.generation.prompt_lookup import PromptLookup
 from tinylm.generation.request import Event, Ticket, TokenLogprob, one_line
 from tinylm.generation.sampling import BatchChoice, count_penalties, numbers_to_draw_with
 from tinylm.generation.text_stream import TextStream
@@ -29,6 +30,7 @@ class Stream:
     Attributes:
         tokens: prompt and answer.
         prompt_length: tokens of the prompt.
+        lookup: guesses its next tokens.
         is_started: whether reading of the prompt has begun.
         is_done, is_damaged: whether the answer has ended, and whether it did so by an error.
     """
@@ -44,6 +46,7 @@ class Stream:
         self._stop_ids = frozenset(request.stop_ids)
         self._text = None if tokenizer is None else TextStream(tokenizer, request.stop_strings)
         self._counts: Counter[int] = Counter()
+        self.lookup = PromptLookup()
         seed = torch.Generator().seed() if request.settings.seed is None else request.settings.seed
         self._uniforms = numbers_to_draw_with(request.settings, seed, request.number, limit)
 

@@ -13,13 +13,14 @@ Shapes: B batch, T time, C width, H query heads, K key/value heads, D head dim, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinylm.model.linear import linear
 from tinylm.model.lora import LoRALayer
 from tinylm.model.model_tinylm import Attention, Block, ForwardContext, RMSNorm, SwiGLU, TinyLMForCausalLM
 from tinylm.model.positions import apply_rotary
@@ -92,7 +93,7 @@ class _Division(nn.Module):
         return (x / torch.hypot(length, self.root_eps)).to(x.dtype)  # a quotient in float32
 
 
-def _product(linears: list[nn.Linear], dtype: torch.dtype, norm: RMSNorm | None = None) -> _Packed | _Int8:
+def _product(linears: Sequence[nn.Linear], dtype: torch.dtype, norm: RMSNorm | None = None) -> _Packed | _Int8:
     """Linear layers of one input, side by side as one: y = [W1 x, W2 x, ...].
 
     Args:
@@ -145,7 +146,7 @@ class _Packed(nn.Module):
         if self.multiplies_in_float32:
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 def _without_onednn(function: Callable[..., Tensor], *args: Any) -> Tensor:

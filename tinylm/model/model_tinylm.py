@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tinylm.model.attention import AttentionPlan, attention, can_use_varlen, document_starts, plan_attention
 from tinylm.model.config import PRESETS, TinyLMConfig
 from tinylm.model.kv_cache import KVCache
+from tinylm.model.linear import Linear
 from tinylm.model.log_probs import blocked_head_log_probs, head_log_probs, target_log_probs
 from tinylm.model.parameter_roles import Role, parameter_roles
 from tinylm.model.positions import LearnedPositions, RotaryEmbedding, SinusoidalPositions, apply_rotary
@@ -109,10 +110,10 @@ class Attention(nn.Module):
         queries = config.num_attention_heads * self.head_dim
         keys = config.num_key_value_heads * self.head_dim
         has_bias = config.attention_bias or config.qkv_bias
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=has_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=has_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=has_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=has_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=has_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=has_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.attention_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -155,9 +156,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: TinyLMConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_width, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.ffn_width, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.ffn_width, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.ffn_width, bias=config.mlp_bias)
+        self.down_proj = Linear(config.ffn_width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -182,7 +183,7 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
-class OutputHead(nn.Linear):
+class OutputHead(Linear):
     """Hidden states to logits: a row of weights for each token, so a table rather than a map between hidden states."""
 
     parameter_roles: ClassVar[dict[str, Role]] = {"weight": "table", "bias": "vector"}

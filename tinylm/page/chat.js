@@ -7,7 +7,7 @@ const SETTINGS = {
   topP: ["top-p", 0, 1, 0.01, "draw only from the fewest tokens whose probabilities reach this sum; 1 is off"],
   minP: ["min-p", 0, 1, 0.01, "draw only from tokens at least this fraction as likely as the likeliest; 0 is off"],
   repetitionPenalty: ["repetition penalty", 0.01, 100, 0.05, "makes tokens that occurred less likely; 1 is off"],
-  maxTokens: ["most tokens", 1, 4096, 1, "of an answer"],
+  maxTokens: ["most tokens", 1, 65536, 1, "of an answer"],
   seed: ["seed", 0, 4294967295, 1, "the same seed, the same answer; empty: another one every time"],
 };
 
@@ -30,9 +30,10 @@ function samplingFields(changed = () => {}) {
 }
 
 class Chat {
-  constructor(place, model) {
-    this.model = model;
-    this.messages = [];
+  /** `models` to choose from: one to talk with, and a second one beside it, which gets the same messages. */
+  constructor(place, models) {
+    this.models = models;
+    this.messages = []; // {role: "user", content} or {role: "assistant", answers: [{name, content}]}
     this.stopping = null;
     this.list = make("ol", { class: "messages", "aria-label": "Conversation" });
     this.notice = make("p", { class: "hint", role: "status", "aria-live": "polite" });
@@ -43,14 +44,25 @@ class Chat {
     this.send = make("button", { onclick: () => this.ask() }, "Send");
     this.stop = make("button", { onclick: () => this.stopping?.abort(), disabled: true }, "Stop");
     this.clear = make("button", { onclick: () => this.restart() }, "Start over");
+    this.first = choice(models.map(({ about }) => about.name), { "aria-label": "model" });
+    this.second = choice(["none", ...models.map(({ about }) => about.name)], { "aria-label": "model beside it" });
     place.append(
+      models.length > 1 ? make("div", { class: "row" }, labelled("model", this.first), labelled("beside it", this.second))
+        : "",
       this.list,
-      this.notice,
-      this.input,
-      make("div", { class: "row" }, this.send, this.stop, this.clear,
-        make("span", { class: "hint" }, "Enter sends, Shift+Enter begins a line.")),
-      make("details", {}, make("summary", {}, "Settings"), labelled("system prompt", this.system), this.sampling),
+      make("div", { class: "below" }, // stays where it is while an answer grows
+        this.notice,
+        this.input,
+        make("div", { class: "row" }, this.send, this.stop, this.clear,
+          make("span", { class: "hint" }, "Enter sends, Shift+Enter begins a line.")),
+        make("details", {}, make("summary", {}, "Settings"), labelled("system prompt", this.system), this.sampling)),
     );
+  }
+
+  get chosen() {
+    return [this.first.value, this.second.value]
+      .map((name) => this.models.find(({ about }) => about.name === name))
+      .filter((model) => model !== undefined);
   }
 
   key(event) {
@@ -75,34 +87,44 @@ class Chat {
     this.input.focus();
   }
 
-  /** Answers what was said last. What an answer has when it is stopped stays. */
+  /** Answers what was said last, by each chosen model. What an answer has when it is stopped stays. */
   async answer() {
     trouble("");
     this.notice.textContent = "";
-    const message = { role: "assistant", content: "" };
-    const history = [...this.messages];
+    const models = this.chosen;
+    const message = { role: "assistant", answers: models.map(({ about }) => ({ name: about.name, content: "" })) };
+    const histories = models.map((_, column) => this.history(column));
     this.messages.push(message);
     const stopping = (this.stopping = new AbortController());
     this.show();
-    const text = this.list.lastChild.querySelector(".text");
-    const system = this.system.value.trim() ? [{ role: "system", content: this.system.value }] : [];
-    try {
+    const texts = this.list.lastChild.querySelectorAll(".text");
+    const settings = this.sampling.values(), started = performance.now();
+    let pieces = 0;
+    const write = async (model, column) => {
+      const answer = message.answers[column];
       const say = (line) => (this.notice.textContent = line);
-      const started = performance.now();
-      let pieces = 0;
-      for await (const piece of this.model.answer([...system, ...history], this.sampling.values(), stopping.signal, say)) {
-        message.content += piece;
-        text.textContent = message.content;
+      for await (const piece of model.answer(histories[column], settings, stopping.signal, say)) {
+        answer.content += piece;
+        texts[column].textContent = answer.content;
         pieces++;
       }
-      const speed = (1000 * pieces) / (performance.now() - started);
-      if (!this.notice.textContent) say(stopping.signal.aborted ? "stopped" : `${speed.toFixed(0)} tokens/s`);
-    } catch (error) {
-      trouble(error.message);
-      if (!message.content) this.messages.splice(this.messages.indexOf(message), 1);
+    };
+    const ends = await Promise.allSettled(models.map(write));
+    for (const { reason } of ends) if (reason) trouble(reason.message);
+    if (!message.answers.some(({ content }) => content)) this.messages = this.messages.filter((each) => each !== message);
+    const speed = (1000 * pieces) / (performance.now() - started);
+    if (!this.notice.textContent && pieces) {
+      this.notice.textContent = stopping.signal.aborted ? "stopped" : `${speed.toFixed(0)} tokens/s`;
     }
     if (this.stopping === stopping) this.stopping = null;
     this.show();
+  }
+
+  /** The conversation as the model in this column has had it. */
+  history(column) {
+    const system = this.system.value.trim() ? [{ role: "system", content: this.system.value }] : [];
+    const said = ({ role, content, answers }) => ({ role, content: content ?? (answers[column] || answers[0]).content });
+    return [...system, ...this.messages.map(said)];
   }
 
   /** Answers a message of the person once more; what came after it is forgotten. */
@@ -122,14 +144,15 @@ class Chat {
     const isBusy = this.stopping !== null;
     this.send.disabled = isBusy;
     this.stop.disabled = !isBusy;
+    const small = (name, does) => make("button", { class: "small", disabled: isBusy, onclick: does }, name);
+    const part = (speaker, content, button) => make("div", { class: "part" },
+      make("div", { class: "row" }, make("strong", {}, speaker), button), make("div", { class: "text", dir: "auto" }, content));
     this.list.replaceChildren(
-      ...this.messages.map(({ role, content }, place) => {
-        const small = (name, does) => make("button", { class: "small", disabled: isBusy, onclick: does }, name);
-        const button =
-          role === "user" ? small("Edit", () => this.edit(place)) : small("Again", () => this.again(place - 1));
-        const speaker = make("strong", {}, role === "user" ? "You" : this.model.about.name || "Model");
-        return make("li", { class: role }, make("div", { class: "row" }, speaker, button),
-          make("div", { class: "text", dir: "auto" }, content));
+      ...this.messages.map(({ role, content, answers }, place) => {
+        if (role === "user") return make("li", { class: role }, part("You", content, small("Edit", () => this.edit(place))));
+        const again = small("Again", () => this.again(place - 1));
+        return make("li", { class: role },
+          ...answers.map(({ name, content }, column) => part(name, content, column ? null : again)));
       }),
     );
     this.list.lastChild?.scrollIntoView({ block: "nearest" });

@@ -18,6 +18,11 @@ function labelled(name, field, hint = "") {
   return make("label", { title: hint }, name, field);
 }
 
+/** A field in which one of several names is chosen. */
+function choice(names, attributes = {}) {
+  return make("select", attributes, ...names.map((name) => make("option", {}, name)));
+}
+
 /** One sentence about what went wrong, at the top of the page; "" takes it away. */
 function trouble(sentence) {
   const place = document.getElementById("trouble");

@@ -5,15 +5,16 @@ const SHOWN_CANDIDATES = 20;
 const MOST_WATCHED = 256; // attention of this many tokens is kept: layers * heads * T^2 / 2 numbers
 
 class Glass {
-  constructor(place, model) {
-    this.model = model;
+  constructor(place, models) {
+    this.models = models;
+    this.model = null; // the chosen one, once it is in this page
     this.read = null; // {ids, logits: [T][V], watch: [T]}
     this.at = 0;
     [this.layer, this.head] = [0, 0];
     this.input = make("textarea", { rows: 3, "aria-label": "Text to read" });
     this.input.value = "Once upon a time there was a";
-    this.kind = make("select", { "aria-label": "How the text is read" }, make("option", { value: "text" }, "as a text"),
-      model.tokenizer.canChat ? make("option", { value: "chat" }, "as a question in a chat") : null);
+    this.chosen = choice(models.map(({ about }) => about.name), { "aria-label": "Model" });
+    this.kind = choice(["as a text", "as a question in a chat"], { "aria-label": "How the text is read" });
     this.look = make("button", { onclick: () => this.start() }, "Read it");
     this.status = make("p", { class: "hint", role: "status" });
     this.sampling = samplingFields(() => this.read && this.showNext());
@@ -43,16 +44,31 @@ class Glass {
       why("Keys and values of all tokens so far are kept, so that each is computed once.", "",
         "tinylm/model/kv_cache.py"),
       this.size);
-    place.append(this.input, make("div", { class: "row" }, this.kind, this.look), this.status, this.result);
+    place.append(this.input, make("div", { class: "row" }, models.length > 1 ? this.chosen : null, this.kind, this.look), this.status, this.result);
   }
 
-  start() {
-    const { tokenizer } = this.model;
-    const text = this.input.value;
-    const ids = this.kind.value === "chat"
-      ? tokenizer.chat([{ role: "user", content: text }])
-      : [...tokenizer.documentStart, ...tokenizer.encode(text)];
-    return this.readAll(ids);
+  async start() {
+    trouble("");
+    this.status.textContent = "the model is fetched…";
+    this.look.disabled = true;
+    try {
+      this.model = await this.models.find(({ about }) => about.name === this.chosen.value).inPage();
+    } catch (error) {
+      this.status.textContent = "";
+      trouble(error.message);
+      return;
+    } finally {
+      this.look.disabled = false;
+    }
+    this.status.textContent = "";
+    const { tokenizer } = this.model, text = this.input.value;
+    const isChat = this.kind.selectedIndex === 1;
+    if (isChat && !tokenizer.canChat) {
+      trouble("this model's chats are not in ChatML; read it as a text");
+      return;
+    }
+    await this.readAll(isChat ? tokenizer.chat([{ role: "user", content: text }])
+      : [...tokenizer.documentStart, ...tokenizer.encode(text)]);
   }
 
   async readAll(ids) {

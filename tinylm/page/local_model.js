@@ -14,6 +14,10 @@ class LocalModel {
     this.known = []; // the tokens whose keys and values the cache holds
   }
 
+  async inPage() {
+    return this;
+  }
+
   /** Reads tokens, beginning behind those that are known already; returns the logits after the last. */
   async read(ids, signal) {
     let common = 0;

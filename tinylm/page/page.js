@@ -22,8 +22,10 @@ function connectTabs() {
   });
 }
 
-function unpacked() {
+/** The model inside this page; null where a server has them. */
+function modelInside() {
   const text = document.getElementById("model").textContent.trim();
+  if (!text) return null;
   let letters;
   try {
     letters = atob(text);
@@ -32,29 +34,29 @@ function unpacked() {
   }
   const data = new Uint8Array(letters.length);
   for (let i = 0; i < letters.length; i++) data[i] = letters.charCodeAt(i);
-  return readModel(data.buffer);
+  return new LocalModel(readModel(data.buffer));
 }
 
-function start() {
+function facts(model, isInside) {
+  const { parameters, isBase } = model.about;
+  const size = parameters.toLocaleString("en");
+  const base = isBase ? " It is a base model: here it continues text." : " Its chats are not in ChatML: here it continues text.";
+  return `${size} parameters, a context of ${isInside ? model.config.context : model.context} tokens` +
+    `${isInside ? "; everything is computed in this page, and nothing leaves it." : "."}${model.canChat ? "" : base}`;
+}
+
+async function start() {
   connectTabs();
   window.addEventListener("unhandledrejection", (event) => trouble(event.reason?.message || `${event.reason}`));
   window.addEventListener("error", (event) => trouble(event.message));
-  const model = new LocalModel(unpacked());
-  const { about, config } = model;
-  document.getElementById("facts").textContent =
-    `${about.parameters.toLocaleString("en")} parameters, a context of ${config.context} tokens; ` +
-    "everything is computed in this page, and nothing leaves it.";
-  if (!model.canChat) {
-    const reason = about.isBase ? "It is a base model" : "Its chats are not in ChatML";
-    document.getElementById("facts").textContent += ` ${reason}: here it continues text.`;
-  }
-  window.parts = { model, chat: new Chat(document.getElementById("chat"), model),
-    glass: new Glass(document.getElementById("glass"), model) };
-  document.getElementById("chat").querySelector("textarea").focus();
+  const inside = modelInside();
+  const models = inside ? [inside] : (await (await ask("v1/models")).json()).data.map((card) => new ServerModel(card));
+  const chat = new Chat(document.getElementById("chat"), models);
+  const show = () => (document.getElementById("facts").textContent = facts(chat.chosen[0], inside !== null));
+  chat.first.addEventListener("change", show);
+  show();
+  window.parts = { model: inside, chat, glass: new Glass(document.getElementById("glass"), models) };
+  chat.input.focus();
 }
 
-try {
-  start();
-} catch (error) {
-  trouble(error instanceof BadModel ? error.message : `this browser cannot show the page: ${error.message}`);
-}
+start().catch((error) => trouble(error.message));

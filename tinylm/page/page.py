@@ -15,21 +15,22 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 SCRIPTS = (
     "transformer.js", "tokenizer.js", "sampling.js", "weights.js", "elements.js", "local_model.js", "chat.js",
-    "glass.js", "page.js",
+    "glass.js", "server_model.js", "page.js",
 )  # fmt: skip
 """In the order in which each uses what is before it."""
 
 
-def page(title: str, model: bytes) -> str:
+def page(title: str, model: bytes = b"") -> str:
     """The HTML of the page.
 
     Args:
-        model: from `packed_model`.
+        model: from `packed_model`; without one, the page asks the server that it comes from.
     """
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     script = "".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     allowed = f"script-src {_hash(script)}; style-src {_hash(style)}"
     policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
+    policy += "" if model else "; connect-src 'self'"
     parts = {
         "policy": policy,
         "title": escape(title),

@@ -9,11 +9,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import tinylm
+from tinylm.page.page import page
 from tinylm.server import chat_completions, completions, responses
 from tinylm.server.docs_page import docs_page
 from tinylm.server.errors import ERRORS, ApiError, add_handlers
 from tinylm.server.gate import Gate
 from tinylm.server.json_body import json_router
+from tinylm.server.page_models import PAGE_HEADERS, packed_for_page
 from tinylm.server.prompts import chat_prompt, text_prompt
 from tinylm.server.replies import token_text
 from tinylm.server.schemas import DetokenizeRequest, TokenizeRequest
@@ -55,6 +57,18 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Counters, in Prometheus' text format."""
     return Response(state_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/", response_class=HTMLResponse)
+async def index() -> Response:
+    """The page: a chat with the models, and what they compute."""
+    return HTMLResponse(page("tinylm"), headers=PAGE_HEADERS)
+
+
+@router.get("/page/models/{name:path}", response_class=Response)
+async def packed(name: str, request: Request) -> Response:
+    """A model in the page's own format, to be computed in a browser."""
+    return Response(await packed_for_page(state_of(request).models.named(name)), media_type="application/octet-stream")
 
 
 @router.get("/docs", response_class=HTMLResponse)
@@ -113,4 +127,6 @@ def _card(model: ServedModel) -> dict[str, Any]:
         "root": model.parent or model.name,
         "parent": model.parent,
         "max_model_len": model.scheduler.context_length,
+        "parameters": model.num_parameters,
+        "chats": not (model.is_base or model.why_no_chats),
     }

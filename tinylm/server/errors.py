@@ -60,9 +60,11 @@ class ApiError(Exception):
     @property
     def response(self) -> JSONResponse:
         """The answer; it says to try again later where that may help."""
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
-        return JSONResponse(self.content, self.status, headers)
+        response = JSONResponse(self.content, self.status, {"Retry-After": "1"} if self.status in (429, 503) else {})
+        if self.status == 401:  # two headers: Chromium does not find the first way in one of both
+            response.headers.append("WWW-Authenticate", 'Basic realm="tinylm"')
+            response.headers.append("WWW-Authenticate", "Bearer")
+        return response
 
 
 def refused(error: Exception, param: str | None = None) -> ApiError:

@@ -6,6 +6,8 @@ call the server by a known name, and one from a page of another origin is refuse
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import ipaddress
 import secrets
 from urllib.parse import urlsplit
@@ -68,7 +70,8 @@ class Gate:
         if not self._key:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode("latin-1"), self._key):
+        keys = {"bearer": given.encode("latin-1"), "basic": _password(given)}
+        if not secrets.compare_digest(keys.get(scheme.lower(), b""), self._key):
             message = "the API key is wrong or missing; send it as `Authorization: Bearer KEY`"
             raise ApiError(401, message, code="invalid_api_key")
 
@@ -109,6 +112,13 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return replay
+
+
+def _password(given: str) -> bytes:
+    """The password of HTTP's basic authentication, by which a browser asks a person for the key."""
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(given, validate=True).partition(b":")[2]
+    return b""
 
 
 def _hostname(url: str) -> str:

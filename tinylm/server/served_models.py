@@ -45,6 +45,11 @@ class ServedModel:
     """The name of the model that this adapter is on."""
     why_no_chats: str = ""
     """Why it cannot be asked for the next message of a conversation; empty where it can."""
+    num_parameters: int = 0
+    is_base: bool = False
+    """Whether it was only pretrained, so that it continues text."""
+    path: Path = Path()
+    adapter: Path | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -68,11 +73,16 @@ class ServedModels:
         self._runtime = setup_runtime(settings.device, settings.dtype, only_uses=True)
         self._changed = threading.Condition()
         self._models: dict[str, ServedModel] = {}
-        adapters = named(settings.adapter)
-        num_models = len(named(settings.model_path)) + len(adapters)
-        self._scheduling = dataclasses.replace(settings.scheduling, cache_bytes=settings.cache_bytes // num_models)
-        for name, path in named(settings.model_path):
-            self._load(name, path, adapters if not self._models else [])
+        paths, adapters = named(settings.model_path), named(settings.adapter)
+        cache_bytes = settings.cache_bytes // (len(paths) + len(adapters))
+        self._scheduling = dataclasses.replace(settings.scheduling, cache_bytes=cache_bytes)
+        bases = []
+        for name, path in paths:
+            base = self._load(name, path)
+            bases += [base] if adapters else []
+        for name, path in adapters:
+            self._adapt(name, Path(resolve_adapter_path(path)), bases)
+        del bases  # the weights in float32
         give_back_freed_memory()
         schedulers = [model.scheduler for model in self._models.values()]
         self._thread = threading.Thread(target=run_together, args=(schedulers,), name="scheduler", daemon=True)
@@ -104,32 +114,62 @@ class ServedModels:
 
     # ------------------------------------------------------------------------------------------------------ loading
 
-    def _load(self, name: str, path: str, adapters: list[tuple[str, str]]) -> None:
+    def _load(self, name: str, path: str) -> tuple[str, LoadedModel]:
+        """Serve a model; returns its name and the model itself."""
         settings = self._settings
         loaded = load_for_use(path, tokenizer_path=settings.tokenizer_path, device=self._runtime.device, newest=True)
-        base = inference_copy(loaded.model, self._runtime.compute_dtype)
-        name = name or loaded.path.stem if loaded.path.is_file() else name or loaded.path.name
-        self._add(name, base, loaded, None)
+        name = name or (loaded.path.stem if loaded.path.is_file() else loaded.path.name)
+        self._add(name, inference_copy(loaded.model, self._runtime.compute_dtype), loaded)
         if loaded.notice:
             self._say(loaded.notice)
-        for adapter_name, adapter in adapters:
-            folder = Path(resolve_adapter_path(adapter))
-            load_adapter(loaded.model, folder, loaded.path)
-            check_tokenizer(loaded.tokenizer, recorded_tokenizer(folder), folder, loaded.path)
-            self._add(adapter_name or folder.name, adapted_copy(base, loaded.model), loaded, name)
-            unload_lora(loaded.model)
+        return name, loaded
 
-    def _add(self, name: str, model: TinyLMForCausalLM, loaded: LoadedModel, parent: str | None) -> None:
+    def _adapt(self, name: str, folder: Path, bases: list[tuple[str, LoadedModel]]) -> None:
+        """Serve an adapter beside the first model that it fits."""
+        misfit: ValueError | None = None
+        for base_name, loaded in bases:
+            try:
+                load_adapter(loaded.model, folder, loaded.path)
+            except ValueError as error:
+                misfit = misfit or error
+                continue
+            check_tokenizer(loaded.tokenizer, recorded_tokenizer(folder), folder, loaded.path)
+            base = self._models[base_name].scheduler.model
+            self._add(name or folder.name, adapted_copy(base, loaded.model), loaded, base_name, folder)
+            unload_lora(loaded.model)
+            return
+        assert misfit is not None
+        raise misfit
+
+    def _add(
+        self,
+        name: str,
+        model: TinyLMForCausalLM,
+        loaded: LoadedModel,
+        parent: str | None = None,
+        adapter: Path | None = None,
+    ) -> None:
         if name in self._models:
             raise ValueError(f"two models have the name {name}; expected different ones; give names: name=path")
         engine = Engine(model, loaded.tokenizer, model.dtype, loaded.document_start)
         scheduler = Scheduler(model, loaded.tokenizer, _fitting(self._scheduling, model), self._changed)
         _require_sound(scheduler, name)
         why = _why_no_chats(loaded.tokenizer)
-        self._models[name] = ServedModel(name, engine, scheduler, int(time.time()), parent, why)
-        kind = f"adapter of {parent}" if parent else f"{loaded.model.num_parameters():,} parameters"
-        if loaded.lineage.get("stage") == "pretrain" and not parent:
-            kind += ", a base model, which continues text"
+        served = ServedModel(
+            name,
+            engine,
+            scheduler,
+            created=int(time.time()),
+            parent=parent,
+            why_no_chats=why,
+            num_parameters=loaded.model.num_parameters(),
+            is_base=loaded.lineage.get("stage") == "pretrain" and not parent,
+            path=loaded.path,
+            adapter=adapter,
+        )
+        self._models[name] = served
+        kind = f"adapter of {parent}" if parent else f"{served.num_parameters:,} parameters"
+        kind += ", a base model, which continues text" * served.is_base
         self._say(
             f"{name}: {kind}, {str(model.dtype).removeprefix('torch.')}, {scheduler.max_streams} answers at a time, "
             f"contexts of {scheduler.context_length} tokens" + f"; chats are refused: {why}" * bool(why)

@@ -23,7 +23,8 @@ class ServeSettings(SchedulerSettings):
     """model folder, adapter folder, .gguf or .pth file; several as name=path,name2=path2; without it the model that
     `tinylm chat` would take"""
     adapter: str = ""
-    """LoRA adapters of the first model, as name=path,name2=path2; a request chooses one by `model`"""
+    """LoRA adapters, as name=path,name2=path2, each beside the model that it was trained on; a request chooses one by
+    `model`"""
     tokenizer_path: str = ""
     """tokenizer folder; by default the model's own"""
     device: str = "auto"

@@ -1,0 +1,187 @@
+"""The page that the server shows: the same page, with models that the server computes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from dataclasses import replace
+
+import pytest
+
+from tests.export.chatting_models import ANSWERS, OTHER_ANSWERS, QUESTIONS, write_models
+from tests.page.conftest import endless_model
+from tests.page.test_visit import ask, chat_tokenizer, set_greedy, wait_for_answer
+from tests.server.serving import running, settings_for
+from tinylm.checkpoint.model_folder import save_model
+from tinylm.commands.serve import with_models
+from tinylm.server.settings import ServeSettings
+
+PlaywrightError = pytest.importorskip("playwright.sync_api").Error
+__all__ = ["chat_tokenizer"]
+KEY = "schluessel"
+
+
+@pytest.fixture(scope="module")
+def folder(chat_tokenizer, tmp_path_factory):
+    """A folder with a folder for each stage, as the quickstart leaves it; `pretrain`, when greedy, goes on and on."""
+    folder = tmp_path_factory.mktemp("stages")
+    model, adapter = write_models(folder / "made", chat_tokenizer)
+    for stage, made in (("full_sft", model), ("lora", adapter)):
+        (folder / stage).mkdir()
+        made.rename(folder / stage / made.name)
+    base = endless_model(chat_tokenizer)
+    facts = {"stage": "pretrain", "tokenizer_fingerprint": chat_tokenizer.fingerprint, "document_start": True}
+    save_model(folder / "pretrain" / "pretrain_64_epoch0", base, chat_tokenizer, facts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(folder) -> ServeSettings:
+    return with_models(settings_for(folder, cache_bytes=256 * 2**20))
+
+
+@pytest.fixture(scope="module")
+def server(settings):
+    with running(settings) as found:
+        yield found
+
+
+@pytest.fixture
+def tab(browser, server):
+    context = browser.new_context()
+    context.set_default_timeout(20_000)
+    tab = context.new_page()
+    said = []
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.on("request", lambda request: said.append(request.url) if not request.url.startswith(server.url) else None)
+    tab.goto(server.url)
+    tab.locator("#facts:not(:empty)").wait_for()
+    yield tab
+    context.close()
+    assert said == []
+
+
+def choose(tab, name: str, second: str = "none") -> None:
+    tab.get_by_role("combobox", name="model", exact=True).select_option(name)
+    tab.get_by_role("combobox", name="model beside it").select_option(second)
+
+
+def test_a_folder_of_stages_is_all_of_them(settings, folder):
+    assert [part.partition("=")[0] for part in settings.model_path.split(",")] == [
+        "full_sft_64_epoch0",
+        "pretrain_64_epoch0",
+    ]
+    assert settings.adapter == f"lora_64_epoch0={folder / 'lora' / 'lora_64_epoch0'}"
+    one = with_models(settings_for(folder / "full_sft"))
+    assert (one.model_path, one.adapter) == (str(folder / "full_sft" / "full_sft_64_epoch0"), "")
+
+
+def test_the_adapter_finds_its_model(server):
+    cards = {card["id"]: card for card in server.get("/v1/models").json()["data"]}
+    assert cards["lora_64_epoch0"]["parent"] == "full_sft_64_epoch0"
+    assert [card["chats"] for card in cards.values()] == [True, False, True]
+
+
+def test_two_models_answer_beside_each_other(tab):
+    """The same questions in two columns; each model has its own answers as history."""
+    choose(tab, "full_sft_64_epoch0", "lora_64_epoch0")
+    set_greedy(tab)
+    for question, one, other in zip(QUESTIONS, ANSWERS, OTHER_ANSWERS, strict=True):
+        tab.get_by_role("button", name="Start over").click()
+        ask(tab, question)
+        wait_for_answer(tab)
+        texts = tab.locator(".assistant .text").all_inner_texts()
+        assert [text.strip() for text in texts] == [one.strip(), other.strip()]
+        assert tab.locator(".assistant strong").all_inner_texts() == ["full_sft_64_epoch0", "lora_64_epoch0"]
+
+
+def test_a_base_model_continues(tab):
+    choose(tab, "pretrain_64_epoch0")
+    assert "base model" in tab.locator("#facts").inner_text()
+    tab.locator("#chat summary").click()
+    tab.locator("#chat [name=maxTokens]").fill("5")
+    ask(tab, "Größe")
+    assert wait_for_answer(tab)
+
+
+def test_the_glass_box_fetches_the_model(tab, server):
+    tab.get_by_role("tab", name="Glass box").click()
+    tab.get_by_role("combobox", name="Model", exact=True).last.select_option("lora_64_epoch0")
+    tab.get_by_role("combobox", name="How the text is read").select_option("as a question in a chat")
+    tab.get_by_role("textbox", name="Text to read").fill(QUESTIONS[0])
+    tab.get_by_role("button", name="Read it").click()
+    tab.locator(".bars").wait_for()
+    first = server.engine.tokenizer.encode(OTHER_ANSWERS[0].strip())[0]
+    likeliest = tab.locator(".bars code").first.inner_text()
+    assert likeliest == server.engine.tokenizer.decode([first]).replace(" ", "␣"), "the adapter is part of it"
+
+
+def test_stopping_frees_the_place(tab, server):
+    choose(tab, "pretrain_64_epoch0")
+    set_greedy(tab)
+    tab.locator("#chat [name=maxTokens]").fill("16000")
+    ask(tab, "Größe")
+    tab.locator(".assistant .text:not(:empty)").wait_for()
+    assert server.figure("vllm:num_requests_running") == 1
+    tab.get_by_role("button", name="Stop").click()
+    wait_for_answer(tab)
+    deadline = time.monotonic() + 2
+    while server.figure("vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.figure("vllm:num_requests_running") == 0
+    assert tab.locator("#trouble").is_hidden()
+
+
+def test_what_is_too_long_is_said(tab):
+    choose(tab, "full_sft_64_epoch0")
+    ask(tab, "船" * 3000)
+    tab.locator("#trouble:not([hidden])").wait_for()
+    assert "shorten the message" in tab.locator("#trouble").inner_text()
+    ask(tab, QUESTIONS[0])
+    wait_for_answer(tab)
+
+
+def test_a_server_that_goes_away(settings, browser):
+    """In the middle of an answer, and before one: a sentence; what was written stays."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running(replace(settings, drain_timeout=0.1)))
+        tab = browser.new_page()
+        tab.set_default_timeout(20_000)
+        tab.goto(server.url)
+        tab.locator("#facts:not(:empty)").wait_for()
+        choose(tab, "pretrain_64_epoch0")
+        set_greedy(tab)
+        tab.locator("#chat [name=maxTokens]").fill("16000")
+        ask(tab, "Größe")
+        tab.locator(".assistant .text:not(:empty)").wait_for()
+    tab.locator("#trouble:not([hidden])").wait_for()
+    assert re.search("went away|shutting down", tab.locator("#trouble").inner_text())
+    assert tab.locator(".assistant .text").inner_text()
+    ask(tab, "Größe")
+    tab.locator("#trouble:text('cannot be reached')").wait_for()
+    tab.close()
+
+
+def test_the_key_is_asked_by_the_browser(settings, browser):
+    with running(replace(settings, api_key=KEY)) as server:
+        for given in (None, {"username": "wer auch immer", "password": "falsch"}):
+            context = browser.new_context(http_credentials=given)
+            try:  # it shows the answer, or an error of its own
+                assert context.new_page().goto(server.url).status == 401
+            except PlaywrightError as error:
+                assert "INVALID_AUTH_CREDENTIALS" in str(error)
+            context.close()
+        context = browser.new_context(http_credentials={"username": "wer auch immer", "password": KEY})
+        tab = context.new_page()
+        tab.goto(server.url)
+        tab.locator("#facts:not(:empty)").wait_for()
+        ask(tab, QUESTIONS[0])
+        wait_for_answer(tab)
+        context.close()
+
+
+def test_no_other_page_may_frame_it(server):
+    answer = server.get("/")
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert "connect-src 'self'" in answer.text and answer.headers["x-content-type-options"] == "nosniff"

@@ -1,0 +1,119 @@
+"use strict";
+/* A model that the server computes: the same face as LocalModel, but for what only a model in the page can show. */
+
+class ServerModel {
+  constructor(card) {
+    this.about = { name: card.id, parameters: card.parameters, isBase: !card.chats };
+    this.canChat = card.chats;
+    this.context = card.max_model_len;
+    this.local = null;
+  }
+
+  /** The same model in this page, for the glass box; it is fetched once. */
+  async inPage() {
+    if (!this.local) {
+      const response = await ask(`page/models/${encodeURIComponent(this.about.name)}`);
+      this.local = new LocalModel(readModel(await response.arrayBuffer()));
+    }
+    return this.local;
+  }
+
+  async *answer(messages, settings, signal, notice) {
+    const { fitting, dropped } = await this.fitted(messages, settings.maxTokens, signal);
+    if (dropped) notice(`left out to fit the context: ${dropped} of the oldest messages`);
+    const body = {
+      model: this.about.name,
+      stream: true,
+      max_tokens: settings.maxTokens,
+      temperature: settings.temperature,
+      top_k: settings.topK,
+      top_p: settings.topP,
+      min_p: settings.minP,
+      repetition_penalty: settings.repetitionPenalty,
+      ...(settings.seed === "" ? {} : { seed: settings.seed }),
+      ...(this.canChat ? { messages: fitting } : { prompt: asText(fitting) }),
+    };
+    try {
+      const response = await ask(this.canChat ? "v1/chat/completions" : "v1/completions", body, signal);
+      for await (const event of events(response)) {
+        if (event.error) throw new Error(event.error.message);
+        const choice = event.choices[0];
+        yield choice.delta ? choice.delta.content || "" : choice.text;
+      }
+    } catch (error) {
+      if (!signal.aborted) throw error;
+    }
+  }
+
+  /** The conversation without the oldest exchanges, so that an answer fits behind it. */
+  async fitted(messages, maxTokens, signal) {
+    const budget = Math.max(this.context - maxTokens, Math.floor(this.context / 2));
+    const system = messages.filter(({ role }) => role === "system");
+    let turns = messages.filter(({ role }) => role !== "system");
+    const all = turns.length;
+    for (;;) {
+      const fitting = [...system, ...turns];
+      const count = await this.count(fitting, signal);
+      if (count <= budget) return { fitting, dropped: all - turns.length };
+      const next = turns.findIndex(({ role }, place) => place > 0 && role === "user");
+      if (next < 0) throw new Error(`this message is too long: the context leaves ${budget} tokens; shorten the message`);
+      turns = turns.slice(next);
+    }
+  }
+
+  async count(messages, signal) {
+    const model = this.about.name;
+    const body = this.canChat ? { model, messages } : { model, prompt: asText(messages) };
+    try {
+      return (await (await ask("tokenize", body, signal)).json()).count;
+    } catch (error) {
+      if (error.code === "context_length_exceeded") return Infinity;
+      throw error;
+    }
+  }
+}
+
+function asText(messages) {
+  return messages.map(({ content }) => content).join("\n");
+}
+
+/** Asks the server; what it refuses, and that it cannot be reached, becomes an error with one sentence. */
+async function ask(path, body = null, signal = undefined) {
+  const options = body === null ? { signal } : { method: "POST", signal, body: JSON.stringify(body),
+    headers: { "Content-Type": "application/json" } };
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    throw new Error("the server cannot be reached; start it again with: tinylm serve");
+  }
+  if (response.ok) return response;
+  const said = await response.json().catch(() => ({}));
+  throw Object.assign(new Error(said.error?.message || `the server answered with status ${response.status}`),
+    { code: said.error?.code });
+}
+
+/** The events of a stream, as they come. */
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", isWhole = false;
+  for (;;) {
+    let part;
+    try {
+      part = await reader.read();
+    } catch {
+      part = { done: true };
+    }
+    if (part.done) break;
+    rest += part.value;
+    const lines = rest.split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data: ")) continue;
+      if (line === "data: [DONE]") isWhole = true;
+      else yield JSON.parse(line.slice(6));
+    }
+  }
+  if (!isWhole) throw new Error("the server went away in the middle of the answer");
+}

@@ -1,0 +1,45 @@
+"""What the page gets from the server: the models, packed for a browser when they are first asked for."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import anyio.to_thread
+
+from tinylm.checkpoint.loading import load_for_use
+from tinylm.generation.engine import Engine
+from tinylm.page.packed_model import packed_model
+from tinylm.server.errors import ApiError, refused
+from tinylm.server.served_models import ServedModel
+
+LARGEST = 100_000_000
+"""Parameters: a browser takes a second for each token of such a model."""
+PAGE_HEADERS = {
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+async def packed_for_page(model: ServedModel) -> bytes:
+    """The model in int8, its adapter merged.
+
+    Raises:
+        ApiError: it is too large for a browser, or its tokenizer is not one that the page knows.
+    """
+    if model.num_parameters > LARGEST:
+        message = f"{model.name} has {model.num_parameters:,} parameters; a browser computes at most {LARGEST:,}"
+        raise ApiError(400, message, "model", "too_large_for_a_browser")
+    try:
+        return await anyio.to_thread.run_sync(_packed, model)
+    except ValueError as error:
+        raise refused(error, "model") from None
+
+
+@lru_cache(maxsize=4)
+def _packed(model: ServedModel) -> bytes:
+    loaded = load_for_use(model.path, model.adapter)
+    engine = Engine(loaded.model, loaded.tokenizer, loaded.model.dtype, loaded.document_start)
+    about = {"name": model.name, "parameters": model.num_parameters, "isBase": model.is_base}
+    return packed_model(engine, "int8", about)
