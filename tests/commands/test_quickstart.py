@@ -157,7 +157,8 @@ def test_it_says_how_far_the_whole_is_and_what_to_type_next(miniature):
     report = json.loads((miniature.folder / "scoreboard.json").read_text())
     expected = [f"tinylm chat --model_path {miniature.folder}/dpo --prompt {shlex.quote(p)}" for p in report["prompts"]]
     expected.append(f"tinylm chat --model_path {miniature.folder}/dpo")
-    assert commands == [*expected, f"tinylm chat --model_path {miniature.folder}/lora    # Captain Pip"]
+    expected.append(f"tinylm chat --model_path {miniature.folder}/lora    # Captain Pip")
+    assert commands == [*expected, f"tinylm serve {miniature.folder}    # all of them on a page in your browser"]
 
 
 def test_another_call_neither_trains_nor_scores(miniature, monkeypatch):

@@ -189,19 +189,18 @@ def test_a_guess_is_what_followed_the_last_time() -> None:
     assert lookup.guess([1, 2, 3, 4, 9, 2, 3, 5, 6, 5, 6, 5, 6], 4) == [5, 6, 5, 6]
 
 
-def test_right_guesses_begin_the_trust_and_wrong_ones_end_it() -> None:
-    prompt = list(range(20)) + [99, 0, 1, 2]
+def test_wrong_guesses_end_the_trust_and_right_ones_begin_it_again() -> None:
+    tokens = [*range(40), 99]
     lookup = PromptLookup()
-    guesses = judged(lookup, prompt, list(range(3, 19)))
-    # The first is not made, but is compared with what came; it is right, so the next ones are made.
-    assert guesses[:5] == [[], [], [], [], [7, 8, 9, 10]]
-    assert any(guesses[5:])
-    tokens = prompt + list(range(3, 19))
-    for _ in range(6):  # the same three tokens, followed by something else each time
-        tokens += [4, 5, 6, 50 + len(tokens)]
-        lookup.guess(tokens[:-1], 4)
+    found = []
+    for last in (60, 61, 62):  # the same three tokens, followed by something else each time
+        tokens += [4, 5, 6]
+        found.append(lookup.guess(tokens, 4))
+        tokens.append(last)
         lookup.guess(tokens, 4)
-    assert lookup.guess([*tokens, 4, 5, 6], 4) == [] and lookup._num_right < 1
+    # The second guess is not made, but it is compared with what came.
+    assert found == [[7, 8, 9, 10], [], []] and lookup._num_right < 1
+    assert judged(lookup, [*tokens, 20, 21, 22], list(range(23, 39)))[:9] == [[]] * 8 + [[31, 32, 33, 34]]
 
 
 def test_a_negative_number_of_guesses_is_refused() -> None:

@@ -120,7 +120,7 @@ def test_the_glass_box_fetches_the_model(tab, server):
 def test_stopping_frees_the_place(tab, server):
     choose(tab, "pretrain_64_epoch0")
     set_greedy(tab)
-    tab.locator("#chat [name=maxTokens]").fill("4096")
+    tab.locator("#chat [name=maxTokens]").fill("16000")
     ask(tab, "Größe")
     tab.locator(".assistant .text:not(:empty)").wait_for()
     assert server.figure("vllm:num_requests_running") == 1
@@ -152,7 +152,7 @@ def test_a_server_that_goes_away(settings, browser):
         tab.locator("#facts:not(:empty)").wait_for()
         choose(tab, "pretrain_64_epoch0")
         set_greedy(tab)
-        tab.locator("#chat [name=maxTokens]").fill("4096")
+        tab.locator("#chat [name=maxTokens]").fill("16000")
         ask(tab, "Größe")
         tab.locator(".assistant .text:not(:empty)").wait_for()
     tab.locator("#trouble:not([hidden])").wait_for()

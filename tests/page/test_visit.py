@@ -78,7 +78,7 @@ def test_an_answer_can_be_stopped(chat_tokenizer, visit, tmp_path):
     """What it said stays, and the page can be used."""
     tab = visit(write_page(tmp_path / "page.html", endless_model(chat_tokenizer), chat_tokenizer, isBase=True))
     set_greedy(tab)
-    tab.locator("#chat [name=maxTokens]").fill("4096")
+    tab.locator("#chat [name=maxTokens]").fill("16000")
     ask(tab, "Größe")
     tab.locator(".assistant .text:not(:empty)").wait_for()
     tab.get_by_role("button", name="Stop").click()

@@ -207,3 +207,4 @@ def show_prompts(prompts: tuple[str, ...], folders: dict[str, str], console: Con
         console.print(f"  tinylm chat --model_path {folders['dpo']} --prompt {shlex.quote(prompt)}")
     console.print(f"  tinylm chat --model_path {folders['dpo']}")
     console.print(f"  tinylm chat --model_path {folders['lora']}    # {tinyworld.PERSONA_NAME}")
+    console.print(f"  tinylm serve {Path(folders['dpo']).parent}    # all of them on a page in your browser")

@@ -12,8 +12,6 @@ NGRAM = 3
 WORTH = 2.0
 """Right tokens that a guess must have on average: a pass with a guess takes 1.2 times (float32) to 2.3 times (int8) as
 long as one without, preset `small` on two cores."""
-START = 1.5
-"""The average at the start: a guess that is not made, but would be right, begins the trust."""
 MEMORY = 0.7
 """Weight of the past in the average over guesses."""
 
@@ -27,7 +25,7 @@ class PromptLookup:
         self._num_known = NGRAM  # places before this one are in it
         self._guess: list[int] = []
         self._place = 0  # of the guess
-        self._num_right = START  # on average
+        self._num_right = WORTH  # on average; the first guess is tried
 
     def guess(self, tokens: list[int], most: int) -> list[int]:
         """The next tokens, if it is worth a pass to look whether they are right; else none.

@@ -7,7 +7,7 @@ const SETTINGS = {
   topP: ["top-p", 0, 1, 0.01, "draw only from the fewest tokens whose probabilities reach this sum; 1 is off"],
   minP: ["min-p", 0, 1, 0.01, "draw only from tokens at least this fraction as likely as the likeliest; 0 is off"],
   repetitionPenalty: ["repetition penalty", 0.01, 100, 0.05, "makes tokens that occurred less likely; 1 is off"],
-  maxTokens: ["most tokens", 1, 4096, 1, "of an answer"],
+  maxTokens: ["most tokens", 1, 65536, 1, "of an answer"],
   seed: ["seed", 0, 4294967295, 1, "the same seed, the same answer; empty: another one every time"],
 };
 

@@ -12,7 +12,7 @@ import tinylm
 from tinylm.page.page import page
 from tinylm.server import chat_completions, completions, responses
 from tinylm.server.docs_page import docs_page
-from tinylm.server.errors import ApiError, add_handlers
+from tinylm.server.errors import ERRORS, ApiError, add_handlers
 from tinylm.server.gate import Gate
 from tinylm.server.json_body import json_router
 from tinylm.server.page_models import PAGE_HEADERS, packed_for_page
@@ -38,7 +38,7 @@ def make_app(settings: ServeSettings) -> FastAPI:
     )
     app.state.server = ServerState(settings)
     for each in (router, chat_completions.router, completions.router, responses.router):
-        app.include_router(each)
+        app.include_router(each, responses=ERRORS)
     add_handlers(app)
     app.add_middleware(Gate, settings=settings)
     if origins := listed(settings.cors_origins):

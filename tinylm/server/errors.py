@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -13,6 +14,28 @@ from tinylm.files.untrusted import shown
 from tinylm.generation.request import PromptTooLong, QueueFull, RequestError, SchedulerClosed
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ErrorDetails(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer with an error status."""
+
+    error: ErrorDetails
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "the request is refused; the message says why"},
+    "5XX": {"model": ErrorBody, "description": "the server is loading, ending, overloaded, or it failed"},
+}
+"""For the description of the routes."""
 
 
 class ApiError(Exception):
