@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +24,15 @@ CONTEXT = 256
 LINEAGE = {"stage": "full_sft", "document_start": True}
 
 
-def make_model(folder: Path, tokenizer: Tokenizer, seed: int = 0, **shape: int) -> Path:
+def make_model(
+    folder: Path, tokenizer: Tokenizer, seed: int = 0, lineage: Mapping[str, Any] = LINEAGE, **shape: int
+) -> Path:
     """A random model whose answers depend on all of its prompt, in a folder."""
     torch.manual_seed(seed)
     default = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     default |= {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": CONTEXT}
     config = TinyLMConfig(**{**default, **shape}, initializer_range=0.3)
-    save_model(folder, TinyLMForCausalLM(config).eval(), tokenizer, LINEAGE)
+    save_model(folder, TinyLMForCausalLM(config).eval(), tokenizer, dict(lineage))
     return folder
 
 

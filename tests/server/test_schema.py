@@ -54,7 +54,9 @@ def try_route(described: tuple[Server, Any], path: str, mode: GenerationMode, co
         suppress_health_check=list(HealthCheck),
     )
     def check(case: Any) -> None:
-        if isinstance(case.body, dict):  # one answer of few tokens tells what many tell
+        if mode is GenerationMode.POSITIVE and isinstance(
+            case.body, dict
+        ):  # one answer of few tokens tells what many tell
             case.body.update({name: 2 for name in ("max_tokens", "max_output_tokens") if name in case.body})
         case.call_and_validate(base_url=server.url, checks=checks)
 

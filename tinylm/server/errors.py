@@ -137,7 +137,9 @@ def _name(name: int | str) -> str:
 def _place(loc: tuple[int | str, ...]) -> str:
     """`messages[0].content` for ("body", "messages", 0, "content", "str"): the names of types are left out."""
     place = ""
-    for part in loc[1:]:
+    for before, part in zip(loc, loc[1:], strict=False):
+        if before in ("format", "response_format"):  # which of several forms was meant
+            continue
         if isinstance(part, int):
             place += f"[{part}]"
         elif part.isidentifier() and part not in ("str", "int", "float", "bool"):
