@@ -245,6 +245,19 @@ def test_no_turn_finds_its_prompt_in_the_cache_except_the_last_figure(monkeypatc
     assert read == [8] * 3 + [30] * 3 + [30] + [serving.NEW_TOKENS] * 2
 
 
+def test_a_measured_step_brings_one_token_to_a_text(monkeypatch):
+    """Random weights repeat themselves: a scheduler that guesses ahead would be measured at a speed of no real text."""
+    sizes = []
+    real = Scheduler.step
+    monkeypatch.setattr(
+        Scheduler,
+        "step",
+        lambda self: [sizes.append(len(event.token_ids)) or event for event in real(self)],
+    )
+    list(serving.measure_serve(quick(only="serve", compare=False, streams="1", max_new_tokens=32)))
+    assert set(sizes) == {1}
+
+
 def test_streams_share_the_reading_of_the_weights():
     config = TinyLMConfig.preset("small")
     one, sixteen = (using.decoding_work(config, torch.float32, streams) for streams in (1, 16))

@@ -8,16 +8,20 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.export.chatting_models import ANSWERS, OTHER_ANSWERS, QUESTIONS, write_models
+from tests.model.small_models import trained_model
 from tests.page.conftest import endless_model
 from tests.page.test_visit import ask, chat_tokenizer, set_greedy, wait_for_answer
 from tests.server.serving import running, settings_for
 from tinylm.checkpoint.model_folder import save_model
+from tinylm.checkpoint.snapshots import write_snapshot
 from tinylm.commands.serve import with_models
 from tinylm.server.settings import ServeSettings
 
-PlaywrightError = pytest.importorskip("playwright.sync_api").Error
+playwright = pytest.importorskip("playwright.sync_api")
+PlaywrightError, expect = playwright.Error, playwright.expect
 __all__ = ["chat_tokenizer"]
 KEY = "schluessel"
 
@@ -33,7 +37,14 @@ def folder(chat_tokenizer, tmp_path_factory):
     base = endless_model(chat_tokenizer)
     facts = {"stage": "pretrain", "tokenizer_fingerprint": chat_tokenizer.fingerprint, "document_start": True}
     save_model(folder / "pretrain" / "pretrain_64_epoch0", base, chat_tokenizer, facts)
+    for step, seed in ((0, 7), (1200, 8)):
+        write_snapshot(folder / "full_sft" / "full_sft_64_snapshots", step, early_weights(chat_tokenizer, seed))
     return folder
+
+
+def early_weights(tokenizer, seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return dict(trained_model(vocab_size=tokenizer.vocab_size).named_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +126,37 @@ def test_the_glass_box_fetches_the_model(tab, server):
     first = server.engine.tokenizer.encode(OTHER_ANSWERS[0].strip())[0]
     likeliest = tab.locator(".bars code").first.inner_text()
     assert likeliest == server.engine.tokenizer.decode([first]).replace(" ", "␣"), "the adapter is part of it"
+
+
+def test_the_slider_shows_it_learn(tab, server, chat_tokenizer):
+    """Each place of the slider has its own model, which reads the same tokens; the last one is the finished model."""
+    tab.get_by_role("tab", name="Glass box").click()
+    tab.get_by_role("combobox", name="Model", exact=True).last.select_option("pretrain_64_epoch0")
+    slider = tab.get_by_role("slider", name="Step of the training")
+    assert slider.is_hidden(), "no snapshots"
+    tab.get_by_role("combobox", name="Model", exact=True).last.select_option("full_sft_64_epoch0")
+    tab.get_by_role("textbox", name="Text to read").fill("Größe? quiet")
+    tab.get_by_role("button", name="Read it").click()
+    tab.locator(".bars").wait_for()
+    tab.locator(".token").nth(2).click()
+    ids = [*chat_tokenizer.document_start, *chat_tokenizer.encode("Größe? quiet")]
+    model = trained_model(vocab_size=chat_tokenizer.vocab_size)
+    finished = server.engine.model
+    for place, name, seed in ((0, "after step 0", 7), (1, "after step 1,200", 8), (2, "the finished model", None)):
+        slider.fill(str(place))
+        tab.locator(f"output:text-is('{name}')").wait_for()
+        if seed is not None:
+            model.load_state_dict(early_weights(chat_tokenizer, seed), strict=False)
+            model.lm_head.weight = model.model.embed_tokens.weight
+        with torch.no_grad():
+            reader = model if seed is not None else finished
+            hidden = reader.hidden_states(torch.tensor([ids]))
+            best = chat_tokenizer.decode([reader.lm_head(hidden)[0, 2].argmax().item()]).replace(" ", "␣")
+        tab.locator(".token[aria-pressed=true]").nth(0).wait_for()
+        expect(tab.locator(".bars code").first).to_have_text(best)
+        assert tab.locator(".token").count() == len(ids)
+    assert tab.locator("#trouble").is_hidden()
+    assert server.get("/page/models/full_sft_64_epoch0?step=5").status_code == 404
 
 
 def test_stopping_frees_the_place(tab, server):

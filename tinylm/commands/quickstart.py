@@ -45,6 +45,8 @@ from tinylm.trainer.run.train_settings import TrainSettings
 FULL_NUM_ITEMS = 100
 """Held-out items per skill of a whole quickstart: the standard error of a skill's share is then at most 0.05."""
 SMALLEST_NUM_ITEMS = 10
+SNAPSHOTS = 8
+"""Of pretraining and of SFT, 6.4 MB each: the page shows with them how the model learnt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
             qk_norm=True,
             learning_rate=1.2e-2,
             final_lr_fraction=0.5,
+            snapshots=SNAPSHOTS,
             **shared,
         ),
         train_full_sft.FullSFTSettings(
@@ -125,6 +128,7 @@ def make_plan(settings: QuickstartSettings) -> Plan:
             tinyworld_chats=settings.sized(6_800),
             learning_rate=6e-3,
             final_lr_fraction=0.05,
+            snapshots=SNAPSHOTS,
             **shared,
         ),
         train_lora.LoRASettings(

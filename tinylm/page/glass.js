@@ -2,6 +2,7 @@
 /* The glass box: what the model computes when it reads a text. */
 
 const SHOWN_CANDIDATES = 20;
+const WRITTEN = 32; // tokens of the continuation
 const MOST_WATCHED = 256; // attention of this many tokens is kept: layers * heads * T^2 / 2 numbers
 
 class Glass {
@@ -14,6 +15,11 @@ class Glass {
     this.input = make("textarea", { rows: 3, "aria-label": "Text to read" });
     this.input.value = "Once upon a time there was a";
     this.chosen = choice(models.map(({ about }) => about.name), { "aria-label": "Model" });
+    this.chosen.addEventListener("change", () => this.showSteps());
+    this.step = make("input", { type: "range", min: 0, "aria-label": "Step of the training",
+      oninput: () => this.nameStep(), onchange: () => this.read && this.again() });
+    this.stepName = make("output");
+    this.steps = make("div", { class: "row" }, labelled("watch it learn: ", this.step), this.stepName);
     this.kind = choice(["as a text", "as a question in a chat"], { "aria-label": "How the text is read" });
     this.look = make("button", { onclick: () => this.start() }, "Read it");
     this.status = make("p", { class: "hint", role: "status" });
@@ -23,6 +29,7 @@ class Glass {
     this.lens = make("div", { class: "scroll" });
     this.attention = make("div");
     this.size = make("p");
+    this.writes = make("p", { class: "text" });
     this.result = make("div", { hidden: true },
       make("h2", {}, "Tokens"),
       why("The text as the model reads it: pieces and their numbers. Choose one to see what happens there.", "",
@@ -33,6 +40,9 @@ class Glass {
         "P = softmax(z / temperature)", "tinylm/generation/sampling.py"),
       this.next,
       make("details", {}, make("summary", {}, "Sampling filters"), this.sampling),
+      make("h2", {}, "What it would write"),
+      why("The likeliest token, again and again.", "", "tinylm/generation/decoding.py"),
+      this.writes,
       make("h2", {}, "Attention"),
       why("How much each token looks at the tokens before it, for each layer and head; choose one to enlarge it.",
         "softmax(q k / √D)", "tinylm/model/attention.py"),
@@ -44,23 +54,56 @@ class Glass {
       why("Keys and values of all tokens so far are kept, so that each is computed once.", "",
         "tinylm/model/kv_cache.py"),
       this.size);
-    place.append(this.input, make("div", { class: "row" }, models.length > 1 ? this.chosen : null, this.kind, this.look), this.status, this.result);
+    place.append(this.input, make("div", { class: "row" }, models.length > 1 ? this.chosen : null, this.kind, this.look),
+      this.steps, this.status, this.result);
+    this.showSteps();
   }
 
-  async start() {
+  get source() {
+    return this.models.find(({ about }) => about.name === this.chosen.value);
+  }
+
+  /** The slider has a place for each snapshot of the model, and the last one for the model itself. */
+  showSteps() {
+    const count = this.source.snapshots.length;
+    this.steps.hidden = count === 0;
+    this.step.max = count;
+    this.step.value = count;
+    this.nameStep();
+  }
+
+  nameStep() {
+    const step = this.source.snapshots[+this.step.value];
+    this.stepName.textContent = step === undefined ? "the finished model" : `after step ${step.toLocaleString("en")}`;
+  }
+
+  /** Fetches the model that the choice and the slider mean; false if that fails, which the page says. */
+  async fetchModel() {
     trouble("");
     this.status.textContent = "the model is fetched…";
     this.look.disabled = true;
     try {
-      this.model = await this.models.find(({ about }) => about.name === this.chosen.value).inPage();
+      this.model = await this.source.inPage(this.source.snapshots[+this.step.value] ?? null);
+      return true;
     } catch (error) {
-      this.status.textContent = "";
       trouble(error.message);
-      return;
+      return false;
     } finally {
+      this.status.textContent = "";
       this.look.disabled = false;
     }
-    this.status.textContent = "";
+  }
+
+  /** Reads the same tokens once more: by the model at another step of its training. */
+  async again() {
+    const place = this.at;
+    if (!(await this.fetchModel())) return;
+    await this.readAll(this.read.ids);
+    this.choose(place);
+  }
+
+  async start() {
+    if (!(await this.fetchModel())) return;
     const { tokenizer } = this.model, text = this.input.value;
     const isChat = this.kind.selectedIndex === 1;
     if (isChat && !tokenizer.canChat) {
@@ -103,6 +146,19 @@ class Glass {
     this.result.hidden = false;
     this.showTokens();
     this.choose(this.at);
+    await this.write(read);
+  }
+
+  /** Continues what was read. */
+  async write(read) {
+    const { model } = this, next = model.tokenizer.stream();
+    this.writes.textContent = "";
+    const settings = { ...DEFAULTS, temperature: 0, maxTokens: WRITTEN };
+    for await (const id of model.continued(read.ids, settings, new AbortController().signal)) {
+      if (this.read !== read) return;
+      this.writes.textContent += next(id);
+    }
+    this.writes.textContent += next(null);
   }
 
   choose(place) {

@@ -9,6 +9,7 @@ class LocalModel {
     this.tokenizer = new Tokenizer(packed.tokenizer);
     this.transformer = new Transformer(packed.config, packed.tensors);
     this.config = packed.config;
+    this.snapshots = [];
     this.canChat = this.tokenizer.canChat && !this.about.isBase; // else it continues text
     this.cache = this.transformer.newCache();
     this.known = []; // the tokens whose keys and values the cache holds

@@ -6,16 +6,19 @@ class ServerModel {
     this.about = { name: card.id, parameters: card.parameters, isBase: !card.chats };
     this.canChat = card.chats;
     this.context = card.max_model_len;
-    this.local = null;
+    this.snapshots = card.snapshots; // steps of its training
+    this.local = new Map();
   }
 
-  /** The same model in this page, for the glass box; it is fetched once. */
-  async inPage() {
-    if (!this.local) {
-      const response = await ask(`page/models/${encodeURIComponent(this.about.name)}`);
-      this.local = new LocalModel(readModel(await response.arrayBuffer()));
+  /** The same model in this page, for the glass box, as it was after a step of its training, or is now (null). It is
+      fetched once. */
+  async inPage(step = null) {
+    if (!this.local.has(step)) {
+      const when = step === null ? "" : `?step=${step}`;
+      const response = await ask(`page/models/${encodeURIComponent(this.about.name)}${when}`);
+      this.local.set(step, new LocalModel(readModel(await response.arrayBuffer())));
     }
-    return this.local;
+    return this.local.get(step);
   }
 
   async *answer(messages, settings, signal, notice) {

@@ -66,9 +66,10 @@ async def index() -> Response:
 
 
 @router.get("/page/models/{name:path}", response_class=Response)
-async def packed(name: str, request: Request) -> Response:
-    """A model in the page's own format, to be computed in a browser."""
-    return Response(await packed_for_page(state_of(request).models.named(name)), media_type="application/octet-stream")
+async def packed(name: str, request: Request, step: int | None = None) -> Response:
+    """A model in the page's own format, to be computed in a browser; with `step`, as it was in its training."""
+    data = await packed_for_page(state_of(request).models.named(name), step)
+    return Response(data, media_type="application/octet-stream")
 
 
 @router.get("/docs", response_class=HTMLResponse)
@@ -128,5 +129,6 @@ def _card(model: ServedModel) -> dict[str, Any]:
         "parent": model.parent,
         "max_model_len": model.scheduler.context_length,
         "parameters": model.num_parameters,
+        "snapshots": list(model.snapshots),
         "chats": not (model.is_base or model.why_no_chats),
     }

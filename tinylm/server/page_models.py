@@ -7,7 +7,9 @@ from functools import lru_cache
 import anyio.to_thread
 
 from tinylm.checkpoint.loading import load_for_use
+from tinylm.checkpoint.snapshots import load_snapshot
 from tinylm.generation.engine import Engine
+from tinylm.model.lora import merge_lora
 from tinylm.page.packed_model import packed_model
 from tinylm.server.errors import ApiError, refused
 from tinylm.server.served_models import ServedModel
@@ -22,24 +24,32 @@ PAGE_HEADERS = {
 }
 
 
-async def packed_for_page(model: ServedModel) -> bytes:
-    """The model in int8, its adapter merged.
+async def packed_for_page(model: ServedModel, step: int | None = None) -> bytes:
+    """The model in int8, its adapter merged; with a step, as it was then.
 
     Raises:
-        ApiError: it is too large for a browser, or its tokenizer is not one that the page knows.
+        ApiError: it is too large for a browser, its tokenizer is not one that the page knows, or there is no snapshot
+            of that step.
     """
+    if step is not None and step not in (steps := model.snapshots):
+        known = ", ".join(map(str, steps)) or "none"
+        message = f"{model.name} has no snapshot of step {step}; there are those of {known}"
+        raise ApiError(404, message, "step", "snapshot_not_found")
     if model.num_parameters > LARGEST:
         message = f"{model.name} has {model.num_parameters:,} parameters; a browser computes at most {LARGEST:,}"
         raise ApiError(400, message, "model", "too_large_for_a_browser")
     try:
-        return await anyio.to_thread.run_sync(_packed, model)
+        return await anyio.to_thread.run_sync(_packed, model, step)
     except ValueError as error:
         raise refused(error, "model") from None
 
 
 @lru_cache(maxsize=4)
-def _packed(model: ServedModel) -> bytes:
-    loaded = load_for_use(model.path, model.adapter)
+def _packed(model: ServedModel, step: int | None) -> bytes:
+    loaded = load_for_use(model.path, model.adapter, merge=step is None)
+    if step is not None:
+        load_snapshot(loaded.model, model.snapshots[step])
+        merge_lora(loaded.model)
     engine = Engine(loaded.model, loaded.tokenizer, loaded.model.dtype, loaded.document_start)
     about = {"name": model.name, "parameters": model.num_parameters, "isBase": model.is_base}
     return packed_model(engine, "int8", about)

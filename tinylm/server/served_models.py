@@ -15,6 +15,7 @@ from tinylm.checkpoint.adapter_folder import load_adapter
 from tinylm.checkpoint.loading import LoadedModel, load_for_use
 from tinylm.checkpoint.model_folder import check_tokenizer, recorded_tokenizer
 from tinylm.checkpoint.model_path import resolve_adapter_path
+from tinylm.checkpoint.snapshots import snapshot_folder, snapshots_in
 from tinylm.files.untrusted import shown
 from tinylm.generation.engine import Engine
 from tinylm.generation.request import Request
@@ -50,6 +51,11 @@ class ServedModel:
     """Whether it was only pretrained, so that it continues text."""
     path: Path = Path()
     adapter: Path | None = None
+
+    @property
+    def snapshots(self) -> dict[int, Path]:
+        """The snapshots that its run has left, by step."""
+        return snapshots_in(snapshot_folder(self.adapter or self.path))
 
     @property
     def tokenizer(self) -> Tokenizer:

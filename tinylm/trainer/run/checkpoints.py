@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinylm.checkpoint.snapshots import snapshot_folder, snapshot_steps, write_snapshot
 from tinylm.checkpoint.training_state import (
     StateWriter,
     TrainingState,
@@ -23,6 +24,7 @@ from tinylm.checkpoint.training_state import (
     load_training_state,
 )
 from tinylm.trainer.core.distributed import full_tensor, is_sharded, reshard, unsharded
+from tinylm.trainer.core.failed_steps import first_line
 from tinylm.trainer.core.gradients import Scaler
 from tinylm.trainer.run.resume import check_same_run, load_optimizer_states, optimizer_states, place_like
 from tinylm.trainer.run.run_folder import RunFolder
@@ -177,6 +179,19 @@ class Checkpoints(RunFolder):
             if self.stage.runtime.is_main:
                 self.learner.save(self.model_folder(epoch), {"stage": self.stage.name, **facts, **self.lineage})
                 self.remove_other_models(epoch)
+
+    def save_snapshot(self, step: int) -> None:
+        """Keep the trained weights after `step`, if this is one of the steps. If that fails, only print a warning."""
+        if step not in snapshot_steps(self.plan.num_steps, self.stage.settings.snapshots):
+            return
+        with unsharded(self.learner.model):
+            if not self.stage.runtime.is_main:
+                return
+            trained = {name: p for name, p in self.learner.model.named_parameters() if p.requires_grad}
+            try:
+                write_snapshot(snapshot_folder(self.last_folder), step, trained)
+            except OSError as error:
+                self.stage.console.print(f"warning: no snapshot of step {step:,} ({first_line(error)})")
 
     def save_state(self, step: int, evaluation_pending: bool = False) -> None:
         """Begin to save the state after `step`. If the save before failed, print a warning: the next may succeed."""

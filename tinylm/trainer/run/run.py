@@ -89,6 +89,8 @@ class Run:
             if not self.checkpoints.should_resume():
                 self.checkpoints.clear()
             start = self.progress.step
+            if start == 0:
+                self.checkpoints.save_snapshot(0)
             if plan.compiled:
                 self.fallback.compile()
             with (
@@ -163,6 +165,7 @@ class Run:
         self.steps_done = report.step
         self._log(report)
         self._watch(report)
+        self.checkpoints.save_snapshot(report.step)
         if self.stage.runtime.any_rank(bool(self.stop_request.signum)):
             self._stop(report)
         self._evaluate(report.step)

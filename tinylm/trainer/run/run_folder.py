@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tinylm.checkpoint.snapshots import snapshot_folder
 from tinylm.checkpoint.training_state import read_training_values
 from tinylm.files.atomic import remove_folder, remove_leftovers
 from tinylm.files.locks import run_lock
@@ -142,7 +143,8 @@ class RunFolder:
         """
         if not self.stage.runtime.is_main:
             return
-        places = [*self.models().values(), *([self.state_folder] if self.state_folder.is_dir() else [])]
+        folders = (self.state_folder, snapshot_folder(self.model_folder(0)))
+        places = [*self.models().values(), *(folder for folder in folders if folder.is_dir())]
         for place in places:
             remove_folder(place)
         if places:

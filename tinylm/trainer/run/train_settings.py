@@ -123,6 +123,8 @@ class TrainSettings:
     """delete the run of this stage in output_dir, finished or not, and start again"""
     keep_epochs: Literal["best", "last", "all"] = "best"
     """models to keep: best (the last epoch's and the one with the lowest validation loss), last, or all"""
+    snapshots: int = 0
+    """copies of the weights to keep over the run (bfloat16), so that the page can show how the model learns"""
     tensorboard: bool = False
     """also write TensorBoard event files to output_dir/tensorboard"""
 
@@ -130,7 +132,7 @@ class TrainSettings:
         require_output_dir(self)
         require_at_least(1, self, "epochs", "batch_size", "accumulation_steps", "log_interval")
         require_at_least(0, self, "max_steps", "eval_interval", "eval_batches", "save_interval", "num_workers")
-        require_at_least(0, self, "max_seq_len", "weight_decay", "grad_clip")
+        require_at_least(0, self, "max_seq_len", "weight_decay", "grad_clip", "snapshots")
         require_share(self, "validation_fraction", "warmup_fraction", "final_lr_fraction", "max_bad_rows")
         require_share(self, "beta1", "beta2")
         if self.timeout <= 0:
