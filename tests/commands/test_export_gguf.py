@@ -196,7 +196,7 @@ def test_the_ending_says_the_format(base: Path, tmp_path: Path) -> None:
     assert export(["--model_path", str(base), "--output", str(tmp_path / "a.GGUF")]) == 0
     assert difference(base, LlamaCpp(tmp_path / "a.GGUF")) < 0.05
     for name, flags, wanted in (
-        ("a", [], "model.gguf, model.onnx or model.pth"),
+        ("a", [], "model.gguf, model.onnx, model.html or model.pth"),
         ("a", ["--format", "onnx"], "model.onnx"),
         ("a.gguf", ["--format", "pth"], "model.pth"),
     ):

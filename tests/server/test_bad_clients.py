@@ -19,7 +19,7 @@ import pytest
 
 from tests.processes import PATIENCE
 from tests.server.serving import Server, running, settings_for, slowed, wait_until
-from tests.server.test_bad_input import HEAD, received, resident
+from tests.server.test_bad_requests import HEAD, received, resident
 
 LONG = {"messages": [{"role": "user", "content": "Erzähl! 讲 🐉"}], "temperature": 0, "max_tokens": 200}
 SHORT = {**LONG, "max_tokens": 3}
