@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.server.serving import Server
-from tests.server.test_bad_input import SOON
+from tests.server.test_bad_requests import SOON
 
 MESSAGES = [{"role": "user", "content": "Größe der 三 Äpfel?"}]
 SCHEMA = {
