@@ -3,9 +3,9 @@
     tinylm serve out/quickstart/dpo
     python -m benchmarks.serve_load http://127.0.0.1:8000 [--clients 1 8 32] [--json load.json]
 
-Each client asks again as soon as it is answered. The prompts are random token ids, so nothing of them is known to the
-server yet, and the answers are as long as --answer_tokens allows, unless the model ends one before. Times are a
-client's: from the opened connection to the first piece of text, and from one piece to the next.
+Each client asks again as soon as it is answered. The prompts are random words, so nothing of them is known to the
+server yet, and the answers are drawn at temperature 1, as long as --answer_tokens allows, unless the model ends one
+before. Times are a client's: from the opened connection to the first piece of text, and from one piece to the next.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-BYTES = range(16, 272)
-"""Ids of our tokenizers' single bytes, which every vocabulary has."""
+WORDS = (
+    "a about after all and are as at be but by can day do each find first for from give good had have he her him his "
+    "how if in into is it know like long look made make many may me more my new no not now of on one or other out over "
+    "people said see she so some take than that the their them then there they this time to two up use was water way "
+    "we were what when which who will with word work would write year you your"
+).split()
 
 
 @dataclass
@@ -45,7 +49,13 @@ class Load:
         shares = {"p50": 0.5, "p99": 0.99}
         waits = {f"{n}_{s}_ms": 1000 * quantile(times[n], share) for n in times for s, share in shares.items()}
         speeds = {"requests_per_s": self.requests / self.seconds, "tokens_per_s": self.tokens / self.seconds}
-        return {"clients": self.clients, "requests": self.requests, "tokens": self.tokens, **speeds, **waits}
+        counts = {
+            "clients": self.clients,
+            "requests": self.requests,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+        }
+        return {**counts, **speeds, **waits}
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -92,14 +102,15 @@ async def ask(url: str, key: str, body: dict[str, object], load: Load) -> None:
 
 
 async def measure(
-    url: str, clients: int, requests: int, prompt_tokens: int, answer_tokens: int, model: str = "", key: str = ""
+    url: str, clients: int, requests: int, prompt_words: int, answer_tokens: int, model: str = "", key: str = ""
 ) -> Load:
     """So many clients at a time, until so many requests are answered."""
     load = Load(clients, requests)
     numbers = random.Random(clients)
-    options = {"max_tokens": answer_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    options = {"max_tokens": answer_tokens, "temperature": 1, "stream": True, "stream_options": {"include_usage": True}}
     bodies = [
-        {"prompt": numbers.choices(BYTES, k=prompt_tokens), "model": model or None, **options} for _ in range(requests)
+        {"prompt": " ".join(numbers.choices(WORDS, k=prompt_words)), "model": model or None, **options}
+        for _ in range(requests)
     ]
 
     async def client() -> None:
@@ -134,19 +145,21 @@ def main() -> None:
     parser.add_argument("url", help="where the server is, such as http://127.0.0.1:8000")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="clients at a time")
     parser.add_argument("--requests", type=int, default=96, help="requests of all clients together; one asks a quarter")
-    parser.add_argument("--prompt_tokens", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument(
+        "--prompt_words", type=int, default=128, help="words of a prompt; a token or a little more each"
+    )
     parser.add_argument("--answer_tokens", type=int, default=64, help="most tokens of an answer")
     parser.add_argument("--model", default="", help="a name from /v1/models; by default the first")
     parser.add_argument("--api_key", default="", help="the server's key")
     parser.add_argument("--json", type=Path, help="file for all figures")
     given = parser.parse_args()
-    sizes = (given.prompt_tokens, given.answer_tokens, given.model, given.api_key)
+    sizes = (given.prompt_words, given.answer_tokens, given.model, given.api_key)
     asyncio.run(measure(given.url, 2, 4, *sizes))  # what is done once is not measured
     counts = [given.requests if clients > 1 else max(1, given.requests // 4) for clients in given.clients]
     loads = [asyncio.run(measure(given.url, n, count, *sizes)) for n, count in zip(given.clients, counts, strict=True)]
     print(table(loads))
     if given.json:
-        settings = {"prompt_tokens": given.prompt_tokens, "answer_tokens": given.answer_tokens}
+        settings = {"prompt_words": given.prompt_words, "answer_tokens": given.answer_tokens}
         given.json.write_text(json.dumps({**settings, "loads": [load.figures for load in loads]}, indent=1))
 
 

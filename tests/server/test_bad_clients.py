@@ -122,6 +122,20 @@ def test_half_a_body_is_given_up(crowded):
     assert answer.startswith(b"HTTP/1.1 408 ") and b'"timeout"' in answer
 
 
+def test_many_bodies_at_once(model_folder):
+    """Each may be as large as allowed, and together they may not fill the memory."""
+    with running(settings_for(model_folder, max_body_bytes=2000)) as server:
+        halves = [server.connect(HEAD + b"Content-Length: 2000\r\n\r\n" + b" " * 1999) for _ in range(20)]
+        refused = [server.post("/v1/chat/completions", SHORT).status_code for _ in range(3)]
+        assert refused == [503] * 3
+        assert server.get("/health").status_code == 200
+        for half in halves:
+            half.close()
+        assert wait_until(lambda: server.post("/v1/chat/completions", SHORT).status_code == 200) < FREED
+        for _ in range(40):  # and what was answered is held no longer
+            assert server.post("/v1/chat/completions", {**SHORT, "user": "ü" * 900}).status_code == 200
+
+
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc"])
 def test_half_a_head_is_given_up(crowded, sent):
     begun = time.monotonic()

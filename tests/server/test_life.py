@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -22,7 +23,9 @@ import pytest
 from tests.processes import PATIENCE, end_of, start
 from tests.server.serving import running, settings_for, wait_until
 from tinylm import cli
+from tinylm.commands.serve import warn
 from tinylm.server import served_models
+from tinylm.server.settings import ServeSettings
 
 ASK = {"messages": [{"role": "user", "content": "Erzähl! 讲 🐉"}], "temperature": 0, "stream": True}
 TOKENS = 40
@@ -191,9 +194,16 @@ def test_health_while_models_are_loaded(model_folder, monkeypatch):
         assert server.get("/v1/models").json()["data"][0]["id"] == "tiny"
 
 
-def test_it_says_where_it_is_and_what_it_lets_in(started):
+def test_it_says_where_it_is(started):
     command = started("--host", "127.0.0.1")
     assert re.search(rf"ready at http://127\.0\.0\.1:{command.port}/v1", command.said.replace("\n", ""))
     assert "warning" not in command.said
-    command = started("--host", "0.0.0.0")
-    assert "there is no API key" in " ".join(command.said.split())
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "is_said"), [("0.0.0.0", "", True), ("0.0.0.0", "k", False), ("::1", "", False)]
+)
+def test_it_says_what_it_lets_in(host, key, is_said):
+    said: list[str] = []
+    warn(ServeSettings(model_path="m", host=host, api_key=key), SimpleNamespace(print=said.append))
+    assert is_said == any("there is no API key" in line for line in said)

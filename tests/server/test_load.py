@@ -14,7 +14,7 @@ from tests.server.serving import running, settings_for, slowed
 
 def test_its_table(server, tmp_path, monkeypatch, capsys):
     file = tmp_path / "load.json"
-    words = [server.url, "--clients", "1", "3", "--requests", "8", "--prompt_tokens", "9", "--answer_tokens", "5"]
+    words = [server.url, "--clients", "1", "3", "--requests", "8", "--prompt_words", "9", "--answer_tokens", "5"]
     monkeypatch.setattr(sys, "argv", ["serve_load", *words, "--json", str(file)])
     serve_load.main()
     lines = capsys.readouterr().out.strip().splitlines()
@@ -28,7 +28,7 @@ def test_its_table(server, tmp_path, monkeypatch, capsys):
 def test_its_times_are_the_servers(server):
     with slowed(server, 0.05):
         load = asyncio.run(serve_load.measure(server.url, 2, 2, 9, 6))
-    assert load.prompt_tokens == 18 and load.tokens <= 12
+    assert load.prompt_tokens >= 18 and load.tokens <= 12
     assert all(0.05 <= seconds < 2 for seconds in load.first) and len(load.first) == 2
     assert min(load.gaps) > 0.03 and load.seconds >= 0.3
 

@@ -37,7 +37,9 @@ def main(argv: list[str]) -> int:
     with listening(settings) as at:
         warn(settings, console)
         signum = asyncio.run(serve(settings, at, console.print))
-    raise Stopped(signum)
+    if signum:
+        raise Stopped(signum)
+    return 0
 
 
 def with_models(settings: ServeSettings) -> ServeSettings:

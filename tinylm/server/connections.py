@@ -30,14 +30,13 @@ class Connection(H11Protocol):
     limits: ServeSettings
     _seen: Any = None  # the request that was the last one at the last look
     _was_idle = False
-    _refuses = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > 2 * self.limits.max_connections:
             transport.abort()  # even a refusal has its price
         elif len(self.connections) > self.limits.max_connections:
-            self._refuses, self.app = True, self._too_many
+            self.app = self._too_many
         self._look_later()
 
     def data_received(self, data: bytes) -> None:

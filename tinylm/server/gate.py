@@ -20,6 +20,8 @@ from tinylm.files.untrusted import shown
 from tinylm.server.errors import ApiError
 from tinylm.server.settings import ServeSettings, listed
 
+BODIES_AT_ONCE = 16
+"""Times the largest body: the memory for what all clients have sent and have no answer to."""
 OPEN_ROUTE = "/health"
 """Needs no key: a supervisor asks it."""
 
@@ -32,26 +34,40 @@ class Gate:
         self._key = settings.key.encode()
         self._hosts = {"localhost", settings.host.lower(), *listed(settings.allowed_hosts)}
         self._origins = set(listed(settings.cors_origins))
+        self._held = 0  # bytes of the bodies of all requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        body = _Body(receive)
         try:
-            headers = Headers(scope=scope)
-            self._check_caller(headers)
-            if scope["path"] != OPEN_ROUTE and scope["method"] != "OPTIONS":
-                self._check_key(headers)
-            self._check_length(headers)
-            receive = await self._with_body(receive) if scope["method"] in ("POST", "PUT", "PATCH") else receive
+            if await self._admits(scope, body, send):
+                await self.app(scope, body.replay, send)
+        finally:
+            self._held -= body.size
+
+    async def _admits(self, scope: Scope, body: _Body, send: Send) -> bool:
+        """Whether the request passes, with its body received; one that does not is answered."""
+        try:
+            await self._check(scope, body)
         except ApiError as error:
             response = error.response
             response.headers["Connection"] = "close"  # the rest of its body is not read
-            await response(scope, receive, send)
-            return
+            await response(scope, body.replay, send)
+            return False
         except ConnectionError:  # it left while it sent
-            return
-        await self.app(scope, receive, send)
+            return False
+        return True
+
+    async def _check(self, scope: Scope, body: _Body) -> None:
+        headers = Headers(scope=scope)
+        self._check_caller(headers)
+        if scope["path"] != OPEN_ROUTE and scope["method"] != "OPTIONS":
+            self._check_key(headers)
+        self._check_length(headers)
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            await self._receive(body)
 
     def _check_caller(self, headers: Headers) -> None:
         host = headers.get("host", "")
@@ -80,38 +96,50 @@ class Gate:
         if not length.isdecimal() or len(length) > 15 or int(length) > self.settings.max_body_bytes:
             raise self._too_large()
 
-    async def _with_body(self, receive: Receive) -> Receive:
-        """Receive the whole body, then give it in one piece."""
-        parts, size, more = [], 0, True
+    async def _receive(self, body: _Body) -> None:
+        """Receive the whole body."""
         try:
             with anyio.fail_after(self.settings.receive_timeout):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ConnectionError
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    more = message.get("more_body", False)
-                    if size > self.settings.max_body_bytes:
+                while not body.is_whole:
+                    self._held += await body.more()
+                    if body.size > self.settings.max_body_bytes:
                         raise self._too_large()
+                    if self._held > BODIES_AT_ONCE * self.settings.max_body_bytes:
+                        raise ApiError(503, "too much is sent at the same time; try again later", code="overloaded")
         except TimeoutError:
             seconds = self.settings.receive_timeout
             raise ApiError(408, f"the body did not arrive within {seconds:g} seconds", code="timeout") from None
-        return _replayed(b"".join(parts), receive)
 
     def _too_large(self) -> ApiError:
         most = self.settings.max_body_bytes
         return ApiError(413, f"the body is larger than {most:,} bytes; send a smaller one", code="body_too_large")
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """First the body, then what `receive` brings: that the client has gone."""
-    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+class _Body:
+    """The body of a request: read part by part, then given in one piece."""
 
-    async def replay() -> Message:
-        return waiting.pop() if waiting else await receive()
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._parts: list[bytes] = []
+        self.size, self.is_whole = 0, False
 
-    return replay
+    async def more(self) -> int:
+        """Read a part; returns its bytes."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionError
+        part = message.get("body", b"")
+        self._parts.append(part)
+        self.size += len(part)
+        self.is_whole = not message.get("more_body", False)
+        return len(part)
+
+    async def replay(self) -> Message:
+        """First the body, if it was read, then what else comes: that the client has gone."""
+        if not self._parts:
+            return await self._receive()
+        whole, self._parts = b"".join(self._parts), []
+        return {"type": "http.request", "body": whole, "more_body": False}
 
 
 def _password(given: str) -> bytes:

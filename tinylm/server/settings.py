@@ -53,7 +53,7 @@ class ServeSettings(SchedulerSettings):
     max_messages: int = 1024
     """most messages of a conversation"""
     max_connections: int = 512
-    """most connections at a time; more get status 503"""
+    """most connections at a time; more get status 503, and none beyond twice as many"""
     receive_timeout: float = 10.0
     """longest wait for a request's head or body (seconds)"""
     request_timeout: float = 300.0
