@@ -47,6 +47,8 @@ def with_models(settings: ServeSettings) -> ServeSettings:
     if [name for name, _ in named(settings.model_path)] not in ([], [""]):
         return settings
     folder, found = Path(settings.model_path), dict[str, Path]()
+    if not settings.runs_dir and settings.model_path and folder.is_dir():
+        settings = dataclasses.replace(settings, runs_dir=str(folder.parent if is_model(folder) else folder))
     if settings.model_path and folder.is_dir() and not (is_model(folder) or models_in(folder) or settings.adapter):
         found = {stage: model for stage in STAGES if (model := last_stage_below(folder, stage))}
     adapter = found.pop("lora", None)

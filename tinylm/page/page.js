@@ -4,6 +4,11 @@
 /** Tabs by mouse, and by the arrow keys as people with a screen reader expect them. */
 function connectTabs() {
   const tabs = [...document.querySelectorAll("[role=tab]")];
+  const near = (place, step) => {
+    do place = (place + step + tabs.length) % tabs.length;
+    while (tabs[place].hidden);
+    return tabs[place];
+  };
   const choose = (chosen) => {
     for (const tab of tabs) {
       const isChosen = tab === chosen;
@@ -17,7 +22,7 @@ function connectTabs() {
     tab.addEventListener("click", () => choose(tab));
     tab.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (step) choose(tabs[(place + step + tabs.length) % tabs.length]);
+      if (step) choose(near(place, step));
     });
   });
 }
@@ -56,6 +61,7 @@ async function start() {
   chat.first.addEventListener("change", show);
   show();
   window.parts = { model: inside, chat, glass: new Glass(document.getElementById("glass"), models) };
+  if (!inside) new Runs(document.getElementById("runs"), document.getElementById("tab-runs")).start();
   chat.input.focus();
 }
 

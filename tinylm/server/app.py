@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import tinylm
+from tinylm.files.untrusted import shown
 from tinylm.page.page import page
 from tinylm.server import chat_completions, completions, responses
 from tinylm.server.docs_page import docs_page
-from tinylm.server.errors import ERRORS, ApiError, add_handlers
+from tinylm.server.errors import ERRORS, ApiError, add_handlers, refused
 from tinylm.server.gate import Gate
 from tinylm.server.json_body import json_router
 from tinylm.server.page_models import PAGE_HEADERS, packed_for_page
 from tinylm.server.prompts import chat_prompt, text_prompt
 from tinylm.server.replies import token_text
+from tinylm.server.runs import rows_of, runs_in, settings_of
 from tinylm.server.schemas import DetokenizeRequest, TokenizeRequest
 from tinylm.server.served_models import ServedModel
 from tinylm.server.settings import ServeSettings, listed
@@ -70,6 +74,27 @@ async def packed(name: str, request: Request, step: int | None = None) -> Respon
     """A model in the page's own format, to be computed in a browser; with `step`, as it was in its training."""
     data = await packed_for_page(state_of(request).models.named(name), step)
     return Response(data, media_type="application/octet-stream")
+
+
+@router.get("/page/runs")
+async def runs(request: Request) -> dict[str, Any]:
+    """The training runs in the server's folder of runs, with their settings."""
+    folder = state_of(request).settings.runs_dir
+    found = runs_in(Path(folder)) if folder else {}
+    return {"runs": [{"name": name, "settings": settings_of(path)} for name, path in found.items()]}
+
+
+@router.get("/page/runs/{name:path}")
+async def run(name: str, request: Request) -> dict[str, Any]:
+    """The lines of a run's metrics."""
+    folder = state_of(request).settings.runs_dir
+    path = runs_in(Path(folder)).get(name) if folder else None
+    if path is None:
+        raise ApiError(404, f"there is no run {shown(name, 100)}", "name", "run_not_found")
+    try:
+        return {"rows": await anyio.to_thread.run_sync(rows_of, path)}
+    except ValueError as error:
+        raise refused(error, "name") from None
 
 
 @router.get("/docs", response_class=HTMLResponse)

@@ -25,6 +25,8 @@ class ServeSettings(SchedulerSettings):
     adapter: str = ""
     """LoRA adapters, as name=path,name2=path2, each beside the model that it was trained on; a request chooses one by
     `model`"""
+    runs_dir: str = ""
+    """folder whose training runs the page shows, also while they run; by default that of the model"""
     tokenizer_path: str = ""
     """tokenizer folder; by default the model's own"""
     device: str = "auto"
