@@ -12,7 +12,7 @@ from sse_starlette.sse import EventSourceResponse
 
 from tinylm.generation.request import TokenLogprob
 from tinylm.server.answers import Answer, Answers
-from tinylm.server.errors import ApiError
+from tinylm.server.errors import STREAM, ApiError
 from tinylm.server.forms import grammar_of
 from tinylm.server.json_body import json_router
 from tinylm.server.prompts import chat_prompt, requests_of
@@ -24,7 +24,7 @@ from tinylm.tokenizer.tokenizer import Tokenizer
 router = json_router()
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=STREAM)
 async def chat_completions(body: ChatRequest, request: Request) -> dict[str, Any] | EventSourceResponse:
     """Answer a conversation."""
     state = state_of(request)

@@ -12,7 +12,7 @@ from sse_starlette.sse import EventSourceResponse
 
 from tinylm.generation.request import TokenLogprob
 from tinylm.server.answers import Answer, Answers
-from tinylm.server.errors import ApiError
+from tinylm.server.errors import STREAM, ApiError
 from tinylm.server.forms import grammar_of
 from tinylm.server.json_body import json_router
 from tinylm.server.prompts import requests_of, text_prompt
@@ -27,7 +27,7 @@ DEFAULT_TOKENS = 16
 router = json_router()
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=STREAM)
 async def completions(body: CompletionRequest, request: Request) -> dict[str, Any] | EventSourceResponse:
     """Continue texts."""
     state = state_of(request)

@@ -38,6 +38,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 """For the description of the routes."""
 
 
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "the answer, or with `stream` its events"}
+}
+"""For the description of a route that can stream."""
+
+
 class ApiError(Exception):
     """An answer with an error status.
 

@@ -11,7 +11,7 @@ from fastapi import Request
 from sse_starlette.sse import EventSourceResponse
 
 from tinylm.server.answers import Answer, Answers
-from tinylm.server.errors import ApiError
+from tinylm.server.errors import STREAM, ApiError
 from tinylm.server.forms import grammar_of
 from tinylm.server.json_body import json_router
 from tinylm.server.prompts import chat_prompt, requests_of, sampling_settings
@@ -22,7 +22,7 @@ from tinylm.server.state import state_of
 router = json_router()
 
 
-@router.post("/v1/responses", response_model=None)
+@router.post("/v1/responses", response_model=None, responses=STREAM)
 async def create_response(body: ResponsesRequest, request: Request) -> dict[str, Any] | EventSourceResponse:
     """Answer a text or a conversation."""
     state = state_of(request)
