@@ -159,6 +159,33 @@ def test_the_slider_shows_it_learn(tab, server, chat_tokenizer):
     assert server.get("/page/models/full_sft_64_epoch0?step=5").status_code == 404
 
 
+def test_the_last_place_of_the_slider_wins(tab, server):
+    """Also if a model that was chosen before comes later."""
+    tab.route("**/page/models/*?step=0", lambda route: (tab.wait_for_timeout(700), route.continue_()))
+    tab.get_by_role("tab", name="Glass box").click()
+    tab.get_by_role("textbox", name="Text to read").fill("Größe? quiet")
+    tab.get_by_role("button", name="Read it").click()
+    tab.locator(".bars").wait_for()
+    expected = tab.locator(".bars li").all_inner_texts()
+    slider = tab.get_by_role("slider", name="Step of the training")
+    slider.fill("0")
+    slider.fill("2")
+    tab.wait_for_timeout(1500)
+    assert tab.locator(".bars li").all_inner_texts() == expected
+    tab.get_by_role("combobox", name="Model", exact=True).last.select_option("pretrain_64_epoch0")
+    assert tab.locator(".bars").is_hidden(), "what is shown is of the model that is chosen"
+
+
+def test_a_model_whose_files_are_gone(server, folder):
+    (made,) = (folder / "pretrain").glob("*_epoch0")
+    made.rename(folder / "away")
+    try:
+        answer = server.get("/page/models/pretrain_64_epoch0")
+        assert answer.status_code == 404 and "still answers" in answer.json()["error"]["message"]
+    finally:
+        (folder / "away").rename(made)
+
+
 def test_stopping_frees_the_place(tab, server):
     choose(tab, "pretrain_64_epoch0")
     set_greedy(tab)

@@ -161,6 +161,24 @@ def test_a_base_model_continues_text(models, visit, tmp_path):
     assert wait_for_answer(tab) == expected
 
 
+@pytest.mark.parametrize("size", [(1100, 800), (360, 740)])
+def test_the_last_answer_can_be_seen(size, exported, visit):
+    """However long the conversation is: it scrolls, and what is below it stays in its place."""
+    tab = visit(exported, viewport={"width": size[0], "height": size[1]})
+    set_greedy(tab)
+    tab.locator("#chat summary").click()
+    field = tab.get_by_role("textbox", name="Your message")
+    before = field.bounding_box()
+    for question in QUESTIONS * 2:
+        ask(tab, question)
+        wait_for_answer(tab)
+    last = tab.locator(".messages li").last.bounding_box()
+    assert field.bounding_box() == before and before["y"] + before["height"] <= size[1]
+    assert 0 < last["y"] and last["y"] + last["height"] <= before["y"]
+    log = tab.get_by_role("log", name="Conversation")
+    assert log.get_attribute("aria-busy") == "false"
+
+
 def test_a_long_chat_forgets_its_beginning(exported, visit):
     tab = visit(exported)
     tab.locator("#chat summary").click()

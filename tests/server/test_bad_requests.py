@@ -267,3 +267,17 @@ def test_a_body_that_never_ends_is_cut_off(server):
 def test_lengths_that_are_none(server, length):
     answer = received(server.connect(HEAD + b"Connection: close\r\nContent-Length: " + length + b"\r\n\r\n"))
     assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 413 ")) and b'"error"' in answer
+
+
+def test_what_is_refused_says_why(server):
+    """By the name of the field, with the value as it was sent."""
+    ask = {"messages": [{"role": "user", "content": "Größe?"}]}
+    for body, message in (
+        ({**ask, "tools": [{"type": "function"}]}, "tools is not supported here; leave it out; /docs lists what is"),
+        ({**ask, "stop": ""}, "a stop string is empty"),
+        ({**ask, "n": 73}, "1 prompts with n = 73; expected at most 64 answers in all"),
+        ({**ask, "temperature": None, "top_p": False}, "top_p is false: input should be a valid number"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is null: input should be"),
+    ):
+        answer = server.post("/v1/chat/completions", body)
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message)

@@ -385,4 +385,4 @@ def test_the_wrong_entry_of_a_list_is_named(server):
     assert error["param"] == "prompt[2]" and "integer" in error["message"]
     body = {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": [{"type": "video"}]}]}
     error = server.post("/v1/chat/completions", body).json()["error"]
-    assert error["param"] == "messages[1].content[0].type" and "'video'" in error["message"]
+    assert error["param"] == "messages[1].content[0].type" and '"video"' in error["message"]

@@ -233,8 +233,13 @@ def test_a_key_and_a_full_queue(model_folder):
                 client.models.list()
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="geheim", max_retries=0) as client:
             assert client.models.list().data[0].id == "tiny"
-            with pytest.raises(openai.RateLimitError) as found:
-                client.chat.completions.create(model="tiny", messages=CHAT, n=12, max_tokens=200)
+            with pytest.raises(openai.BadRequestError, match="at most 2 answers in all"):
+                client.chat.completions.create(model="tiny", messages=CHAT, n=3)
+            answers = {"model": "tiny", "messages": CHAT, "max_tokens": 200, "n": 2}
+            with client.chat.completions.create(**answers, stream=True) as stream:
+                next(iter(stream))
+                with pytest.raises(openai.RateLimitError) as found:
+                    client.chat.completions.create(**answers)
             assert found.value.response.headers["retry-after"] == "1"
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="geheim", max_retries=8) as client:
             answer = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=2)

@@ -13,6 +13,7 @@ from tests.command_line import tinylm
 from tests.server.conftest import LINEAGE, make_model
 from tests.server.serving import Server, running, settings_for
 from tinylm.checkpoint.model_folder import load_model, save_model
+from tinylm.server.served_models import ServedModels
 
 CHAT = {"messages": [{"role": "user", "content": "Größe?"}], "max_tokens": 2}
 
@@ -82,3 +83,15 @@ def test_a_template_of_another_maker(tmp_path, tokenizer):
 
 def tokens_of(server: Server, content: str) -> list[int]:
     return server.post("/tokenize", {"messages": [{"role": "user", "content": content}]}).json()["tokens"]
+
+
+def test_what_cannot_be_kept_is_refused(model_folder):
+    """A cache larger than the memory, a context longer than the only model's, an origin that no browser sends."""
+    for changes, said in (
+        ({"cache_bytes": 10**15}, "cache_bytes is 1,000,000,000,000,000; the device has"),
+        ({"context_length": 257}, "context_length is 257; the model has 256 positions"),
+        ({"cors_origins": "localhost:3000"}, "cors_origins has localhost:3000; expected \\* or an origin"),
+        ({"cors_origins": "https://a.example/path"}, "cors_origins has https://a.example/path"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ServedModels(settings_for(model_folder, **changes))

@@ -35,7 +35,7 @@ class Chat {
     this.models = models;
     this.messages = []; // {role: "user", content} or {role: "assistant", answers: [{name, content}]}
     this.stopping = null;
-    this.list = make("ol", { class: "messages", "aria-label": "Conversation" });
+    this.list = make("ol", { class: "messages", role: "log", "aria-label": "Conversation", tabindex: 0 });
     this.notice = make("p", { class: "hint", role: "status", "aria-live": "polite" });
     this.system = make("textarea", { rows: 2, placeholder: "none" });
     this.sampling = samplingFields();
@@ -106,6 +106,7 @@ class Chat {
       for await (const piece of model.answer(histories[column], settings, stopping.signal, say)) {
         answer.content += piece;
         texts[column].textContent = answer.content;
+        this.toEnd();
         pieces++;
       }
     };
@@ -145,16 +146,25 @@ class Chat {
     this.send.disabled = isBusy;
     this.stop.disabled = !isBusy;
     const small = (name, does) => make("button", { class: "small", disabled: isBusy, onclick: does }, name);
-    const part = (speaker, content, button) => make("div", { class: "part" },
-      make("div", { class: "row" }, make("strong", {}, speaker), button), make("div", { class: "text", dir: "auto" }, content));
+    const part = (speaker, content, ...buttons) => make("div", { class: "part" },
+      make("div", { class: "row" }, make("strong", {}, speaker), ...buttons.filter(Boolean)), make("div", { class: "text", dir: "auto" }, content));
     this.list.replaceChildren(
       ...this.messages.map(({ role, content, answers }, place) => {
-        if (role === "user") return make("li", { class: role }, part("You", content, small("Edit", () => this.edit(place))));
+        if (role === "user") {
+          const isUnanswered = place === this.messages.length - 1;
+          return make("li", { class: role }, part("You", content, small("Edit", () => this.edit(place)),
+            isUnanswered ? small("Again", () => this.again(place)) : null));
+        }
         const again = small("Again", () => this.again(place - 1));
         return make("li", { class: role },
           ...answers.map(({ name, content }, column) => part(name, content, column ? null : again)));
       }),
     );
-    this.list.lastChild?.scrollIntoView({ block: "nearest" });
+    this.list.setAttribute("aria-busy", `${isBusy}`); // a screen reader waits for the whole answer
+    this.toEnd();
+  }
+
+  toEnd() {
+    this.list.scrollTop = this.list.scrollHeight;
   }
 }

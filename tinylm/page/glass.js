@@ -11,11 +11,12 @@ class Glass {
     this.model = null; // the chosen one, once it is in this page
     this.read = null; // {ids, logits: [T][V], watch: [T]}
     this.at = 0;
+    this.turn = 0; // of the choices that a person makes: what was begun before the last one is dropped
     [this.layer, this.head] = [0, 0];
     this.input = make("textarea", { rows: 3, "aria-label": "Text to read" });
     this.input.value = "Once upon a time there was a";
     this.chosen = choice(models.map(({ about }) => about.name), { "aria-label": "Model" });
-    this.chosen.addEventListener("change", () => this.showSteps());
+    this.chosen.addEventListener("change", () => this.forget());
     this.step = make("input", { type: "range", min: 0, "aria-label": "Step of the training",
       oninput: () => this.nameStep(), onchange: () => this.read && this.again() });
     this.stepName = make("output");
@@ -63,6 +64,15 @@ class Glass {
     return this.models.find(({ about }) => about.name === this.chosen.value);
   }
 
+  /** What is shown is of another model than the chosen one. */
+  forget() {
+    this.turn++;
+    this.read = null;
+    this.result.hidden = true;
+    this.status.textContent = "";
+    this.showSteps();
+  }
+
   /** The slider has a place for each snapshot of the model, and the last one for the model itself. */
   showSteps() {
     const count = this.source.snapshots.length;
@@ -77,68 +87,66 @@ class Glass {
     this.stepName.textContent = step === undefined ? "the finished model" : `after step ${step.toLocaleString("en")}`;
   }
 
-  /** Fetches the model that the choice and the slider mean; false if that fails, which the page says. */
-  async fetchModel() {
+  /** The model that the choice and the slider mean; null if that fails, which the page says, or if another choice was
+      made meanwhile. */
+  async fetched() {
+    const turn = ++this.turn;
     trouble("");
     this.status.textContent = "the model is fetched…";
-    this.look.disabled = true;
     try {
-      this.model = await this.source.inPage(this.source.snapshots[+this.step.value] ?? null);
-      return true;
+      const model = await this.source.inPage(this.source.snapshots[+this.step.value] ?? null);
+      return turn === this.turn ? model : null;
     } catch (error) {
-      trouble(error.message);
-      return false;
+      if (turn === this.turn) trouble(error.message);
+      return null;
     } finally {
-      this.status.textContent = "";
-      this.look.disabled = false;
+      if (turn === this.turn) this.status.textContent = "";
     }
   }
 
   /** Reads the same tokens once more: by the model at another step of its training. */
   async again() {
-    const place = this.at;
-    if (!(await this.fetchModel())) return;
-    await this.readAll(this.read.ids);
-    this.choose(place);
+    const place = this.at, model = await this.fetched();
+    if (model && (await this.readAll(this.read.ids, model))) this.choose(place);
   }
 
   async start() {
-    if (!(await this.fetchModel())) return;
-    const { tokenizer } = this.model, text = this.input.value;
+    const model = await this.fetched();
+    if (!model) return;
+    const { tokenizer } = model, text = this.input.value;
     const isChat = this.kind.selectedIndex === 1;
     if (isChat && !tokenizer.canChat) {
       trouble("this model's chats are not in ChatML; read it as a text");
       return;
     }
     await this.readAll(isChat ? tokenizer.chat([{ role: "user", content: text }])
-      : [...tokenizer.documentStart, ...tokenizer.encode(text)]);
+      : [...tokenizer.documentStart, ...tokenizer.encode(text)], model);
   }
 
-  async readAll(ids) {
+  /** Reads tokens and shows what was computed; false if they cannot be read, or if another choice was made meanwhile. */
+  async readAll(ids, model = this.model) {
     trouble("");
-    const { transformer, config } = this.model;
+    const turn = ++this.turn;
+    const { transformer, config } = model;
     const most = Math.min(config.context, MOST_WATCHED);
     if (!ids.length || ids.length > most) {
       trouble(`the text has ${ids.length} tokens; the glass box takes 1 to ${most}: ${ids.length ? "shorten it" : "type some"}`);
-      return;
+      return false;
     }
-    this.look.disabled = true;
     const cache = transformer.newCache(), read = { ids, logits: [], watch: [] };
-    try {
-      let drawn = performance.now();
-      for (const [place, id] of ids.entries()) {
-        const watch = {};
-        read.logits.push(transformer.read(id, cache, { watch }));
-        read.watch.push(watch);
-        if (performance.now() - drawn > 30) {
-          this.status.textContent = `reading: ${place + 1} of ${ids.length} tokens`;
-          await breathe();
-          drawn = performance.now();
-        }
+    let drawn = performance.now();
+    for (const [place, id] of ids.entries()) {
+      const watch = {};
+      read.logits.push(transformer.read(id, cache, { watch }));
+      read.watch.push(watch);
+      if (performance.now() - drawn > 30) {
+        this.status.textContent = `reading: ${place + 1} of ${ids.length} tokens`;
+        await breathe();
+        if (turn !== this.turn) return false;
+        drawn = performance.now();
       }
-    } finally {
-      this.look.disabled = false;
     }
+    this.model = model;
     this.status.textContent = `${ids.length} tokens`;
     this.read = read;
     this.at = ids.length - 1;
@@ -146,16 +154,17 @@ class Glass {
     this.result.hidden = false;
     this.showTokens();
     this.choose(this.at);
-    await this.write(read);
+    this.write(read);
+    return true;
   }
 
   /** Continues what was read. */
   async write(read) {
-    const { model } = this, next = model.tokenizer.stream();
+    const { model, turn } = this, next = model.tokenizer.stream();
     this.writes.textContent = "";
     const settings = { ...DEFAULTS, temperature: 0, maxTokens: WRITTEN };
     for await (const id of model.continued(read.ids, settings, new AbortController().signal)) {
-      if (this.read !== read) return;
+      if (turn !== this.turn) return;
       this.writes.textContent += next(id);
     }
     this.writes.textContent += next(null);
@@ -202,7 +211,7 @@ class Glass {
         const bar = make("span", { class: "bar" });
         bar.style.width = `${(100 * probability) / largest}%`;
         const classes = [removedBy ? "gone" : "", id === actual ? "chosen" : ""].join(" ").trim();
-        const label = `${tokenizer.shown(id)}, ${percent(probability)}${removedBy ? `, removed by ${removedBy}` : ""}`;
+        const label = `${visible(tokenizer.shown(id))}, ${percent(probability)}${removedBy ? `, removed by ${removedBy}` : ""}`;
         return make("li", {}, make("button", { class: classes, title: removedBy ? `removed by ${removedBy}` : "",
           "aria-label": label, onclick: () => this.readAll([...ids.slice(0, this.at + 1), id]) },
           make("code", {}, visible(tokenizer.shown(id))), percent(probability), bar));

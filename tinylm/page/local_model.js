@@ -77,7 +77,7 @@ class LocalModel {
       if (ids.length <= budget) return { ids, dropped: all - turns.length };
       const next = turns.findIndex(({ role }, place) => place > 0 && role === "user");
       if (next < 0) {
-        throw new Error(`this message has ${ids.length} tokens; the context leaves ${budget}: shorten the message`);
+        throw new Error(`this message has ${ids.length} tokens; the context leaves ${budget} beside an answer: shorten the message`);
       }
       turns = turns.slice(next);
     }

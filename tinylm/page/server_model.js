@@ -59,7 +59,7 @@ class ServerModel {
       const count = await this.count(fitting, signal);
       if (count <= budget) return { fitting, dropped: all - turns.length };
       const next = turns.findIndex(({ role }, place) => place > 0 && role === "user");
-      if (next < 0) throw new Error(`this message is too long: the context leaves ${budget} tokens; shorten the message`);
+      if (next < 0) throw new Error(`this message is too long: the context leaves ${budget} tokens beside an answer; shorten the message`);
       turns = turns.slice(next);
     }
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -129,11 +130,21 @@ def invalid_body(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"{place} is missing; see /docs", place, "missing_required_parameter")
     if kind == "extra_forbidden":  # a stranger's name: it may be anything
         place = ".".join(part for part in (_place(worst["loc"][:-1]), _name(worst["loc"][-1])) if part)
-    if kind in ("extra_forbidden", "none_required"):
+    is_empty_list = kind == "too_long" and worst["ctx"]["max_length"] == 0
+    if kind in ("extra_forbidden", "none_required") or is_empty_list:
         message = f"{place} is not supported here; leave it out; /docs lists what is"
         return ApiError(400, message, place, "unsupported_parameter")
     expected = str(worst["msg"])
-    return ApiError(400, f"{place} is {shown(given)}: {expected[:1].lower()}{expected[1:]}", place, "invalid_value")
+    return ApiError(400, f"{place} is {_json(given)}: {expected[:1].lower()}{expected[1:]}", place, "invalid_value")
+
+
+def _json(given: Any) -> str:
+    """A value as the client wrote it, if it is short."""
+    try:
+        text = json.dumps(given, ensure_ascii=True)
+    except (TypeError, ValueError, RecursionError):
+        return shown(given)
+    return text if len(text) <= 60 else shown(given)
 
 
 def _name(name: int | str) -> str:

@@ -40,6 +40,9 @@ async def packed_for_page(model: ServedModel, step: int | None = None) -> bytes:
         raise ApiError(400, message, "model", "too_large_for_a_browser")
     try:
         return await anyio.to_thread.run_sync(_packed, model, step)
+    except OSError as error:
+        message = f"the files of {model.name} cannot be read any more ({error.strerror or error}); it still answers"
+        raise ApiError(404, message, "model", "model_files_gone") from None
     except ValueError as error:
         raise refused(error, "model") from None
 

@@ -118,8 +118,9 @@ def requests_of(
     penalties: dict[str, Any] = {
         name: getattr(body, name, None) or 0.0 for name in ("presence_penalty", "frequency_penalty")
     }
-    if n * len(prompts) > settings.max_answers:
-        message = f"{len(prompts)} prompts with n = {n}; expected at most {settings.max_answers} answers in all"
+    most = min(settings.max_answers, model.scheduler.max_streams + settings.max_waiting)  # more would never find room
+    if n * len(prompts) > most:
+        message = f"{len(prompts)} prompts with n = {n}; expected at most {most} answers in all"
         raise ApiError(400, f"{message}; send several requests", "n", "too_many_answers")
     if len(stops := body.stops) > settings.max_stops:
         message = f"{len(stops)} stop strings; expected at most {settings.max_stops}; use fewer"

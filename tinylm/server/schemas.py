@@ -151,8 +151,8 @@ class Sampling(Fields):
     @property
     def stops(self) -> list[str]:
         """The stop strings."""
-        stop = getattr(self, "stop", None) or []
-        return [stop] if isinstance(stop, str) else list(stop)
+        stop = getattr(self, "stop", None)
+        return [stop] if isinstance(stop, str) else list(stop or ())
 
 
 class Generation(Sampling):

@@ -28,6 +28,7 @@ from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.server.errors import ApiError
 from tinylm.server.settings import ServeSettings, named
 from tinylm.system.allocator import give_back_freed_memory
+from tinylm.system.memory import memory_limit
 from tinylm.system.runtime import setup_runtime
 from tinylm.tokenizer.chat_template import encode_chat
 from tinylm.tokenizer.tokenizer import Tokenizer
@@ -80,6 +81,9 @@ class ServedModels:
         self._changed = threading.Condition()
         self._models: dict[str, ServedModel] = {}
         paths, adapters = named(settings.model_path), named(settings.adapter)
+        self._is_alone = len(paths) == 1
+        if (memory := memory_limit(self._runtime.device)) is not None and settings.cache_bytes > memory:
+            raise ValueError(f"cache_bytes is {settings.cache_bytes:,}; the device has {memory:,}; set less")
         cache_bytes = settings.cache_bytes // (len(paths) + len(adapters))
         self._scheduling = dataclasses.replace(settings.scheduling, cache_bytes=cache_bytes)
         bases = []
@@ -147,6 +151,13 @@ class ServedModels:
         assert misfit is not None
         raise misfit
 
+    def _fitting(self, model: TinyLMForCausalLM) -> SchedulerSettings:
+        """The settings; a context for several models may be longer than that of one, which then has its own."""
+        settings, longest = self._scheduling, model.config.max_position_embeddings
+        if self._is_alone or settings.context_length is None:
+            return settings
+        return dataclasses.replace(settings, context_length=min(settings.context_length, longest))
+
     def _add(
         self,
         name: str,
@@ -158,7 +169,7 @@ class ServedModels:
         if name in self._models:
             raise ValueError(f"two models have the name {name}; expected different ones; give names: name=path")
         engine = Engine(model, loaded.tokenizer, model.dtype, loaded.document_start)
-        scheduler = Scheduler(model, loaded.tokenizer, _fitting(self._scheduling, model), self._changed)
+        scheduler = Scheduler(model, loaded.tokenizer, self._fitting(model), self._changed)
         _require_sound(scheduler, name)
         why = _why_no_chats(loaded.tokenizer)
         served = ServedModel(
@@ -180,12 +191,6 @@ class ServedModels:
             f"{name}: {kind}, {str(model.dtype).removeprefix('torch.')}, {scheduler.max_streams} answers at a time, "
             f"contexts of {scheduler.context_length} tokens" + f"; chats are refused: {why}" * bool(why)
         )
-
-
-def _fitting(settings: SchedulerSettings, model: TinyLMForCausalLM) -> SchedulerSettings:
-    """The settings with a context that this model has: a limit for several models may be longer than one's."""
-    longest = model.config.max_position_embeddings
-    return dataclasses.replace(settings, context_length=min(settings.context_length or longest, longest))
 
 
 def _why_no_chats(tokenizer: Tokenizer) -> str:

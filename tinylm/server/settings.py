@@ -71,6 +71,9 @@ class ServeSettings(SchedulerSettings):
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
             raise ValueError("the API key has blanks or other than ASCII characters, which a header cannot carry")
         named(self.model_path), named(self.adapter)
+        for origin in listed(self.cors_origins):
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"cors_origins has {origin}; expected * or an origin such as http://localhost:3000")
 
     @property
     def scheduling(self) -> SchedulerSettings:

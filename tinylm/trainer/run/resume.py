@@ -20,7 +20,7 @@ from torch import Tensor, nn
 FREE = frozenset(
     # paths, and when something is shown, evaluated or saved
     "output_dir validation_path max_bad_rows log_interval eval_interval eval_batches save_interval resume tensorboard "
-    "overwrite keep_epochs "
+    "overwrite keep_epochs snapshots "
     # how the same sums are computed; weights and optimizer state are always float32
     "device dtype num_workers use_compile sharding timeout cache_dir cache_gb "
     # compared by their results: the data's fingerprint,
