@@ -226,7 +226,7 @@ def test_errors_are_openais(client, wrong, kind, code):
 
 
 def test_a_key_and_a_full_queue(model_folder):
-    settings = settings_for(model_folder, api_key="geheim", max_streams=1, max_waiting=1)
+    settings = settings_for(model_folder, api_key="geheim", max_streams=1, max_waiting=2)
     with running(settings) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="falsch", max_retries=0) as client:
             with pytest.raises(openai.AuthenticationError):

@@ -118,7 +118,7 @@ def requests_of(
     penalties: dict[str, Any] = {
         name: getattr(body, name, None) or 0.0 for name in ("presence_penalty", "frequency_penalty")
     }
-    most = min(settings.max_answers, model.scheduler.max_streams + settings.max_waiting)  # more would never find room
+    most = min(settings.max_answers, settings.max_waiting)  # more would never find room: they come all at once
     if n * len(prompts) > most:
         message = f"{len(prompts)} prompts with n = {n}; expected at most {most} answers in all"
         raise ApiError(400, f"{message}; send several requests", "n", "too_many_answers")
