@@ -18,7 +18,7 @@ TRANSFORMERS4 := .venv-transformers4/.installed
 
 help:
 	@echo "make quickstart   set up, then train a small chat model from nothing"
-	@echo "make test         set up, then run the tests (up to five minutes on two cores)"
+	@echo "make test         set up, then run the tests (about eight minutes on two cores)"
 	@echo "make test-long    run the tests that take minutes; on a machine with nothing else to do"
 	@echo "make test-oldest  run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest"
 	@echo "make test-transformers  run the tests that use transformers and PEFT with transformers 4, in .venv-transformers4"
