@@ -33,8 +33,12 @@ def browser() -> Iterator[Any]:
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip("no Chromium is installed; on Debian or Ubuntu: apt install chromium")
+    playwright.expect.set_options(timeout=20_000)
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        except playwright.Error as error:
+            pytest.skip(f"{path} does not start here: {str(error).splitlines()[0]}")
         yield browser
         browser.close()
 
