@@ -84,7 +84,7 @@ async def ask(url: str, key: str, body: dict[str, object], load: Load) -> None:
         if b" 200 " not in status:
             raise RuntimeError(f"{status.decode().strip()}: {(await reader.read()).decode()[-300:]}")
         is_first = True
-        async for line in reader:  # what is no data is the framing of HTTP
+        async for line in reader:  # lines without data belong to HTTP's chunks
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])

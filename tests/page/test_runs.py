@@ -1,4 +1,4 @@
-"""The page's third part: curves of training runs, also of one that goes on."""
+"""The page's third part: curves of training runs, also of one that is still training."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ KEY = "schluessel"
 
 @pytest.fixture(scope="module")
 def folder(chat_tokenizer, tmp_path_factory):
-    """A folder with a folder for each stage, as the quickstart leaves it; `pretrain`, when greedy, goes on and on."""
+    """A folder with a folder for each stage, as the quickstart leaves it; greedy answers of `pretrain` never end."""
     folder = tmp_path_factory.mktemp("stages")
     model, adapter = write_models(folder / "made", chat_tokenizer)
     for stage, made in (("full_sft", model), ("lora", adapter)):

@@ -29,7 +29,7 @@ from tinylm.model.config import TinyLMConfig
 from tinylm.model.hf_config import unused_fields
 from tinylm.model.weights import weights_fingerprint
 from tinylm.system.code_version import code_version
-from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, encode_chat
+from tinylm.tokenizer.chat_template import CHAT_TEMPLATE, chat_fault
 from tinylm.tokenizer.tokenizer import Tokenizer
 from tinylm.tokenizer.tokenizer_settings import TokenizerSettings
 
@@ -139,12 +139,9 @@ def no_chats(tokenizer: Tokenizer) -> str:
     """Why the model cannot be talked to, in one line; empty if it can."""
     if not tokenizer.can_chat:
         return "there is no chat template and no <|im_start|>: the model continues texts and cannot be tuned on chats"
-    try:
-        encode_chat(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
-    except ValueError as error:
-        advice = "; --chat_template chatml takes this project's" if tokenizer.has_chat_tokens else ""
-        return f"warning: {error}{advice}"
-    return ""
+    fault = chat_fault(tokenizer)
+    advice = "; --chat_template chatml takes this project's" if tokenizer.has_chat_tokens else ""
+    return f"warning: {fault}{advice}" if fault else ""
 
 
 def with_template(tokenizer: Tokenizer, chat_template: str) -> Tokenizer:

@@ -41,7 +41,7 @@ def schema_text(schema: dict[str, Any] | bool) -> str:
     """The schema as a JSON object's text, if an answer can be held to all of it.
 
     Raises:
-        RequestError: it is no schema, too large or too deep, or has a keyword that cannot be enforced.
+        RequestError: it is not a schema, it is too large or too deep, or has a keyword that cannot be enforced.
     """
     if schema is False:
         raise RequestError("the JSON schema is false, which accepts nothing; expected one that accepts something")

@@ -57,29 +57,40 @@ class LocalModel {
 
   /** The answer to a conversation in pieces of text; `notice` hears what did not fit the context. */
   async *answer(messages, settings, signal, notice) {
-    const { ids, dropped } = this.fitted(messages, settings.maxTokens);
-    if (dropped) notice(`left out to fit the context: ${dropped} of the oldest messages`);
+    const count = (fitting) => this.prompt(fitting).length;
+    const fitting = await fitted(messages, this.config.context, settings.maxTokens, count, notice);
     const next = this.tokenizer.stream();
-    for await (const id of this.continued(ids, settings, signal)) yield next(id);
+    for await (const id of this.continued(this.prompt(fitting), settings, signal)) yield next(id);
     yield next(null);
   }
 
-  /** Token ids of the conversation. The oldest exchanges are left out until what is left fits. */
-  fitted(messages, maxTokens) {
-    const budget = Math.max(this.config.context - maxTokens, Math.floor(this.config.context / 2));
-    const system = messages.filter(({ role }) => role === "system");
-    let turns = messages.filter(({ role }) => role !== "system");
-    const all = turns.length;
-    for (;;) {
-      const ids = this.canChat
-        ? this.tokenizer.chat([...system, ...turns])
-        : [...this.tokenizer.documentStart, ...this.tokenizer.encode(turns.map(({ content }) => content).join("\n"))];
-      if (ids.length <= budget) return { ids, dropped: all - turns.length };
-      const next = turns.findIndex(({ role }, place) => place > 0 && role === "user");
-      if (next < 0) {
-        throw new Error(`this message has ${ids.length} tokens; the context leaves ${budget} beside an answer: shorten the message`);
-      }
-      turns = turns.slice(next);
+  /** Token ids of the conversation; of its text, where the model continues text. */
+  prompt(messages) {
+    if (this.canChat) return this.tokenizer.chat(messages);
+    return [...this.tokenizer.documentStart, ...this.tokenizer.encode(asText(messages))];
+  }
+}
+
+function asText(messages) {
+  return messages.map(({ content }) => content).join("\n");
+}
+
+/** The conversation without the oldest exchanges, so that an answer fits behind it; `count` tells how many tokens one
+    has, and `notice` hears what was left out. */
+async function fitted(messages, context, maxTokens, count, notice) {
+  const budget = Math.max(context - maxTokens, Math.floor(context / 2));
+  const system = messages.filter(({ role }) => role === "system");
+  const all = messages.filter(({ role }) => role !== "system");
+  let turns = all;
+  for (;;) {
+    const fitting = [...system, ...turns];
+    if ((await count(fitting)) <= budget) {
+      const dropped = all.length - turns.length;
+      if (dropped) notice(`left out to fit the context: ${dropped} of the oldest messages`);
+      return fitting;
     }
+    const next = turns.findIndex(({ role }, place) => place > 0 && role === "user");
+    if (next < 0) throw new Error(`this message is too long: the context leaves ${budget} tokens beside an answer; shorten the message`);
+    turns = turns.slice(next);
   }
 }

@@ -22,8 +22,8 @@ class ServerModel {
   }
 
   async *answer(messages, settings, signal, notice) {
-    const { fitting, dropped } = await this.fitted(messages, settings.maxTokens, signal);
-    if (dropped) notice(`left out to fit the context: ${dropped} of the oldest messages`);
+    const count = (some) => this.count(some, signal);
+    const fitting = await fitted(messages, this.context, settings.maxTokens, count, notice);
     const body = {
       model: this.about.name,
       stream: true,
@@ -48,22 +48,6 @@ class ServerModel {
     }
   }
 
-  /** The conversation without the oldest exchanges, so that an answer fits behind it. */
-  async fitted(messages, maxTokens, signal) {
-    const budget = Math.max(this.context - maxTokens, Math.floor(this.context / 2));
-    const system = messages.filter(({ role }) => role === "system");
-    let turns = messages.filter(({ role }) => role !== "system");
-    const all = turns.length;
-    for (;;) {
-      const fitting = [...system, ...turns];
-      const count = await this.count(fitting, signal);
-      if (count <= budget) return { fitting, dropped: all - turns.length };
-      const next = turns.findIndex(({ role }, place) => place > 0 && role === "user");
-      if (next < 0) throw new Error(`this message is too long: the context leaves ${budget} tokens beside an answer; shorten the message`);
-      turns = turns.slice(next);
-    }
-  }
-
   async count(messages, signal) {
     const model = this.about.name;
     const body = this.canChat ? { model, messages } : { model, prompt: asText(messages) };
@@ -74,10 +58,6 @@ class ServerModel {
       throw error;
     }
   }
-}
-
-function asText(messages) {
-  return messages.map(({ content }) => content).join("\n");
 }
 
 /** Asks the server; what it refuses, and that it cannot be reached, becomes an error with one sentence. */

@@ -54,19 +54,20 @@ class Answers:
         self.tickets: list[Ticket] = []
         self._started = time.monotonic()
 
-    async def __aenter__(self) -> Answers:
+    async def submit(self) -> Answers:
+        """Let the requests wait for their places; whoever calls this must `cancel` in the end."""
         loop = asyncio.get_running_loop()
         try:
             if any(request.constraint for request in self.requests):  # a grammar takes up to a tenth of a second
-                await anyio.to_thread.run_sync(self._submit, loop)
+                await anyio.to_thread.run_sync(self._submit_all, loop)
             else:
-                self._submit(loop)
+                self._submit_all(loop)
         except Exception as error:
-            self._cancel()
+            self.cancel()
             raise refused(error, "prompt" if isinstance(error, PromptTooLong) else None) from None
         return self
 
-    def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _submit_all(self, loop: asyncio.AbstractEventLoop) -> None:
         for number, request in enumerate(self.requests):
 
             def listen(event: Event, number: int = number) -> None:  # in the scheduler's thread
@@ -74,10 +75,14 @@ class Answers:
 
             self.tickets.append(self.model.scheduler.submit(request, listen))
 
-    async def __aexit__(self, *raised: object) -> None:
-        self._cancel()
+    async def __aenter__(self) -> Answers:
+        return await self.submit()
 
-    def _cancel(self) -> None:
+    async def __aexit__(self, *raised: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """End what is not done; nobody waits for it."""
         for ticket in self.tickets:
             if not ticket.is_done:
                 self.model.scheduler.cancel(ticket)

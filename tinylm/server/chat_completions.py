@@ -40,7 +40,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> dict[str, Any
     answers = Answers(model, requests, state.metrics, state.settings.request_timeout)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
     if body.stream:
-        await answers.__aenter__()
+        await answers.submit()
         return event_stream(answers, _chunks(answers, head, body))
     async with answers:
         complete = await unless_gone(request, answers.complete())

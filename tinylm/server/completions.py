@@ -56,7 +56,7 @@ async def completions(body: CompletionRequest, request: Request) -> dict[str, An
     answers = Answers(model, requests, state.metrics, state.settings.request_timeout)
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
     if body.stream:
-        await answers.__aenter__()
+        await answers.submit()
         return event_stream(answers, _chunks(answers, head, body, texts))
     async with answers:
         complete = await unless_gone(request, answers.complete())

@@ -66,7 +66,7 @@ def event_stream(
         except ApiError as error:
             yield {"data": json.dumps(error.content)}
         finally:
-            await answers.__aexit__()
+            answers.cancel()
         if not has_names:
             yield {"data": DONE}
 

@@ -32,7 +32,7 @@ async def create_response(body: ResponsesRequest, request: Request) -> dict[str,
     answers = Answers(model, requests, state.metrics, state.settings.request_timeout)
     response = _Response(body, model.name)
     if body.stream:
-        await answers.__aenter__()
+        await answers.submit()
         return event_stream(answers, _events(answers, response), has_names=True)
     async with answers:
         (answer,) = await unless_gone(request, answers.complete())

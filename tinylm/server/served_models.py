@@ -30,7 +30,7 @@ from tinylm.server.settings import ServeSettings, named
 from tinylm.system.allocator import give_back_freed_memory
 from tinylm.system.memory import memory_limit
 from tinylm.system.runtime import setup_runtime
-from tinylm.tokenizer.chat_template import encode_chat
+from tinylm.tokenizer.chat_template import chat_fault
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 
@@ -171,7 +171,7 @@ class ServedModels:
         engine = Engine(model, loaded.tokenizer, model.dtype, loaded.document_start)
         scheduler = Scheduler(model, loaded.tokenizer, self._fitting(model), self._changed)
         _require_sound(scheduler, name)
-        why = _why_no_chats(loaded.tokenizer)
+        why = chat_fault(loaded.tokenizer)
         served = ServedModel(
             name,
             engine,
@@ -191,17 +191,6 @@ class ServedModels:
             f"{name}: {kind}, {str(model.dtype).removeprefix('torch.')}, {scheduler.max_streams} answers at a time, "
             f"contexts of {scheduler.context_length} tokens" + f"; chats are refused: {why}" * bool(why)
         )
-
-
-def _why_no_chats(tokenizer: Tokenizer) -> str:
-    """What is wrong with the chat template: found at the start, since a client should not wait for an endless one."""
-    if not tokenizer.can_chat:
-        return "it has no chat template"
-    try:
-        encode_chat(tokenizer, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _require_sound(scheduler: Scheduler, name: str) -> None:

@@ -109,6 +109,17 @@ def encode_chat(
     return ids, mask
 
 
+def chat_fault(tokenizer: Tokenizer) -> str:
+    """Why no answer can be asked for; empty if one can. It is tried, since a template may fail or never end."""
+    if not tokenizer.can_chat:
+        return "it has no chat template"
+    try:
+        encode_chat(tokenizer, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _checked_turns(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
 ) -> list[tuple[str, str, bool]]:
