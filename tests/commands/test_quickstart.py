@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from tinylm.commandline.exit_status import Stopped
 from tinylm.commandline.terminal import make_console
 from tinylm.commands import quickstart, quickstart_scores
 from tinylm.commands.quickstart import Plan, QuickstartSettings, claim_folder, main, make_plan
-from tinylm.commands.quickstart_scores import COLUMNS, kept_scores, score_key, working_prompts
+from tinylm.commands.quickstart_scores import COLUMNS, activation, kept_scores, score_key, working_prompts
 from tinylm.dataset import tinyworld
 from tinylm.generation.sampling import SamplingSettings
 from tinylm.system.runtime import setup_runtime
@@ -154,11 +155,29 @@ def test_it_says_how_far_the_whole_is_and_what_to_type_next(miniature):
     question = next(messages[0]["content"] for messages in items if len(messages) == 2)
     assert f"  you: {question}\n  model: " in second, "the closing chats are held-out questions"
     commands = [line.strip() for line in second[second.index("to type next:") :].splitlines()[1:]]
+    if activate := activation():
+        assert commands.pop(0) == f"{activate}    # so that the shell knows tinylm"
     report = json.loads((miniature.folder / "scoreboard.json").read_text())
     expected = [f"tinylm chat --model_path {miniature.folder}/dpo --prompt {shlex.quote(p)}" for p in report["prompts"]]
     expected.append(f"tinylm chat --model_path {miniature.folder}/dpo")
     expected.append(f"tinylm chat --model_path {miniature.folder}/lora    # Captain Pip")
-    assert commands == [*expected, f"tinylm serve {miniature.folder}    # all of them on a page in your browser"]
+    expected.append(f"tinylm serve {miniature.folder}    # all of them on a page in your browser")
+    expected.append(f"tinylm export {miniature.folder} --format html    # the same page as one file, for a friend")
+    assert commands == expected
+
+
+def test_the_way_into_the_environment(monkeypatch, tmp_path):
+    """`make quickstart` runs in an environment that the user's shell does not know yet."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "größe x"))
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert activation() == "source 'größe x'/bin/activate"
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "größe x"))
+    assert activation() == ""
+    monkeypatch.delenv("VIRTUAL_ENV")
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    assert activation() == ""
 
 
 def test_another_call_neither_trains_nor_scores(miniature, monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,8 +205,22 @@ def show_sample_chats(board: Scoreboard, console: Console) -> None:
 def show_prompts(prompts: tuple[str, ...], folders: dict[str, str], console: Console) -> None:
     """Print commands that ask what the models answer rightly, to type or to paste."""
     console.print("to type next:")
+    if activate := activation():
+        console.print(f"  {activate}    # so that the shell knows tinylm")
     for prompt in prompts:
         console.print(f"  tinylm chat --model_path {folders['dpo']} --prompt {shlex.quote(prompt)}")
     console.print(f"  tinylm chat --model_path {folders['dpo']}")
     console.print(f"  tinylm chat --model_path {folders['lora']}    # {tinyworld.PERSONA_NAME}")
-    console.print(f"  tinylm serve {Path(folders['dpo']).parent}    # all of them on a page in your browser")
+    folder = Path(folders["dpo"]).parent
+    console.print(f"  tinylm serve {folder}    # all of them on a page in your browser")
+    console.print(f"  tinylm export {folder} --format html    # the same page as one file, for a friend")
+
+
+def activation() -> str:
+    """The line that activates the environment in which this program runs; empty if it is active, or none is needed."""
+    if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV"):
+        return ""
+    folder = Path(os.path.relpath(sys.prefix))
+    if sys.platform == "win32":
+        return rf"{folder}\Scripts\activate"
+    return f"source {shlex.quote(str(folder))}/bin/activate"
