@@ -11,7 +11,7 @@ class Glass {
     this.read = null; // {ids, logits: [T][V], watch: [T], bits: [T], cache}
     this.at = 0;
     this.turn = 0; // of the choices that a person makes: what was begun before the last one is dropped
-    this.input = make("textarea", { rows: 3, "aria-label": "Text to read" });
+    this.input = make("textarea", { rows: 3, dir: "auto", "aria-label": "Text to read" });
     this.input.value = "Once upon a time there was a";
     this.chosen = choice(models.map(({ about }) => about.name), { "aria-label": "Model" });
     this.chosen.addEventListener("change", () => this.forget());

@@ -57,9 +57,11 @@ class TokenStrip {
 
   /** Below the row, what is known of the token under the pointer or the keyboard. */
   tell(place) {
-    const { model: { tokenizer }, read: { ids } } = this.glass;
-    this.readout.replaceChildren("“", piece(tokenizer, ids[place]), `” is token ${ids[place]}, at place ${place + 1} of ` +
-      `${ids.length}; ${this.surprise(place)}; ${this.seen(place)}.`);
+    const { model: { tokenizer }, read: { ids } } = this.glass, whole = wholeText(tokenizer, ids, place);
+    this.readout.replaceChildren("“", piece(tokenizer, ids[place]),
+      `” is token ${ids[place]}, at place ${place + 1} of ${ids.length}`,
+      ...(whole ? [", a part of “", make("bdi", {}, ...visible(whole)), "”"] : []),
+      `; ${this.surprise(place)}; ${this.seen(place)}.`);
   }
 
   /** The text as a whole; its first token is given, so it counts for nothing. */

@@ -6,7 +6,7 @@ const SIGNS = {
   " ": ["␣", "space"],
   "\t": ["⇥", "tab"],
   "\n": ["⏎", "line feed"],
-  "\r": ["␍", "carriage return"],
+  "\r": ["[CR]", "carriage return"],
   "\u00a0": ["[NBSP]", "no-break space"],
   "\u00ad": ["[SHY]", "soft hyphen"],
   "\u061c": ["[ALM]", "Arabic letter mark"],
@@ -25,43 +25,56 @@ const SIGNS = {
   "\ufeff": ["[BOM]", "byte order mark"],
 };
 /** Controls, formats, blanks, private and unassigned characters, fillers, and the blank of braille. */
-const UNSEEN = /[\p{C}\p{Z}\p{Default_Ignorable_Code_Point}\u2800]/gu;
+const UNSEEN = /([\p{C}\p{Z}\p{Default_Ignorable_Code_Point}\u2800])/u;
 
 function signOf(character) {
-  const code = character.codePointAt(0);
-  if (code < 0x20) return String.fromCodePoint(0x2400 + code); // a picture of the control character
-  return code === 0x7f ? "␡" : `[U+${code.toString(16).toUpperCase().padStart(4, "0")}]`;
+  const code = character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+  return SIGNS[character] || [`[U+${code}]`, `U+${code}`];
 }
 
-/** The text with a sign for each character that cannot be seen. A mark that belongs on a letter gets a circle. */
+/** Text in parts that can be seen. A sign has no say in the direction of the text; a mark without its letter gets a
+    circle. */
 function visible(text) {
-  const signs = text.replace(UNSEEN, (character) => (SIGNS[character] || [signOf(character)])[0]);
-  return /^\p{M}/u.test(signs) ? `◌${signs}` : signs;
+  return text.split(UNSEEN).map((part, place) => {
+    if (place % 2) return make("bdi", { class: "sign" }, signOf(part)[0]);
+    return /^\p{M}/u.test(part) ? `◌${part}` : part;
+  });
 }
 
-/** The same for a screen reader, which says no signs. */
+/** The same for a screen reader. */
 function spoken(text) {
-  return text.replace(UNSEEN, (character) => ` ${(SIGNS[character] || ["", signOf(character)])[1]} `).trim();
+  return text.split(UNSEEN).map((part, place) => (place % 2 ? ` ${signOf(part)[1]} ` : part)).join("").trim();
 }
 
-/** A token as people know it: {text, words, kind}, where kind is "control", "bytes" (a part of a character), "none" (a
-    row of the model that no token has) or "text". */
+/** A token as people know it: its text, words for a screen reader, and what it is where it is no text: "control",
+    "bytes" (a part of a character), or "none" (a row of the model that no token has). */
 function tokenNames(tokenizer, id) {
-  const shown = tokenizer.shown(id);
-  if (tokenizer.controls.has(id)) return { text: visible(shown), words: spoken(shown), kind: "control" };
-  if (shown === "") return { text: "[no token]", words: "no token", kind: "none" };
-  const isText = tokenizer.decode([id]) === shown;
-  if (!isText) return { text: shown, words: `the bytes ${shown.replaceAll("\\x", " ").trim()}`, kind: "bytes" };
-  return { text: visible(shown), words: spoken(shown), kind: "text" };
+  const text = tokenizer.shown(id);
+  if (tokenizer.controls.has(id)) return { text, words: spoken(text), kind: "control" };
+  if (text === "") return { text: "[no token]", words: "no token", kind: "none" };
+  if (tokenizer.decode([id]) === text) return { text, words: spoken(text), kind: null };
+  return { text, words: `the bytes ${text.replaceAll("\\x", " ").trim()}`, kind: "bytes" };
 }
 
 /** The token as an element. Its direction is its own: neighbours and numbers stay in their places. */
 function piece(tokenizer, id) {
   const { text, kind } = tokenNames(tokenizer, id);
-  return make("bdi", { class: kind }, text);
+  return make("bdi", { class: kind }, ...visible(text));
 }
 
 /** The token's words inside a sentence that is one string; its direction ends with it. */
 function isolated(tokenizer, id) {
   return `\u2068${tokenNames(tokenizer, id).words}\u2069`;
+}
+
+/** The text around a token that is a part of a character: the fewest tokens that make whole characters; "" without. */
+function wholeText(tokenizer, ids, place) {
+  if (tokenNames(tokenizer, ids[place]).kind !== "bytes") return "";
+  for (let count = 2; count <= 4; count++) {
+    for (let start = Math.max(0, place - count + 1); start <= place; start++) {
+      const text = tokenizer.decode(ids.slice(start, start + count));
+      if (start + count <= ids.length && !text.includes("\ufffd")) return text;
+    }
+  }
+  return "";
 }
