@@ -14,8 +14,9 @@ from tests.model.small_models import trained_model
 from tests.tokenizer.conftest import tokenizer, torture, world_texts
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.page.card import page_card
 from tinylm.page.packed_model import packed_model
-from tinylm.page.page import page
+from tinylm.page.page import Enclosed, page
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["tokenizer", "torture", "world_texts"]
@@ -66,12 +67,17 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
 
 
 def write_page(
-    path: Path, model: TinyLMForCausalLM, tokenizer: Tokenizer, dtype: Any = "f32", name: str = "tiny", **about: Any
+    path: Path,
+    model: TinyLMForCausalLM,
+    tokenizer: Tokenizer,
+    dtype: Any = "f32",
+    name: str = "tiny",
+    why_no_chats: str = "",
 ) -> Path:
     """A page with this model."""
     engine = Engine(model, tokenizer, model.dtype, tokenizer.document_start)
-    facts = {"name": name, "parameters": model.num_parameters(), "isBase": False, **about}
-    path.write_text(page(name, packed_model(engine, dtype, facts)), encoding="utf-8")
+    card = page_card(name, model.num_parameters(), model.config.max_position_embeddings, why_no_chats, ())
+    path.write_text(page(name, [Enclosed(card, packed_model(engine, dtype), {})]), encoding="utf-8")
     return path
 
 

@@ -48,6 +48,7 @@ class Chat {
     this.messages = []; // {role: "user", content} or {role: "assistant", answers: [{name, content}]}
     this.stopping = null;
     this.list = make("ol", { class: "messages", role: "log", "aria-label": "Conversation", tabindex: 0 });
+    this.examples = make("div", { class: "row", role: "group", "aria-label": "Questions to begin with" });
     this.notice = make("p", { class: "hint", role: "status", "aria-live": "polite" });
     this.system = make("textarea", { rows: 2, placeholder: "none" });
     this.sampling = samplingFields();
@@ -63,12 +64,15 @@ class Chat {
         : "",
       this.list,
       make("div", { class: "below" }, // stays where it is while an answer grows
+        this.examples,
         this.notice,
         this.input,
         make("div", { class: "row" }, this.send, this.stop, this.clear,
           make("span", { class: "hint" }, "Enter sends, Shift+Enter begins a line.")),
         make("details", {}, make("summary", {}, "Settings"), labelled("system prompt", this.system), this.sampling)),
     );
+    this.first.addEventListener("change", () => this.show());
+    this.show();
   }
 
   get chosen() {
@@ -83,8 +87,7 @@ class Chat {
     if (!this.stopping) this.ask();
   }
 
-  ask() {
-    const content = this.input.value;
+  ask(content = this.input.value) {
     if (!content.trim()) return;
     this.input.value = "";
     this.messages.push({ role: "user", content });
@@ -105,7 +108,7 @@ class Chat {
     this.notice.textContent = "";
     const models = this.chosen;
     const message = { role: "assistant", answers: models.map(({ about }) => ({ name: about.name, content: "" })) };
-    const histories = models.map((_, column) => this.history(column));
+    const histories = models.map(({ about }) => this.history(about.name));
     this.messages.push(message);
     const stopping = (this.stopping = new AbortController());
     this.show();
@@ -133,10 +136,11 @@ class Chat {
     this.show();
   }
 
-  /** The conversation as the model in this column has had it. */
-  history(column) {
+  /** The conversation as the model of this name has had it; what it has not answered, the first one did. */
+  history(name) {
     const system = this.system.value.trim() ? [{ role: "system", content: this.system.value }] : [];
-    const said = ({ role, content, answers }) => ({ role, content: content ?? (answers[column] || answers[0]).content });
+    const own = (answers) => answers.find((answer) => answer.name === name) || answers[0];
+    const said = ({ role, content, answers }) => ({ role, content: content ?? own(answers).content });
     return [...system, ...this.messages.map(said)];
   }
 
@@ -172,6 +176,8 @@ class Chat {
           ...answers.map(({ name, content }, column) => part(name, content, column ? null : again)));
       }),
     );
+    this.examples.replaceChildren(...(this.messages.length ? [] : this.chosen[0].prompts).map((prompt) =>
+      make("button", { class: "example", dir: "auto", onclick: () => this.ask(prompt) }, prompt)));
     this.list.setAttribute("aria-busy", `${isBusy}`); // a screen reader waits for the whole answer
     this.toEnd();
   }
