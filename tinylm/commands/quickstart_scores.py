@@ -55,7 +55,7 @@ class Scores:
     untouched: bool
     """Whether the adapter's base has the same bits as before."""
     prompts: tuple[str, ...]
-    """Prompts that the DPO model answers rightly, in each of three tries."""
+    """Prompts that the DPO model answers rightly, in each of three tries and when it is greedy."""
 
     def to_json(self) -> dict[str, Any]:
         return {"untouched": self.untouched, "prompts": list(self.prompts), "scoreboard": self.board.to_json()}
@@ -132,7 +132,8 @@ def _stoppable(console: Console) -> Iterator[StopRequest]:
 
 
 def working_prompts(engine: Engine) -> tuple[str, ...]:
-    """Up to three prompts that the model answers rightly in each of three tries, at the default temperature.
+    """Up to three prompts that the model answers rightly when it is greedy, and in each of three tries at the default
+    temperature.
 
     They are the free story and held-out questions, of one line and without an earlier turn.
     """
@@ -143,7 +144,8 @@ def working_prompts(engine: Engine) -> tuple[str, ...]:
         short = (item for item in held_out if len(item.messages) == 2 and "\n" not in item.messages[0]["content"])
         items += itertools.islice(short, CANDIDATES)
     questions = [item.messages[:-1] for item in items]
-    tries = [engine.reply_batch(questions, replace(AS_IN_CHAT, seed=seed)) for seed in range(NUM_TRIES)]
+    ways = [replace(AS_IN_CHAT, temperature=0.0), *(replace(AS_IN_CHAT, seed=seed) for seed in range(NUM_TRIES))]
+    tries = [engine.reply_batch(questions, settings) for settings in ways]
     prompts: dict[str, str] = {}
     for item, *replies in zip(items, *tries, strict=True):
         if all(tinyworld.check(item, reply) for reply in replies):
