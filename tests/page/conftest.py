@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,13 @@ def write_page(
     card = page_card(name, model.num_parameters(), model.config.max_position_embeddings, why_no_chats, ())
     path.write_text(page(name, [Enclosed(card, packed_model(engine, dtype), {})]), encoding="utf-8")
     return path
+
+
+def as_shown(text: str) -> str:
+    """The text of a token as the page shows it: a sign for what cannot be seen."""
+    signs = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "[CR]", "\u200c": "[ZWNJ]"}
+    unseen = {each for each in text if unicodedata.category(each)[0] in "CZ"}
+    return "".join(signs.get(each, f"[U+{ord(each):04X}]") if each in unseen else each for each in text)
 
 
 def endless_model(tokenizer: Tokenizer) -> TinyLMForCausalLM:

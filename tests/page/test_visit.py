@@ -14,7 +14,7 @@ import torch
 from tests.command_line import tinylm
 from tests.export.chatting_models import ANSWERS, OTHER_ANSWERS, QUESTIONS, write_models
 from tests.model.small_models import trained_model
-from tests.page.conftest import endless_model, write_page
+from tests.page.conftest import as_shown, endless_model, write_page
 from tests.test_docs import our_commands
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.snapshots import write_snapshot
@@ -116,37 +116,6 @@ def test_an_answer_can_be_stopped(chat_tokenizer, visit, tmp_path):
     said = tab.locator(".assistant .text").inner_text()
     tab.wait_for_timeout(200)
     assert tab.locator(".assistant .text").inner_text() == said
-
-
-def test_the_glass_box_shows_what_is_computed(exported, models, visit):
-    loaded = load_for_use(models[0])
-    tab = visit(exported)
-    tab.get_by_role("tab", name="Chat").press("ArrowRight")
-    assert tab.get_by_role("tab", name="Glass box").get_attribute("aria-selected") == "true"
-    tab.get_by_role("textbox", name="Text to read").fill("Größe? quiet")
-    tab.get_by_role("button", name="Read it").click()
-    ids = [0, *loaded.tokenizer.encode("Größe? quiet")]
-    tokens = tab.locator(".token")
-    tokens.nth(len(ids) - 1).wait_for()
-    assert [int(each.locator("small").inner_text()) for each in tokens.all()] == ids
-    last = tokens.last
-    assert last.get_attribute("aria-pressed") == "true" and last.get_attribute("title").startswith("seen with")
-    assert tab.locator(".heads canvas").count() == 8 and tab.locator("#glass table tr").count() == 3
-    assert f"{len(ids)} tokens × 0.5 kB" in tab.locator("#glass").inner_text()
-    tokens.nth(1).click()
-    assert tokens.nth(2).get_attribute("title") == "comes later"
-    assert tab.locator(".chosen").count() == 1, "the token that follows is marked"
-    tab.get_by_role("button", name="layer 2, head 3").click()
-    assert tab.get_by_role("button", name="layer 2, head 3").get_attribute("aria-pressed") == "true"
-    tab.locator("#glass summary").click()
-    tab.locator("#glass [name=topK]").fill("2")
-    tab.locator("#glass [name=topP]").fill("1")
-    tab.locator("#glass [name=topP]").blur()
-    assert f"2 of {loaded.tokenizer.vocab_size} tokens are left" in tab.locator("#glass").inner_text()
-    assert tab.locator(".bars .gone").first.get_attribute("title") == "removed by top-k"
-    second = tab.locator(".bars button").nth(1)
-    second.click()
-    tab.locator("#glass [role=status]:text-is('3 tokens')").wait_for()
 
 
 def test_all_text_is_text(chat_tokenizer, visit, tmp_path):
@@ -264,7 +233,7 @@ def test_it_learns_from_a_disk(everything, models, chat_tokenizer, visit):
         )
         with torch.no_grad():
             likeliest = chat_tokenizer.decode([model(ids)[0, -1].argmax().item()])
-        expect(tab.locator(".bars code").first).to_have_text(likeliest.replace(" ", "␣"))
+        expect(tab.locator(".bars code").first).to_have_text(as_shown(likeliest))
 
 
 @pytest.mark.parametrize("kind", ["cut", "no base64", "no header", "not numbers"])

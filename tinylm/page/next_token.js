@@ -66,10 +66,8 @@ function removals(found, { temperature, repetitionPenalty }, seen) {
   const number = (count) => count.toLocaleString("en");
   const penalty = repetitionPenalty === 1 ? "" : ` The repetition penalty changed ${number(seen)} tokens that occurred.`;
   if (temperature === 0) return `Temperature 0 is greedy: the likeliest of ${number(found.length)} tokens is taken.${penalty}`;
-  const counts = new Map();
-  for (const { removedBy } of found) if (removedBy) counts.set(removedBy, (counts.get(removedBy) || 0) + 1);
-  const gone = [...counts].map(([name, count], place) => `${name}${place ? "" : " removed"} ${number(count)}`);
-  const left = found.length - [...counts.values()].reduce((sum, count) => sum + count, 0);
-  return `${number(left)} of ${number(found.length)} tokens are left to draw from` +
+  const count = (name) => found.filter(({ removedBy }) => removedBy === name).length;
+  const gone = ["top-k", "top-p", "min-p"].filter(count).map((name, place) => `${name}${place ? "" : " removed"} ${number(count(name))}`);
+  return `${number(count(null))} of ${number(found.length)} tokens are left to draw from` +
     `${gone.length ? `: ${gone.join(", ")}.` : "; no filter removed any."}${penalty}`;
 }
