@@ -15,7 +15,7 @@ from pathlib import Path
 _HERE = Path(__file__).parent
 SCRIPTS = (
     "transformer.js", "tokenizer.js", "sampling.js", "weights.js", "elements.js", "local_model.js", "chat.js",
-    "glass.js", "server_model.js", "runs.js", "page.js",
+    "glass.js", "server_model.js", "chart.js", "runs.js", "page.js",
 )  # fmt: skip
 """In the order in which each uses what is before it."""
 
