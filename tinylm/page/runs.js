@@ -55,30 +55,28 @@ class Runs {
 
   /** Shows the tab as soon as there are runs, and looks for new steps and runs while it is open. */
   async start() {
-    if (!(await this.look())) return;
-    for (;;) {
+    this.tab.addEventListener("focus", () => this.look());
+    while (this.runs !== null) {
+      if (!document.hidden && (this.tab.hidden || !this.place.hidden)) await this.look();
       await new Promise((resolve) => setTimeout(resolve, LOOK_AGAIN));
-      if (document.hidden || (this.place.hidden && !this.tab.hidden)) continue;
-      try {
-        await this.look();
-        if (this.hasFailed) trouble("");
-        this.hasFailed = false;
-      } catch (error) {
-        this.hasFailed = !this.tab.hidden;
-        if (this.hasFailed) trouble(error.message);
-      }
     }
   }
 
-  /** Asks for the runs, and for the rows of those that are chosen and have new ones; false if no folder has runs. */
+  /** Asks for the runs, and for the rows of those that are chosen and have new ones. */
   async look() {
-    const { runs, left_out } = await (await ask("page/runs")).json();
-    if (!runs) return false;
-    this.update(runs);
-    this.more.textContent = left_out ? `These are the newest; ${left_out} more are in the folder.` : "";
-    await Promise.all(this.shown.map((run) => this.readRows(run)));
-    this.draw();
-    return true;
+    try {
+      const { runs, left_out } = await (await ask("page/runs")).json();
+      if (!runs) return void (this.runs = null); // the server watches no folder
+      this.update(runs);
+      this.more.textContent = left_out ? `These are the newest; ${left_out} more are in the folder.` : "";
+      await Promise.all(this.shown.map((run) => this.readRows(run)));
+      this.draw();
+      if (this.hasFailed) trouble("");
+      this.hasFailed = false;
+    } catch (error) {
+      this.hasFailed = !this.tab.hidden || !this.runs; // nobody asked for runs while there are none
+      if (this.hasFailed) trouble(error.message);
+    }
   }
 
   async readRows({ name, changed }) {
@@ -95,7 +93,7 @@ class Runs {
   /** The chosen runs in the order of the tree, with what was read of them. */
   get shown() {
     return [...this.tree.querySelectorAll("input:checked")].map(({ value }) => ({ place: this.seen.indexOf(value),
-      ...this.runs.find(({ name }) => name === value), ...this.read.get(value) }));
+      ...this.read.get(value), ...this.runs.find(({ name }) => name === value) }));
   }
 
   /** The tree of runs as they are now. It is built again only if a run came, went or got a parent. */

@@ -57,8 +57,8 @@ def last_row(metrics: Path) -> dict[str, Any]:
 def rows_of(metrics: Path) -> dict[str, Any]:
     """The metrics of a run that may still be written; a line that is half there is left out.
 
-    A run that was resumed may have written steps twice. The later line counts, and what an earlier attempt wrote from
-    that step on is left out.
+    A run that was resumed may have written steps twice. The later line counts: when the steps go back, what an earlier
+    attempt wrote from that step on is left out.
 
     Returns:
         "rows": one for each step, in their order; "not_numbers": how many values of a figure are none, by its name;
@@ -77,7 +77,7 @@ def rows_of(metrics: Path) -> dict[str, Any]:
     num_bad, every = read.count(None), max(1, -(-len(rows) // MOST_ROWS))
     notes = {
         f"{num_bad:,} line{'s' * (num_bad > 1)} left out: not the metrics of a step": num_bad,
-        f"{num_replaced:,} line{'s' * (num_replaced > 1)} left out: the run made these steps again": num_replaced,
+        f"{num_replaced:,} step{'s' * (num_replaced > 1)} of an earlier attempt left out": num_replaced,
         f"one of {every} steps is drawn": every > 1,
     }
     last = len(rows) - 1
@@ -107,15 +107,17 @@ def _value(key: str, value: Any) -> str | float | None:
 
 
 def _in_order(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """One row for each step, the steps rising, and the number of lines that later ones have replaced."""
+    """One row for each step, the steps rising, and the number of steps whose earlier lines are left out."""
     rows: list[dict[str, Any]] = []
-    num_replaced = 0
+    replaced: set[int] = set()
     for line in lines:
-        while rows and rows[-1]["step"] > line["step"]:
-            rows.pop()
-            num_replaced += 1
-        if not rows or rows[-1]["step"] < line["step"]:
+        step = line["step"]
+        if rows and rows[-1]["step"] > step:
+            while rows and rows[-1]["step"] >= step:
+                replaced.add(rows.pop()["step"])
+        if not rows or rows[-1]["step"] < step:
             rows.append({})
-        num_replaced += bool(rows[-1].keys() & line.keys() - {"step"})
+        if rows[-1].keys() & line.keys() - {"step"}:
+            replaced.add(step)
         rows[-1] |= line
-    return rows, num_replaced
+    return rows, len(replaced)
