@@ -46,25 +46,38 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def visit(browser: Any) -> Iterator[Callable[..., Any]]:
-    """A function that opens a file without a network. Whatever the console says but for `allowed` is an error."""
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """A function that opens an address. What the page's console says, and what it asks of other places, are errors."""
     contexts, said = [], []
 
-    def open_file(path: Path, **options: Any) -> Any:
-        context = browser.new_context(offline=True, **options)
+    def open_address(address: str, **options: Any) -> Any:
+        context = browser.new_context(**options)
         context.set_default_timeout(20_000)
         contexts.append(context)
         tab = context.new_page()
-        tab.on("console", lambda message: said.append(message.text))
+        is_served = address.startswith("http")
+        home = address if is_served else "file:"
+
+        def hear(message: Any) -> None:
+            if not (is_served and message.text.startswith("Failed to load resource")):  # the page says it in a sentence
+                said.append(message.text)
+
+        tab.on("console", hear)
         tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("request", lambda request: said.append(request.url) if not request.url.startswith("file:") else None)
-        tab.goto(path.as_uri())
+        tab.on("request", lambda request: None if request.url.startswith(home) else said.append(request.url))
+        tab.goto(address)
         return tab
 
-    yield open_file
+    yield open_address
     for context in contexts:
         context.close()
     assert said == []
+
+
+@pytest.fixture
+def visit(open_page: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that opens a file without a network."""
+    return lambda path, **options: open_page(path.as_uri(), offline=True, **options)
 
 
 def write_page(

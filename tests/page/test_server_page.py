@@ -59,18 +59,10 @@ def server(settings):
 
 
 @pytest.fixture
-def tab(browser, server):
-    context = browser.new_context()
-    context.set_default_timeout(20_000)
-    tab = context.new_page()
-    said = []
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("request", lambda request: said.append(request.url) if not request.url.startswith(server.url) else None)
-    tab.goto(server.url)
+def tab(open_page, server):
+    tab = open_page(server.url)
     tab.locator("#facts:not(:empty)").wait_for()
-    yield tab
-    context.close()
-    assert said == []
+    return tab
 
 
 def choose(tab, name: str, second: str = "none") -> None:

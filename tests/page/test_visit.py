@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.command_line import tinylm
 from tests.export.chatting_models import ANSWERS, OTHER_ANSWERS, QUESTIONS, write_models
 from tests.model.small_models import trained_model
 from tests.page.conftest import as_shown, endless_model, write_page
+from tests.test_docs import our_commands
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.snapshots import write_snapshot
 from tinylm.generation.engine import Engine, SamplingSettings
@@ -56,6 +58,7 @@ def everything(models, chat_tokenizer, tmp_path_factory):
     path = folder / "größe.html"
     status, said = tinylm("export", folder, "--snapshots", 2, "--output", path)
     assert status == 0 and "lora_64_epoch0: " in said and "no snapshots" in said and "2 snapshots" in said
+    assert "mail" not in said
     return path
 
 
@@ -289,6 +292,28 @@ def test_what_cannot_be_a_page_is_refused(models, tmp_path):
         status, line = tinylm("export", "--model_path", model, "--output", tmp_path / "x.html", *words)
         assert status == 2 and said in line and line.count("\n") == 1
     assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/page.md"])
+def test_the_commands_are_the_ones_in_the_docs(page, repository, everything, tmp_path, monkeypatch):
+    """Each `tinylm export` of a page, as typed, leaves the file that it promises, with the models that it promises."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(everything.parent, "out/quickstart")
+    shutil.copytree("out/quickstart/full_sft/full_sft_64_epoch0", "out/quickstart/dpo/dpo_64_epoch0")
+    exports = [words for command, words in our_commands(repository / page) if command == "export"]
+    commands = [words for words in exports if any("html" in word for word in words)]
+    models = []
+    for words in commands:
+        for file in set(Path().rglob("*.html")):
+            file.unlink()
+        status, said = tinylm("export", *words)
+        (written,) = set(Path().rglob("*.html"))
+        assert status == 0 and f"written to {written}" in said
+        cards = json.loads(re.search(r'id="cards">(.*?)</script>', written.read_text(encoding="utf-8"))[1])
+        models.append((str(written), [card["id"][:4] for card in cards], sum(len(card["snapshots"]) for card in cards)))
+    all_of_them = ["dpo_", "lora", "full"]
+    expected = [("quickstart.html", all_of_them, 0), ("dpo.html", ["dpo_"], 0), ("out/learn.html", all_of_them, 3)]
+    assert models == expected[: len(models)] and len(models) == {"README.md": 1, "docs/page.md": 3}[page]
 
 
 def test_a_page_is_named_after_its_model(models, tmp_path, monkeypatch):

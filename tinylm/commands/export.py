@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from tinylm.export.gguf import Written
 
 
-LARGE_PAGE = 64_000_000
-"""Bytes; `small` takes 35 MB in int8."""
+LARGE_MODEL = 50_000_000
+"""Parameters: a browser computes two tokens per second or fewer."""
+LARGE_MAIL = 25_000_000
+"""Bytes; many mail services refuse more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +218,10 @@ def _to_html(settings: ExportSettings, output: Path, console: Console) -> None:
         console.print(f"{model.card['id']}: {model.card['parameters']:,} parameters{kept}")
     size = export_html(title, models, output)
     console.print(f"written to {output}: {size / 1e6:,.1f} MB in {dtype}")
-    if size > LARGE_PAGE:
-        console.print("a browser takes long to open so large a page, and to compute in it")
+    if max(model.card["parameters"] for model in models) > LARGE_MODEL:
+        console.print("a browser computes such a model slowly: a second for each 100 million parameters and token")
+    if size > LARGE_MAIL:
+        console.print("many mail services refuse files above 25 MB; fewer models or snapshots make it smaller")
     print_next(console, f"open {output} in a browser; it needs no network")
 
 

@@ -20,7 +20,7 @@ _HERE = Path(__file__).parent
 SCRIPTS = (
     "transformer.js", "tokenizer.js", "sampling.js", "weights.js", "elements.js", "local_model.js", "page_model.js",
     "server_model.js", "chat.js", "token_text.js", "roving.js", "token_strip.js", "next_token.js", "attention.js",
-    "logit_lens.js", "glass.js", "runs.js", "page.js",
+    "logit_lens.js", "glass.js", "chart.js", "runs.js", "page.js",
 )  # fmt: skip
 """In the order in which each uses what is before it."""
 

@@ -22,7 +22,8 @@ from tinylm.server.json_body import json_router
 from tinylm.server.page_models import PAGE_HEADERS, packed_for_page
 from tinylm.server.prompts import chat_prompt, text_prompt
 from tinylm.server.replies import token_text
-from tinylm.server.runs import rows_of, runs_in, settings_of
+from tinylm.server.run_tree import run_tree
+from tinylm.server.runs import rows_of, runs_in
 from tinylm.server.schemas import DetokenizeRequest, TokenizeRequest
 from tinylm.server.served_models import ServedModel
 from tinylm.server.settings import ServeSettings, listed
@@ -79,10 +80,9 @@ async def packed(name: str, request: Request, step: int | None = None) -> Respon
 
 @router.get("/page/runs")
 async def runs(request: Request) -> dict[str, Any]:
-    """The training runs in the server's folder of runs, with their settings."""
+    """The training runs in the server's folder of runs, with their parents and settings; null without such a folder."""
     folder = state_of(request).settings.runs_dir
-    found = runs_in(Path(folder)) if folder else {}
-    return {"runs": [{"name": name, "settings": settings_of(path)} for name, path in found.items()]}
+    return await anyio.to_thread.run_sync(run_tree, Path(folder)) if folder else {"runs": None}
 
 
 @router.get("/page/runs/{name:path}")
@@ -93,7 +93,9 @@ async def run(name: str, request: Request) -> dict[str, Any]:
     if path is None:
         raise ApiError(404, f"there is no run {shown(name, 100)}", "name", "run_not_found")
     try:
-        return {"rows": await anyio.to_thread.run_sync(rows_of, path)}
+        return await anyio.to_thread.run_sync(rows_of, path)
+    except FileNotFoundError:
+        raise ApiError(404, f"the run {shown(name, 100)} was removed", "name", "run_not_found") from None
     except ValueError as error:
         raise refused(error, "name") from None
 

@@ -1,55 +1,123 @@
-"""The training runs in a folder, for the page: which there are, with which settings, and the lines of their metrics."""
+"""The training runs in a folder, for the page: which there are, and the lines of their metrics."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+from collections import Counter
+from glob import glob
 from pathlib import Path
 from typing import Any
 
-from tinylm.files.untrusted import parse_json, read_own_json
+from tinylm.files.untrusted import parse_json
 
 ENDING = "_metrics.jsonl"
 DEPTH = 3
 """Levels of folders that are searched."""
-MOST_RUNS = 200
 MOST_BYTES = 1 << 25
 """Of a run's metrics: 150,000 lines."""
+TAIL_BYTES = 1 << 16
+"""Of a run's metrics, in which its last step and its last validation are looked for."""
 MOST_ROWS = 3000
-"""That a chart gets; of more, every second or third line is left out, and those with a validation or sample stay."""
+"""That a chart gets; of more, every second or third is left out, and those with a validation or sample stay."""
 
 
 def runs_in(folder: Path) -> dict[str, Path]:
     """The metrics files below a folder, by names such as `pretrain/pretrain_256`; the newest first."""
-    found = [path for depth in range(DEPTH) for path in folder.glob("*/" * depth + "*" + ENDING) if path.is_file()]
-    found.sort(key=lambda path: -path.stat().st_mtime)
-    return {path.relative_to(folder).as_posix().removesuffix(ENDING): path for path in found[:MOST_RUNS]}
+    found = newest_first(folder, "*" + ENDING)
+    return {path.relative_to(folder).as_posix().removesuffix(ENDING): path for path in found}
 
 
-def settings_of(metrics: Path) -> dict[str, Any]:
-    """The settings of a run, from the newest model that it has left; empty before the first one."""
-    name = metrics.name.removesuffix(ENDING)
-    models = sorted(metrics.parent.glob(f"{name}_epoch*/lineage.json"), key=lambda path: path.stat().st_mtime)
-    try:
-        settings = read_own_json(models[-1]).get("settings") if models else None
-    except (OSError, ValueError):
-        settings = None
-    return settings if isinstance(settings, dict) else {}
+def newest_first(folder: Path, pattern: str) -> list[Path]:
+    """The files of this pattern in a folder and `DEPTH` levels of it; one that vanishes meanwhile is left out."""
+    found = []
+    for name in [name for depth in range(DEPTH) for name in glob("*/" * depth + pattern, root_dir=folder)]:
+        path = folder / name
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found, reverse=True)]
 
 
-def rows_of(metrics: Path) -> list[dict[str, Any]]:
-    """The lines of a run that may still be written; a line that is half there is left out.
+def last_row(metrics: Path) -> dict[str, Any]:
+    """The values of the last lines together, back to the last validation, and when the file "changed"."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError), metrics.open("rb") as file:
+        status = os.fstat(file.fileno())
+        file.seek(max(0, status.st_size - TAIL_BYTES))
+        for row in map(_row, reversed(file.read().splitlines())):
+            found = {**(row or {}), **found}
+            if "validation_loss" in found:
+                break
+        found["changed"] = status.st_mtime
+    return found
+
+
+def rows_of(metrics: Path) -> dict[str, Any]:
+    """The metrics of a run that may still be written; a line that is half there is left out.
+
+    A run that was resumed may have written steps twice. The later line counts: when the steps go back, what an earlier
+    attempt wrote from that step on is left out.
+
+    Returns:
+        "rows": one for each step, in their order; "not_numbers": how many values of a figure are none, by its name;
+        "notes": sentences about what is left out.
 
     Raises:
         ValueError: the file is too large.
     """
     if metrics.stat().st_size > MOST_BYTES:
         raise ValueError(f"{metrics.name} has more than {MOST_BYTES:,} bytes; draw it with benchmarks/curves.py")
-    rows = []
-    for line in metrics.read_bytes().splitlines():
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    every = max(1, -(-len(rows) // MOST_ROWS))
-    return [row for place, row in enumerate(rows) if place % every == 0 or "validation_loss" in row]
+    data = metrics.read_bytes()
+    read = [_row(line) for line in data.splitlines()]
+    if not data.endswith(b"\n") and read and read[-1] is None:
+        read.pop()  # the run is writing it
+    rows, num_replaced = _in_order([row for row in read if row is not None])
+    num_bad, every = read.count(None), max(1, -(-len(rows) // MOST_ROWS))
+    notes = {
+        f"{num_bad:,} line{'s' * (num_bad > 1)} left out: not the metrics of a step": num_bad,
+        f"{num_replaced:,} step{'s' * (num_replaced > 1)} of an earlier attempt left out": num_replaced,
+        f"one of {every} steps is drawn": every > 1,
+    }
+    last = len(rows) - 1
+    kept = [row for place, row in enumerate(rows) if place % every == 0 or place == last or "validation_loss" in row]
+    return {
+        "rows": kept,
+        "not_numbers": Counter(key for row in rows for key, value in row.items() if value is None),
+        "notes": [note for note, is_so in notes.items() if is_so],
+    }
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The step, figures and samples of a line. A figure that is not a finite number is None."""
+    try:
+        row = parse_json(line, finite=False)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return {key: _value(key, value) for key, value in row.items()}
+
+
+def _value(key: str, value: Any) -> str | float | None:
+    if isinstance(value, str) and key.startswith("sample_"):
+        return value
+    return value if type(value) is int or (isinstance(value, float) and math.isfinite(value)) else None
+
+
+def _in_order(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """One row for each step, the steps rising, and the number of steps whose earlier lines are left out."""
+    rows: list[dict[str, Any]] = []
+    replaced: set[int] = set()
+    for line in lines:
+        step = line["step"]
+        if rows and rows[-1]["step"] > step:
+            while rows and rows[-1]["step"] >= step:
+                replaced.add(rows.pop()["step"])
+        if not rows or rows[-1]["step"] < step:
+            rows.append({})
+        if rows[-1].keys() & line.keys() - {"step"}:
+            replaced.add(step)
+        rows[-1] |= line
+    return rows, len(replaced)
