@@ -367,6 +367,8 @@ def test_a_long_text_on_a_phone(computed, visit):
     assert f"(place {count - 1})" in attention_said(tab)
     last = tab.locator(".lens tr").last.locator("td").last.bounding_box()
     assert 0 <= last["x"] and last["x"] + last["width"] <= 360, "the chosen token is in sight"
+    strip, last = tab.locator(".tokens").bounding_box(), tab.locator(".token").last.bounding_box()
+    assert strip["y"] <= last["y"] and last["y"] + last["height"] <= strip["y"] + strip["height"]
 
 
 def test_what_is_no_number_is_said(computed, visit, tmp_path):

@@ -44,6 +44,14 @@ function why(sentence, equations, files) {
     make("p", {}, `In ${files}`));
 }
 
+/** Scrolls the box, and not the page, until an element in it can be seen; so many pixels at the left are covered. */
+function intoSight(box, element, covered = 0) {
+  const [around, inside] = [box.getBoundingClientRect(), element.getBoundingClientRect()];
+  const beyond = (least, most, from, to) => (from < least ? from - least : Math.max(0, to - most));
+  box.scrollLeft += beyond(around.left + covered, around.right, inside.left, inside.right);
+  box.scrollTop += beyond(around.top, around.bottom, inside.top, inside.bottom);
+}
+
 /** Lets the browser draw and take clicks before the work goes on. */
 function breathe() {
   return new Promise((resolve) => setTimeout(resolve));

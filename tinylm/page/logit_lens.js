@@ -68,10 +68,7 @@ class LensView {
     const { model: { tokenizer }, at } = this.glass;
     for (const cells of this.rows) cells.forEach((cell, place) => cell.setAttribute("aria-pressed", `${place === at}`));
     tabStop(this.grid, this.rows.at(-1)[at]);
-    const { offsetLeft, offsetWidth } = this.rows[0][at].parentElement, { scrollLeft, clientWidth } = this.scroller;
-    const names = this.grid.querySelector("th").offsetWidth; // they stay at the left
-    if (offsetLeft < scrollLeft + names) this.scroller.scrollLeft = offsetLeft - names;
-    else if (offsetLeft + offsetWidth > scrollLeft + clientWidth) this.scroller.scrollLeft = offsetLeft + offsetWidth - clientWidth;
+    intoSight(this.scroller, this.rows[0][at].parentElement, this.grid.querySelector("th").offsetWidth);
     const heading = ["at the chosen token", "likeliest", "second", "third"].map((name) => make("th", { scope: "col" }, name));
     this.chosen.replaceChildren(make("table", {}, make("tr", {}, ...heading), ...this.rows.map((_, layer) =>
       make("tr", {}, make("th", { scope: "row" }, afterLayer(layer)), ...this.likeliest(layer, at).map(({ id, probability }) =>

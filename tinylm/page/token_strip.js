@@ -42,6 +42,7 @@ class TokenStrip {
         `id ${read.ids[place]}`, this.surprise(place), this.seen(place)].join(", "));
     }
     tabStop(this.box, this.box.children[at]);
+    intoSight(this.box, this.box.children[at]);
     this.tell(at);
   }
 
