@@ -37,10 +37,11 @@ class Chat {
     this.stopping = null;
     this.list = make("ol", { class: "messages", role: "log", "aria-label": "Conversation", tabindex: 0 });
     this.notice = make("p", { class: "hint", role: "status", "aria-live": "polite" });
-    this.system = make("textarea", { rows: 2, placeholder: "none" });
+    const most = () => this.mostLetters;
+    this.system = limited(make("textarea", { rows: 2, placeholder: "none" }), most);
     this.sampling = samplingFields();
-    this.input = make("textarea", { rows: 2, "aria-label": "Your message", placeholder: "Ask something…",
-      onkeydown: (event) => this.key(event) });
+    this.input = limited(make("textarea", { rows: 2, "aria-label": "Your message", placeholder: "Ask something…",
+      onkeydown: (event) => this.key(event) }), most);
     this.send = make("button", { onclick: () => this.ask() }, "Send");
     this.stop = make("button", { onclick: () => this.stopping?.abort(), disabled: true }, "Stop");
     this.clear = make("button", { onclick: () => this.restart() }, "Start over");
@@ -65,6 +66,10 @@ class Chat {
       .filter((model) => model !== undefined);
   }
 
+  get mostLetters() {
+    return Math.min(...this.chosen.map(({ mostLetters }) => mostLetters));
+  }
+
   key(event) {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
@@ -74,6 +79,10 @@ class Chat {
   ask() {
     const content = this.input.value;
     if (!content.trim()) return;
+    if (content.length > this.mostLetters) {
+      trouble(tooLong(content.length, this.mostLetters));
+      return;
+    }
     this.input.value = "";
     this.messages.push({ role: "user", content });
     this.answer();

@@ -51,10 +51,16 @@ function facts(model, isInside) {
 }
 
 async function start() {
+  begun = true;
   connectTabs();
   window.addEventListener("unhandledrejection", (event) => trouble(event.reason?.message || `${event.reason}`));
   window.addEventListener("error", (event) => trouble(event.message));
+  for (const part of document.querySelectorAll("[role=tabpanel]")) part.replaceChildren(); // of a page that was saved
+  trouble("");
   const inside = modelInside();
+  if (!inside && location.protocol === "file:") {
+    throw new Error("there is no model in this file: make one with tinylm export --output model.html");
+  }
   const models = inside ? [inside] : (await (await ask("v1/models")).json()).data.map((card) => new ServerModel(card));
   const chat = new Chat(document.getElementById("chat"), models);
   const show = () => (document.getElementById("facts").textContent = facts(chat.chosen[0], inside !== null));

@@ -28,12 +28,14 @@ def page(title: str, model: bytes = b"") -> str:
     """
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     script = "".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    allowed = f"script-src {_hash(script)}; style-src {_hash(style)}"
+    guard = (_HERE / "guard.js").read_text(encoding="utf-8")
+    allowed = f"script-src {_hash(guard)} {_hash(script)}; style-src {_hash(style)}"
     policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     policy += "" if model else "; connect-src 'self'"
     parts = {
         "policy": policy,
         "title": escape(title),
+        "guard": guard,
         "style": style,
         "script": script,
         "model": base64.b64encode(model).decode(),

@@ -6,6 +6,7 @@ class ServerModel {
     this.about = { name: card.id, parameters: card.parameters, isBase: !card.chats };
     this.canChat = card.chats;
     this.context = card.max_model_len;
+    this.mostLetters = MOST_LETTERS;
     this.snapshots = card.snapshots; // steps of its training
     this.local = new Map();
   }
@@ -79,7 +80,7 @@ async function ask(path, body = null, signal = undefined) {
 
 /** The events of a stream, as they come. */
 async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = response.body.getReader(), decoder = new TextDecoder();
   let rest = "", isWhole = false;
   for (;;) {
     let part;
@@ -89,7 +90,7 @@ async function* events(response) {
       part = { done: true };
     }
     if (part.done) break;
-    rest += part.value;
+    rest += decoder.decode(part.value, { stream: true });
     const lines = rest.split("\n");
     rest = lines.pop();
     for (const line of lines) {
