@@ -128,6 +128,8 @@ class Chat {
     }
     if (this.stopping === stopping) this.stopping = null;
     this.show();
+    const isTooLong = ends.some(({ reason }) => reason instanceof TooLong) && !this.messages.includes(message);
+    if (isTooLong && !this.input.value) this.edit(this.messages.length - 1); // back to the field, to be shortened
   }
 
   /** The conversation as the model in this column has had it. */

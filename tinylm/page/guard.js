@@ -34,6 +34,7 @@ document.addEventListener("DOMContentLoaded", function () {
   }
   if (!document.getElementById("end")) said = "This file is cut short: fetch it again, or make it again with tinylm export.";
   if (!said) return;
+  place.id = "trouble";
   place.textContent = said;
   place.hidden = false;
   place.removeAttribute("hidden");

@@ -3,6 +3,8 @@
 
 const DEFAULTS = { temperature: 0.7, topK: 0, topP: 0.9, minP: 0, repetitionPenalty: 1, maxTokens: 256, seed: "" };
 
+class TooLong extends Error {}
+
 class LocalModel {
   constructor(packed) {
     this.about = packed.about;
@@ -100,7 +102,7 @@ async function fitted(messages, context, maxTokens, count, notice) {
       return fitting;
     }
     const next = turns.findIndex(({ role }, place) => place > 0 && role === "user");
-    if (next < 0) throw new Error(`this message is too long: the context leaves ${budget} tokens beside an answer; shorten the message`);
+    if (next < 0) throw new TooLong(`this message is too long: the context leaves ${budget} tokens beside an answer; shorten the message`);
     turns = turns.slice(next);
   }
 }

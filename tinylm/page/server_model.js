@@ -51,11 +51,12 @@ class ServerModel {
 
   async count(messages, signal) {
     const model = this.about.name;
+    if (asText(messages).length > MOST_LETTERS) return Infinity; // a server reads no body of some megabytes
     const body = this.canChat ? { model, messages } : { model, prompt: asText(messages) };
     try {
       return (await (await ask("tokenize", body, signal)).json()).count;
     } catch (error) {
-      if (error.code === "context_length_exceeded") return Infinity;
+      if (["context_length_exceeded", "body_too_large"].includes(error.code)) return Infinity;
       throw error;
     }
   }

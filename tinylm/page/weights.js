@@ -53,7 +53,7 @@ function isSize(value, most = 2 ** 40) {
 function checkConfig(config) {
   check(isRecord(config), "it has no config");
   const most = { layers: 1024, heads: 1024, keyHeads: 1024, headWidth: 65536, width: 65536, inner: 2 ** 20,
-    vocabulary: 2 ** 21, context: 2 ** 24 };
+    vocabulary: 2 ** 21, context: 2 ** 20 };
   for (const [name, limit] of Object.entries(most)) {
     check(isSize(config[name], limit), `its config has ${shorten(config[name])} ${name}`);
   }
