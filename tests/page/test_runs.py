@@ -265,6 +265,7 @@ def test_a_run_that_trains(tab, folder):
         box = tab.get_by_role("checkbox", name="live/dpo_32")
         expect(box).to_have_accessible_description(re.compile(r"^step 1 · training, last line \d+ s ago$"))
         choose(tab, "live/dpo_32")
+        chart_says(tab, "step 1; live/dpo_32: 0.6931")
         chart.press("End")
         chart_says(tab, "step 1; live/dpo_32: 0.6931")
         with path.open("a") as file:

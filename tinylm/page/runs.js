@@ -48,7 +48,7 @@ class Runs {
     [this.samples, this.different] = [make("div"), make("div", { class: "scroll" })];
     place.append(this.tree, this.more,
       make("div", { class: "row" }, labelled("figure", this.figure), labelled("log scale", this.log),
-        labelled("smooth", this.smooth, `the median of ${WINDOW} values`)),
+        labelled(`smooth (the median of ${WINDOW} values)`, this.smooth)),
       this.chart.element, this.notes, make("h2", {}, "What it wrote"), this.samples,
       make("h2", {}, "Settings that differ"), this.different);
   }
@@ -102,7 +102,7 @@ class Runs {
     this.shape = JSON.stringify(runs.map(({ name, parent }) => [name, parent]).sort());
     this.runs = runs;
     if (runs.length) this.tab.hidden = false;
-    for (const { name, changed } of runs.toReversed()) { // they come newest first
+    for (const { name, changed } of [...runs].reverse()) { // they come newest first
       if (!this.seen.includes(name)) this.seen.push(name);
       if (!this.items.has(name)) this.items.set(name, this.item(name, changed !== undefined));
     }
