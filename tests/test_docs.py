@@ -30,7 +30,7 @@ SCRIPTS = {
     "inference.py": "chat",
 }
 """The original project's script names -> our commands."""
-ABOUT_ONE_MODEL = ("serve", "import", "verify")
+ABOUT_ONE_MODEL = ("serve", "import", "verify", "export")
 """Commands whose first word may be the model's path."""
 OTHER_FLAGS = {"help", "version"} | {
     "nnodes", "nproc_per_node", "max_restarts", "rdzv_conf", "rdzv_endpoint", "rdzv_id", "net", "lora"

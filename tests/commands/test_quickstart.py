@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from tinylm.commandline.exit_status import Stopped
 from tinylm.commandline.terminal import make_console
 from tinylm.commands import quickstart, quickstart_scores
 from tinylm.commands.quickstart import Plan, QuickstartSettings, claim_folder, main, make_plan
-from tinylm.commands.quickstart_scores import COLUMNS, kept_scores, score_key, working_prompts
+from tinylm.commands.quickstart_scores import COLUMNS, activation, kept_scores, score_key, working_prompts
 from tinylm.dataset import tinyworld
 from tinylm.generation.sampling import SamplingSettings
 from tinylm.system.runtime import setup_runtime
@@ -154,11 +155,29 @@ def test_it_says_how_far_the_whole_is_and_what_to_type_next(miniature):
     question = next(messages[0]["content"] for messages in items if len(messages) == 2)
     assert f"  you: {question}\n  model: " in second, "the closing chats are held-out questions"
     commands = [line.strip() for line in second[second.index("to type next:") :].splitlines()[1:]]
+    if activate := activation():
+        assert commands.pop(0) == f"{activate}    # so that the shell knows tinylm"
     report = json.loads((miniature.folder / "scoreboard.json").read_text())
     expected = [f"tinylm chat --model_path {miniature.folder}/dpo --prompt {shlex.quote(p)}" for p in report["prompts"]]
     expected.append(f"tinylm chat --model_path {miniature.folder}/dpo")
     expected.append(f"tinylm chat --model_path {miniature.folder}/lora    # Captain Pip")
-    assert commands == [*expected, f"tinylm serve {miniature.folder}    # all of them on a page in your browser"]
+    expected.append(f"tinylm serve {miniature.folder}    # all of them on a page in your browser")
+    expected.append(f"tinylm export {miniature.folder} --format html    # the same page as one file, for a friend")
+    assert commands == expected
+
+
+def test_the_way_into_the_environment(monkeypatch, tmp_path):
+    """`make quickstart` runs in an environment that the user's shell does not know yet."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "größe x"))
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert activation() == "source 'größe x'/bin/activate"
+    monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "größe x"))
+    assert activation() == ""
+    monkeypatch.delenv("VIRTUAL_ENV")
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    assert activation() == ""
 
 
 def test_another_call_neither_trains_nor_scores(miniature, monkeypatch):
@@ -257,17 +276,18 @@ def test_scores_are_kept_for_the_same_models_and_settings_only(tmp_path):
 
 
 class Answering:
-    """An engine that answers held-out questions of some skills rightly, each time or the first time only."""
+    """An engine that answers held-out questions of some skills rightly: always, the first time, or unless greedy."""
 
-    def __init__(self, skills, always=True, story="Anna and Ben were in Rome. Anna had a kite. Ben felt sad."):
+    def __init__(self, skills, when="always", story="Anna and Ben were in Rome. Anna had a kite. Ben felt sad."):
         items = [tinyworld.test_item(skill, index) for skill in skills for index in range(20)]
         self.answers = {item.messages[0]["content"]: item.accepted[0] for item in items if len(item.messages) == 2}
         self.answers["Tell me a story."] = story
-        self.always = always
+        self.when = when
 
     def reply_batch(self, conversations, settings):
-        assert settings.temperature == SamplingSettings().temperature
-        is_right = self.always or settings.seed == 0
+        assert settings.temperature in (0.0, SamplingSettings().temperature)
+        is_greedy = settings.temperature == 0.0
+        is_right = {"always": True, "first": is_greedy or settings.seed == 0, "drawn": not is_greedy}[self.when]
         return [self.answers.get(messages[-1]["content"], "") if is_right else "" for messages in conversations]
 
 
@@ -277,4 +297,5 @@ def test_prompts_to_type_are_answered_rightly_in_each_try():
     sorting = [tinyworld.test_item("sorting", index).messages[-2]["content"] for index in range(20)]
     assert prompts[1] in sorting and all("\n" not in prompt for prompt in prompts)
     assert len(working_prompts(Answering(("spelling",), story="Anna and Anna were in Rome. It was red. It was."))) == 1
-    assert working_prompts(Answering(("sorting", "spelling"), always=False)) == ()
+    for when in ("first", "drawn"):
+        assert working_prompts(Answering(("sorting", "spelling"), when)) == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from tests.model.small_models import trained_model
 from tests.tokenizer.conftest import tokenizer, torture, world_texts
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.page.card import page_card
 from tinylm.page.packed_model import packed_model
-from tinylm.page.page import page
+from tinylm.page.page import Enclosed, page
 from tinylm.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["tokenizer", "torture", "world_texts"]
@@ -79,13 +81,25 @@ def visit(open_page: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def write_page(
-    path: Path, model: TinyLMForCausalLM, tokenizer: Tokenizer, dtype: Any = "f32", name: str = "tiny", **about: Any
+    path: Path,
+    model: TinyLMForCausalLM,
+    tokenizer: Tokenizer,
+    dtype: Any = "f32",
+    name: str = "tiny",
+    why_no_chats: str = "",
 ) -> Path:
     """A page with this model."""
     engine = Engine(model, tokenizer, model.dtype, tokenizer.document_start)
-    facts = {"name": name, "parameters": model.num_parameters(), "isBase": False, **about}
-    path.write_text(page(name, packed_model(engine, dtype, facts)), encoding="utf-8")
+    card = page_card(name, model.num_parameters(), model.config.max_position_embeddings, why_no_chats, ())
+    path.write_text(page(name, [Enclosed(card, packed_model(engine, dtype), {})]), encoding="utf-8")
     return path
+
+
+def as_shown(text: str) -> str:
+    """The text of a token as the page shows it: a sign for what cannot be seen."""
+    signs = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "[CR]", "\u200c": "[ZWNJ]"}
+    unseen = {each for each in text if unicodedata.category(each)[0] in "CZ"}
+    return "".join(signs.get(each, f"[U+{ord(each):04X}]") if each in unseen else each for each in text)
 
 
 def endless_model(tokenizer: Tokenizer) -> TinyLMForCausalLM:

@@ -12,7 +12,7 @@ import torch
 
 from tests.export.chatting_models import ANSWERS, OTHER_ANSWERS, QUESTIONS, write_models
 from tests.model.small_models import trained_model
-from tests.page.conftest import endless_model
+from tests.page.conftest import as_shown, endless_model
 from tests.page.test_visit import ask, chat_tokenizer, set_greedy, wait_for_answer
 from tests.server.serving import running, settings_for
 from tinylm.checkpoint.model_folder import save_model
@@ -143,7 +143,7 @@ def test_the_slider_shows_it_learn(tab, server, chat_tokenizer):
         with torch.no_grad():
             reader = model if seed is not None else finished
             hidden = reader.hidden_states(torch.tensor([ids]))
-            best = chat_tokenizer.decode([reader.lm_head(hidden)[0, 2].argmax().item()]).replace(" ", "␣")
+            best = as_shown(chat_tokenizer.decode([reader.lm_head(hidden)[0, 2].argmax().item()]))
         tab.locator(".token[aria-pressed=true]").nth(0).wait_for()
         expect(tab.locator(".bars code").first).to_have_text(best)
         assert tab.locator(".token").count() == len(ids)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.command_line import tinylm
-from tests.export.chatting_models import ANSWERS, QUESTIONS, write_models
+from tests.export.chatting_models import ANSWERS, OTHER_ANSWERS, QUESTIONS, write_models
 from tests.model.small_models import trained_model
-from tests.page.conftest import endless_model, write_page
+from tests.page.conftest import as_shown, endless_model, write_page
+from tests.test_docs import our_commands
 from tinylm.checkpoint.loading import load_for_use
+from tinylm.checkpoint.snapshots import write_snapshot
 from tinylm.generation.engine import Engine, SamplingSettings
-from tinylm.page.page import page
+from tinylm.page.page import Enclosed, page
 from tinylm.tokenizer.tokenizer import Tokenizer
 
+expect = pytest.importorskip("playwright.sync_api").expect
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>{{model}}&amp;"
 
 
@@ -33,7 +40,25 @@ def models(chat_tokenizer, tmp_path_factory):
 def exported(models, tmp_path_factory):
     path = tmp_path_factory.mktemp("pages") / "größe.html"
     status, said = tinylm("export", "--model_path", models[0], "--output", path)
-    assert status == 0 and "MB in int8" in said and "needs no network" in said
+    assert status == 0 and "MB in int8" in said and "needs no network" in said and "snapshots" not in said
+    return path
+
+
+@pytest.fixture(scope="module")
+def everything(models, chat_tokenizer, tmp_path_factory):
+    """A page with a model and its adapter, two snapshots of the model's training, and questions to begin with."""
+    folder = tmp_path_factory.mktemp("stages")
+    for stage, made in zip(("full_sft", "lora"), models, strict=True):
+        shutil.copytree(made, folder / stage / made.name)
+    for step in (0, 30, 1200):
+        torch.manual_seed(step)
+        weights = dict(trained_model(vocab_size=chat_tokenizer.vocab_size).named_parameters())
+        write_snapshot(folder / "full_sft" / "full_sft_64_snapshots", step, weights)
+    (folder / "scoreboard.json").write_text(json.dumps({"prompts": [QUESTIONS[1], "", 3, "x" * 501, QUESTIONS[0]]}))
+    path = folder / "größe.html"
+    status, said = tinylm("export", folder, "--snapshots", 2, "--output", path)
+    assert status == 0 and "lora_64_epoch0: " in said and "no snapshots" in said and "2 snapshots" in said
+    assert "mail" not in said
     return path
 
 
@@ -76,7 +101,11 @@ def test_it_chats_from_a_disk(exported, visit):
 
 def test_an_answer_can_be_stopped(chat_tokenizer, visit, tmp_path):
     """What it said stays, and the page can be used."""
-    tab = visit(write_page(tmp_path / "page.html", endless_model(chat_tokenizer), chat_tokenizer, isBase=True))
+    tab = visit(
+        write_page(
+            tmp_path / "page.html", endless_model(chat_tokenizer), chat_tokenizer, why_no_chats="it is a base model"
+        )
+    )
     set_greedy(tab)
     tab.locator("#chat [name=maxTokens]").fill("16000")
     ask(tab, "Größe")
@@ -87,37 +116,6 @@ def test_an_answer_can_be_stopped(chat_tokenizer, visit, tmp_path):
     said = tab.locator(".assistant .text").inner_text()
     tab.wait_for_timeout(200)
     assert tab.locator(".assistant .text").inner_text() == said
-
-
-def test_the_glass_box_shows_what_is_computed(exported, models, visit):
-    loaded = load_for_use(models[0])
-    tab = visit(exported)
-    tab.get_by_role("tab", name="Chat").press("ArrowRight")
-    assert tab.get_by_role("tab", name="Glass box").get_attribute("aria-selected") == "true"
-    tab.get_by_role("textbox", name="Text to read").fill("Größe? quiet")
-    tab.get_by_role("button", name="Read it").click()
-    ids = [0, *loaded.tokenizer.encode("Größe? quiet")]
-    tokens = tab.locator(".token")
-    tokens.nth(len(ids) - 1).wait_for()
-    assert [int(each.locator("small").inner_text()) for each in tokens.all()] == ids
-    last = tokens.last
-    assert last.get_attribute("aria-pressed") == "true" and last.get_attribute("title").startswith("seen with")
-    assert tab.locator(".heads canvas").count() == 8 and tab.locator("#glass table tr").count() == 3
-    assert f"{len(ids)} tokens × 0.5 kB" in tab.locator("#glass").inner_text()
-    tokens.nth(1).click()
-    assert tokens.nth(2).get_attribute("title") == "comes later"
-    assert tab.locator(".chosen").count() == 1, "the token that follows is marked"
-    tab.get_by_role("button", name="layer 2, head 3").click()
-    assert tab.get_by_role("button", name="layer 2, head 3").get_attribute("aria-pressed") == "true"
-    tab.locator("#glass summary").click()
-    tab.locator("#glass [name=topK]").fill("2")
-    tab.locator("#glass [name=topP]").fill("1")
-    tab.locator("#glass [name=topP]").blur()
-    assert f"2 of {loaded.tokenizer.vocab_size} tokens are left" in tab.locator("#glass").inner_text()
-    assert tab.locator(".bars .gone").first.get_attribute("title") == "removed by top-k"
-    second = tab.locator(".bars button").nth(1)
-    second.click()
-    tab.locator("#glass [role=status]:text-is('3 tokens')").wait_for()
 
 
 def test_all_text_is_text(chat_tokenizer, visit, tmp_path):
@@ -151,8 +149,8 @@ def test_what_does_not_fit_is_said(exported, visit):
 
 def test_a_base_model_continues_text(models, visit, tmp_path):
     loaded = load_for_use(models[0])
-    tab = visit(write_page(tmp_path / "page.html", loaded.model, loaded.tokenizer, isBase=True))
-    assert "It is a base model: here it continues text." in tab.locator("#facts").inner_text()
+    tab = visit(write_page(tmp_path / "page.html", loaded.model, loaded.tokenizer, why_no_chats="it is a base model"))
+    assert "It continues text: it is a base model." in tab.locator("#facts").inner_text()
     set_greedy(tab)
     ask(tab, ANSWERS[0][:5])
     engine = Engine(loaded.model, loaded.tokenizer, loaded.model.dtype, loaded.document_start)
@@ -189,10 +187,59 @@ def test_a_long_chat_forgets_its_beginning(exported, visit):
     assert re.search(r"left out to fit the context: \d+ of the oldest", tab.get_by_role("status").first.inner_text())
 
 
+def test_models_beside_each_other_from_a_disk(everything, visit):
+    """As on a server: two models answer, and each has its own answers as history."""
+    tab = visit(everything)
+    assert tab.title() == "größe"
+    tab.get_by_role("combobox", name="model", exact=True).first.select_option("full_sft_64_epoch0")
+    tab.get_by_role("combobox", name="model beside it").select_option("lora_64_epoch0")
+    set_greedy(tab)
+    for place, (question, *answers) in enumerate(zip(QUESTIONS, ANSWERS, OTHER_ANSWERS, strict=True)):
+        tab.get_by_role("button", name="Start over").click()
+        ask(tab, question)
+        wait_for_answer(tab)
+        assert tab.locator(".assistant .text").all_inner_texts() == [answer.strip() for answer in answers], place
+
+
+def test_a_question_to_begin_with(everything, visit):
+    tab = visit(everything)
+    set_greedy(tab)
+    examples = tab.get_by_role("group", name="Questions to begin with").get_by_role("button")
+    assert examples.all_inner_texts() == [QUESTIONS[1], QUESTIONS[0]]
+    examples.nth(1).click()
+    assert wait_for_answer(tab) == OTHER_ANSWERS[0].strip(), "the last stage is the one to talk with"
+    assert tab.locator(".user .text").inner_text() == QUESTIONS[0] and examples.count() == 0
+    tab.get_by_role("button", name="Start over").click()
+    assert examples.count() == 2
+
+
+def test_it_learns_from_a_disk(everything, models, chat_tokenizer, visit):
+    """The slider goes through the snapshots inside the file; the last place is the finished model."""
+    tab = visit(everything)
+    tab.get_by_role("tab", name="Glass box").click()
+    slider = tab.get_by_role("slider", name="Step of the training")
+    assert slider.is_hidden(), "an adapter without snapshots"
+    tab.get_by_role("combobox", name="Model", exact=True).last.select_option("full_sft_64_epoch0")
+    tab.get_by_role("textbox", name="Text to read").fill("Größe? quiet")
+    tab.get_by_role("button", name="Read it").click()
+    tab.locator(".bars").wait_for()
+    ids = torch.tensor([[*chat_tokenizer.document_start, *chat_tokenizer.encode("Größe? quiet")]])
+    for place, name, step in ((0, "after step 0", 0), (1, "after step 1,200", 1200), (2, "the finished model", None)):
+        slider.fill(str(place))
+        tab.locator(f"output:text-is('{name}')").wait_for()
+        torch.manual_seed(step or 0)
+        model = (
+            trained_model(vocab_size=chat_tokenizer.vocab_size) if step is not None else load_for_use(models[0]).model
+        )
+        with torch.no_grad():
+            likeliest = chat_tokenizer.decode([model(ids)[0, -1].argmax().item()])
+        expect(tab.locator(".bars code").first).to_have_text(as_shown(likeliest))
+
+
 @pytest.mark.parametrize("kind", ["cut", "no base64", "no header", "not numbers"])
 def test_a_damaged_file_says_so(kind, chat_tokenizer, exported, browser, tmp_path):
     text = exported.read_text(encoding="utf-8")
-    start = text.index('id="model">') + len('id="model">')
+    start = text.index('id="model-0-finished">') + len('id="model-0-finished">')
     end = text.index("</script>", start)
     data = bytearray(base64.b64decode(text[start:end]))
     if kind == "cut":
@@ -226,7 +273,7 @@ def test_it_fits_a_phone_in_the_dark(exported, visit):
 
 
 def test_nothing_of_the_page_comes_from_elsewhere(exported):
-    html = page("x", b"model")
+    html = page("x", [Enclosed({}, b"model", {})])
     assert not re.search(r"(https?:)?//[a-z0-9.-]+\.[a-z]{2,}", re.sub(r"//.*", "", html))
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', html)[1]
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "connect-src" not in policy
@@ -239,7 +286,45 @@ def test_what_cannot_be_a_page_is_refused(models, tmp_path):
         (["--dtype", "q8_0"], "--dtype q8_0 is not for a page"),
         (["--license", "mit"], "--license mit is not for a page"),
         (["--format", "gguf"], "expected a file name such as model.gguf"),
+        (["--snapshots", 3], "no run has left snapshots; leave out --snapshots"),
+        (["--snapshots", -1], "snapshots is -1; expected 0 (none) or more"),
     ):
         status, line = tinylm("export", "--model_path", model, "--output", tmp_path / "x.html", *words)
         assert status == 2 and said in line and line.count("\n") == 1
     assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/page.md"])
+def test_the_commands_are_the_ones_in_the_docs(page, repository, everything, tmp_path, monkeypatch):
+    """Each `tinylm export` of a page, as typed, leaves the file that it promises, with the models that it promises."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(everything.parent, "out/quickstart")
+    shutil.copytree("out/quickstart/full_sft/full_sft_64_epoch0", "out/quickstart/dpo/dpo_64_epoch0")
+    exports = [words for command, words in our_commands(repository / page) if command == "export"]
+    commands = [words for words in exports if any("html" in word for word in words)]
+    models = []
+    for words in commands:
+        for file in set(Path().rglob("*.html")):
+            file.unlink()
+        status, said = tinylm("export", *words)
+        (written,) = set(Path().rglob("*.html"))
+        assert status == 0 and f"written to {written}" in said
+        cards = json.loads(re.search(r'id="cards">(.*?)</script>', written.read_text(encoding="utf-8"))[1])
+        models.append((str(written), [card["id"][:4] for card in cards], sum(len(card["snapshots"]) for card in cards)))
+    all_of_them = ["dpo_", "lora", "full"]
+    expected = [("quickstart.html", all_of_them, 0), ("dpo.html", ["dpo_"], 0), ("out/learn.html", all_of_them, 3)]
+    assert models == expected[: len(models)] and len(models) == {"README.md": 1, "docs/page.md": 3}[page]
+
+
+def test_a_page_is_named_after_its_model(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, said = tinylm("export", models[0], "--format", "html")
+    assert status == 0 and "written to full_sft_64_epoch0.html" in said
+    assert "full_sft_64_epoch0</title>" in (tmp_path / "full_sft_64_epoch0.html").read_text(encoding="utf-8")
+    both = f"eins={models[0]},größer={models[1]}"
+    status, said = tinylm("export", both, "--format", "html")
+    assert status == 0 and "größer: " in said and "written to models.html" in said
+    status, said = tinylm("export", models[0])
+    assert status == 2 and "neither output nor format is given" in said
+    status, said = tinylm("export", models[0], "--format", "pth", "--snapshots", 1)
+    assert status == 2 and "--snapshots is for --format html" in said

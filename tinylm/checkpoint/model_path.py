@@ -7,6 +7,7 @@ The model of a run is that of its last epoch.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from tinylm.checkpoint.weight_shards import WEIGHTS
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 _EPOCH = re.compile(r"_epoch(\d+)(?=\.pth$|$)")
+_NAMED = re.compile(r"([\w.:-]+)=(.+)")
 _COMMANDS = {"pretrain": "pretrain", "full_sft": "sft", "lora": "lora", "dpo": "dpo"}
 """Stage -> the command that runs it."""
 _MOST_NAMES = 8
@@ -70,6 +72,23 @@ def resolve_model_path(path: str | Path, stage: str = "", newest: bool = False) 
     raise ValueError(f"{path} holds no model; {expected}; give the path of a model")
 
 
+def named_paths(text: str) -> list[tuple[str, str]]:
+    """(name, path) of each of `name=path,name2=path2`; a path alone has the name "".
+
+    Raises:
+        ValueError: several without names, or one name twice.
+    """
+    if not text or os.path.exists(os.path.expanduser(text)):
+        return [("", text)] if text else []
+    pairs = [(found[1], found[2]) if (found := _NAMED.fullmatch(part)) else ("", part) for part in text.split(",")]
+    names = [name for name, _ in pairs]
+    if len(pairs) > 1 and not all(names):
+        raise ValueError(f"{text} has a part without a name; expected name=path,name2=path2; name each")
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise ValueError(f"{text} has the name {twice} twice; expected each once; rename one")
+    return pairs
+
+
 def resolve_adapter_path(path: str | Path) -> Path:
     """An adapter folder: the path itself, or the last one inside it, as for `resolve_model_path`.
 
@@ -77,7 +96,7 @@ def resolve_adapter_path(path: str | Path) -> Path:
         FileNotFoundError, ValueError: no adapter is there, or several runs have left models.
     """
     found = resolve_model_path(path)
-    if found.is_file() or not (found / ADAPTER).is_file():
+    if not is_adapter(found):
         kind = "a file" if found.is_file() else "a full model"  # a GGUF may hold an adapter: llama.cpp reads that
         raise ValueError(
             f"{found} is {kind}; expected an adapter folder, such as the output of `tinylm lora`; give a full "
@@ -150,4 +169,9 @@ def is_model(path: Path) -> bool:
     """Whether this is a model folder, an adapter folder or a `.pth` file, and not a folder of models."""
     if path.is_file():
         return path.suffix == ".pth"
-    return (path / CONFIG).is_file() or (path / ADAPTER).is_file()
+    return (path / CONFIG).is_file() or is_adapter(path)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether this is an adapter folder."""
+    return (path / ADAPTER).is_file()

@@ -19,24 +19,14 @@ from typing import Any, Literal, TextIO
 from rich.console import Console
 
 from tinylm.checkpoint.loading import load_for_use
-from tinylm.checkpoint.model_path import (
-    is_model,
-    last_models,
-    models_in,
-    newest_model,
-    resolve_model_path,
-    states_of,
-    unfinished_run,
-)
+from tinylm.checkpoint.model_path import states_of, unfinished_run
 from tinylm.commandline.exit_status import CONTROL_CHARACTERS, run_main
 from tinylm.commandline.settings import parse_settings
 from tinylm.commandline.terminal import make_console
+from tinylm.commands.find_model import find_model
 from tinylm.generation.engine import Engine, SamplingSettings
 from tinylm.system.runtime import InferenceDtypeName, setup_runtime
 
-DEFAULT_FOLDER = Path("out")
-STAGES = ("dpo", "lora", "full_sft", "pretrain")
-"""What the names of models start with; the last stage of training comes first."""
 HELP = "/reset  forget the conversation\n/system TEXT  give instructions (none: remove them)\n/exit  leave (or Ctrl-D)"
 
 
@@ -86,39 +76,6 @@ class ChatSettings(SamplingSettings):
 # ---------------------------------------------------------------------------------------------------------------
 # Which model
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def find_model(model_path: str, weight: str) -> Path:
-    """The model that --model_path and --weight mean; without a path, one under ./out.
-
-    Of several runs in a folder it is the newest; of the folders below, that of the last stage of training.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such model.
-    """
-    if model_path:
-        path = Path(model_path)
-        below = None if is_model(path) or models_in(path) else last_stage_below(path, weight)
-        return below or resolve_model_path(model_path, weight, newest=True)
-    if model := last_stage_below(DEFAULT_FOLDER / "quickstart", weight):
-        return model
-    if models := last_models(DEFAULT_FOLDER, weight, depth=2):
-        return newest_model(models)
-    stopped = [text for states in sorted(DEFAULT_FOLDER.glob("**/*_state")) if (text := unfinished_run(states))]
-    kind = f"{weight} model" if weight else "model"
-    raise ValueError(
-        f"no model_path given and no {kind} under ./{DEFAULT_FOLDER}; "
-        + (stopped[0] if stopped else "run `tinylm quickstart` first")
-    )
-
-
-def last_stage_below(folder: Path, weight: str) -> Path | None:
-    """The newest model in `folder` and the folders below it; where each stage has a folder, that of the last stage."""
-    for stage in (weight,) if weight else STAGES:
-        if models := last_models(folder, stage, depth=1):
-            return newest_model(models)
-    models = last_models(folder, weight, depth=2)
-    return newest_model(models) if models else None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Write a model for other programs.
 
-    tinylm export --model_path out/dpo --format gguf --dtype q8_0 --output model.gguf
-    tinylm export --model_path out/dpo --format hf --output tiny-chat
-    tinylm export --model_path out/dpo --output tiny.html
+    tinylm export out/dpo --format gguf --dtype q8_0 --output model.gguf
+    tinylm export out/dpo --format hf --output tiny-chat
+    tinylm export out/dpo --format html
+    tinylm export out/quickstart --snapshots 8 --output tiny.html    # a model of each stage, and how they learnt
 
 A model folder is already a Hugging Face folder. This command writes one to publish, with a model card; a GGUF for
 llama.cpp and Ollama; an ONNX file for onnxruntime and transformers.js; a web page with the model inside; or the
@@ -22,19 +23,19 @@ from rich.console import Console
 
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.model_folder import adapter_base
-from tinylm.checkpoint.model_path import ADAPTER
+from tinylm.checkpoint.model_path import is_adapter, named_paths
 from tinylm.commandline.exit_status import run_main
-from tinylm.commandline.settings import parse_settings
+from tinylm.commandline.settings import model_first, parse_settings
 from tinylm.commandline.terminal import make_console, print_next
 from tinylm.commands.card_facts import card_of
+from tinylm.commands.find_model import one_of_each_stage
 from tinylm.commands.merge import merged_lineage
 from tinylm.export.hf import DTYPES, export_hf, export_hf_adapter, num_bytes_of, require_publishable
-from tinylm.export.html import export_html
+from tinylm.export.html import enclosed, export_html
 from tinylm.export.model_card import model_card
 from tinylm.export.modelfile import modelfile
 from tinylm.export.pth import export_pth, unlike_the_original
 from tinylm.files.atomic import atomic_write, require_new
-from tinylm.generation.engine import Engine
 from tinylm.model.hf_config import require_llama_shape
 from tinylm.model.lora import has_lora
 
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
     from tinylm.export.gguf import Written
 
 
-LARGE_PAGE = 64_000_000
-"""Bytes; `small` takes 35 MB in int8."""
+LARGE_MODEL = 50_000_000
+"""Parameters: a browser computes two tokens per second or fewer."""
+LARGE_MAIL = 25_000_000
+"""Bytes; many mail services refuse more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +54,10 @@ class ExportSettings:
     """Settings of exporting."""
 
     model_path: str
-    """the model folder, or an adapter folder"""
-    output: str
-    """the file to write; for hf, the folder"""
+    """the model folder, or an adapter folder; html also takes several as name=path,name2=path2, or a folder with a
+    folder for each stage"""
+    output: str = ""
+    """the file to write, for hf the folder; by default the model's name with the ending of the format, here"""
     format: Literal["auto", "pth", "gguf", "hf", "onnx", "html"] = "auto"
     """pth: weights under the names of lyuzlion/Tiny-Language-Model; gguf: for llama.cpp and Ollama, with tokenizer and
     chat template, and a Modelfile beside it; hf: a folder to publish on the Hugging Face hub, with a model card; onnx:
@@ -71,17 +75,25 @@ class ExportSettings:
     """hf: the hub's name (owner/name) of the model that this one was made from, for the model card and adapters"""
     shard_size: str = ""
     """hf: largest size of a weight file, such as 2GB; by default there is one file"""
+    snapshots: int = 0
+    """html: most snapshots of each model's training that go along (`--snapshots` of a training run keeps them)"""
     tokenizer_path: str | None = None
     """tokenizer folder, for a .pth that does not fit the default one"""
     overwrite: bool = False
     """replace the file `output` and the Modelfile beside it, or the folder of an earlier export"""
 
+    def __post_init__(self) -> None:
+        if self.snapshots < 0:
+            raise ValueError(f"snapshots is {self.snapshots}; expected 0 (none) or more")
+
 
 def main(argv: list[str]) -> int:
     """The command line: load, fold adapters in, write."""
-    settings = parse_settings(ExportSettings, argv, "tinylm export", "Write a model for other programs.")
-    output, console = Path(settings.output), make_console()
+    settings = parse_settings(ExportSettings, model_first(argv), "tinylm export", "Write a model for other programs.")
+    output, console = _output_of(settings), make_console()
     settings = replace(settings, format=_format_of(settings, output))
+    if settings.snapshots and settings.format != "html":
+        raise ValueError("--snapshots is for --format html; leave it out")
     if settings.format == "hf":
         _to_hf(settings, output, console)
         return 0
@@ -98,6 +110,17 @@ def main(argv: list[str]) -> int:
     else:
         _to_pth(settings, output, console)
     return 0
+
+
+def _output_of(settings: ExportSettings) -> Path:
+    """What to write: what is asked for, or in this folder the model's name with the ending of the format."""
+    if settings.output:
+        return Path(settings.output)
+    if settings.format == "auto":
+        raise ValueError("neither output nor format is given; pass one, such as --format html or --output model.gguf")
+    path = Path(settings.model_path).absolute()
+    name = "models" if len(named_paths(settings.model_path)) > 1 else path.name if path.is_dir() else path.stem
+    return Path(f"{name}-hf" if settings.format == "hf" else f"{name}.{settings.format}")
 
 
 def _format_of(settings: ExportSettings, output: Path) -> Literal["pth", "gguf", "hf", "onnx", "html"]:
@@ -139,8 +162,7 @@ def _to_gguf(settings: ExportSettings, output: Path, console: Console) -> None:
         raise ValueError("the package gguf is not installed; install it with: pip install 'tinylm[export]'") from None
     loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path, merge=settings.merge)
     dtype = "f16" if settings.dtype == "auto" else settings.dtype
-    is_adapter = (loaded.path / ADAPTER).is_file()
-    if settings.merge and not is_adapter:
+    if settings.merge and not is_adapter(loaded.path):
         raise ValueError(f"{loaded.path} is a full model; --merge is for an adapter folder; leave it out")
     if has_lora(loaded.model):
         written = export_gguf_adapter(loaded.model, loaded.lineage, output, dtype, loaded.path.stem, settings.license)
@@ -154,7 +176,7 @@ def _to_gguf(settings: ExportSettings, output: Path, console: Console) -> None:
         return
     beside = output.with_suffix(".Modelfile")
     require_new(beside, settings.overwrite, "output")
-    lineage = merged_lineage(loaded.path, loaded.lineage) if is_adapter else loaded.lineage
+    lineage = merged_lineage(loaded.path, loaded.lineage) if is_adapter(loaded.path) else loaded.lineage
     written = export_gguf(loaded.model, loaded.tokenizer, lineage, output, dtype, loaded.path.stem, settings.license)
     with atomic_write(beside) as file:
         file.write(modelfile(output, loaded.model.config, loaded.tokenizer, lineage).encode("utf-8"))
@@ -183,18 +205,23 @@ def _to_html(settings: ExportSettings, output: Path, console: Console) -> None:
     if settings.dtype not in ("auto", "int8", "f32") or settings.license:
         flag = "license" if settings.license else "dtype"
         raise ValueError(f"--{flag} {getattr(settings, flag)} is not for a page, which holds int8 or f32; leave it out")
-    loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path)
     dtype: Literal["int8", "f32"] = "f32" if settings.dtype == "f32" else "int8"
-    about = {
-        "name": loaded.path.stem,
-        "parameters": loaded.model.num_parameters(),
-        "isBase": loaded.lineage.get("stage") == "pretrain" or not loaded.tokenizer.can_chat,
-    }
-    engine = Engine(loaded.model, loaded.tokenizer, loaded.model.dtype, loaded.document_start)
-    size = export_html(engine, output, dtype, about)
-    console.print(f"{loaded.path} written to {output}: {size / 1e6:,.1f} MB in {dtype}")
-    if size > LARGE_PAGE:
-        console.print("a browser takes long to open so large a page, and to compute in it")
+    named = named_paths(settings.model_path)
+    if len(named) == 1 and (stages := one_of_each_stage(Path(named[0][1]))):
+        named = [("", str(model)) for model in stages]
+    models = [enclosed(name, path, dtype, settings.snapshots, settings.tokenizer_path) for name, path in named]
+    if settings.snapshots and not any(model.snapshots for model in models):
+        raise ValueError("no run has left snapshots; leave out --snapshots, or train with --snapshots 8")
+    title = models[0].card["id"] if len(models) == 1 else output.stem
+    for model in models:
+        kept = f", {len(model.snapshots) or 'no'} snapshots" if settings.snapshots else ""
+        console.print(f"{model.card['id']}: {model.card['parameters']:,} parameters{kept}")
+    size = export_html(title, models, output)
+    console.print(f"written to {output}: {size / 1e6:,.1f} MB in {dtype}")
+    if max(model.card["parameters"] for model in models) > LARGE_MODEL:
+        console.print("a browser computes such a model slowly: a second for each 100 million parameters and token")
+    if size > LARGE_MAIL:
+        console.print("many mail services refuse files above 25 MB; fewer models or snapshots make it smaller")
     print_next(console, f"open {output} in a browser; it needs no network")
 
 
@@ -204,13 +231,13 @@ def _to_hf(settings: ExportSettings, output: Path, console: Console) -> None:
     shard_bytes = num_bytes_of(settings.shard_size)
     require_publishable(output, settings.overwrite)
     loaded = load_for_use(settings.model_path, tokenizer_path=settings.tokenizer_path, merge=settings.merge)
-    is_adapter, alone = (loaded.path / ADAPTER).is_file(), has_lora(loaded.model)
-    if settings.merge and not is_adapter:
+    alone = has_lora(loaded.model)
+    if settings.merge and not is_adapter(loaded.path):
         raise ValueError(f"{loaded.path} is a full model; --merge is for an adapter folder; leave it out")
     if alone and shard_bytes:
         raise ValueError("shard_size is for a model; an adapter is one file; leave it out, or pass --merge")
     dtype = settings.dtype if settings.dtype != "auto" else "f32" if alone else "bf16"
-    lineage = merged_lineage(loaded.path, loaded.lineage) if is_adapter and not alone else loaded.lineage
+    lineage = merged_lineage(loaded.path, loaded.lineage) if is_adapter(loaded.path) and not alone else loaded.lineage
     card = card_of(loaded, lineage, output, dtype, settings.license, settings.base_model, console)
     if alone:
         export_hf_adapter(loaded.path, lineage, output, dtype, model_card(card), card.base_name, settings.overwrite)
@@ -238,7 +265,7 @@ def _report(console: Console, model: Path, output: Path, written: Written) -> No
 
 def _instead(model: Path) -> str:
     """How other programs get the model without an export."""
-    if (model / ADAPTER).is_file():
+    if is_adapter(model):
         return f"run tinylm merge --model_path {quote(str(model))}, whose result transformers opens unconverted"
     code = f'from transformers import pipeline; print(pipeline("text-generation", {json.dumps(str(model))})("Once"))'
     return (

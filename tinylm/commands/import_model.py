@@ -19,7 +19,7 @@ from typing import Any, Literal
 from tinylm.checkpoint.gguf_model import open_gguf
 from tinylm.checkpoint.lineage import facts_of
 from tinylm.checkpoint.model_folder import load_model, save_model
-from tinylm.checkpoint.model_path import ADAPTER, CONFIG
+from tinylm.checkpoint.model_path import CONFIG, is_adapter
 from tinylm.commandline.exit_status import run_main
 from tinylm.commandline.settings import model_first, parse_settings
 from tinylm.commandline.terminal import make_console, print_next
@@ -98,7 +98,7 @@ def _folder_of(source: str) -> Path:
     if folder.is_file() and folder.suffix == ".gguf":
         return folder
     if not (folder / CONFIG).is_file():
-        found = "an adapter: import its base model" if (folder / ADAPTER).is_file() else "no Hugging Face folder"
+        found = "an adapter: import its base model" if is_adapter(folder) else "no Hugging Face folder"
         raise ValueError(f"{source} is {found}; expected a folder with {CONFIG} and safetensors files, or a .gguf")
     return folder
 

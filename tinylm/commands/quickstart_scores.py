@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +55,7 @@ class Scores:
     untouched: bool
     """Whether the adapter's base has the same bits as before."""
     prompts: tuple[str, ...]
-    """Prompts that the DPO model answers rightly, in each of three tries."""
+    """Prompts that the DPO model answers rightly, in each of three tries and when it is greedy."""
 
     def to_json(self) -> dict[str, Any]:
         return {"untouched": self.untouched, "prompts": list(self.prompts), "scoreboard": self.board.to_json()}
@@ -130,7 +132,8 @@ def _stoppable(console: Console) -> Iterator[StopRequest]:
 
 
 def working_prompts(engine: Engine) -> tuple[str, ...]:
-    """Up to three prompts that the model answers rightly in each of three tries, at the default temperature.
+    """Up to three prompts that the model answers rightly when it is greedy, and in each of three tries at the default
+    temperature.
 
     They are the free story and held-out questions, of one line and without an earlier turn.
     """
@@ -141,7 +144,8 @@ def working_prompts(engine: Engine) -> tuple[str, ...]:
         short = (item for item in held_out if len(item.messages) == 2 and "\n" not in item.messages[0]["content"])
         items += itertools.islice(short, CANDIDATES)
     questions = [item.messages[:-1] for item in items]
-    tries = [engine.reply_batch(questions, replace(AS_IN_CHAT, seed=seed)) for seed in range(NUM_TRIES)]
+    ways = [replace(AS_IN_CHAT, temperature=0.0), *(replace(AS_IN_CHAT, seed=seed) for seed in range(NUM_TRIES))]
+    tries = [engine.reply_batch(questions, settings) for settings in ways]
     prompts: dict[str, str] = {}
     for item, *replies in zip(items, *tries, strict=True):
         if all(tinyworld.check(item, reply) for reply in replies):
@@ -203,8 +207,22 @@ def show_sample_chats(board: Scoreboard, console: Console) -> None:
 def show_prompts(prompts: tuple[str, ...], folders: dict[str, str], console: Console) -> None:
     """Print commands that ask what the models answer rightly, to type or to paste."""
     console.print("to type next:")
+    if activate := activation():
+        console.print(f"  {activate}    # so that the shell knows tinylm")
     for prompt in prompts:
         console.print(f"  tinylm chat --model_path {folders['dpo']} --prompt {shlex.quote(prompt)}")
     console.print(f"  tinylm chat --model_path {folders['dpo']}")
     console.print(f"  tinylm chat --model_path {folders['lora']}    # {tinyworld.PERSONA_NAME}")
-    console.print(f"  tinylm serve {Path(folders['dpo']).parent}    # all of them on a page in your browser")
+    folder = Path(folders["dpo"]).parent
+    console.print(f"  tinylm serve {folder}    # all of them on a page in your browser")
+    console.print(f"  tinylm export {folder} --format html    # the same page as one file, for a friend")
+
+
+def activation() -> str:
+    """The line that activates the environment in which this program runs; empty if it is active, or none is needed."""
+    if sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV"):
+        return ""
+    folder = Path(os.path.relpath(sys.prefix))
+    if sys.platform == "win32":
+        return rf"{folder}\Scripts\activate"
+    return f"source {shlex.quote(str(folder))}/bin/activate"

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tinylm.checkpoint.model_path import is_model, models_in
+from tinylm.checkpoint.model_path import is_adapter, is_model, named_paths
 from tinylm.commandline.exit_status import Stopped, run_main
 from tinylm.commandline.settings import model_first, parse_settings
 from tinylm.commandline.terminal import make_console
-from tinylm.commands.chat import STAGES, find_model, last_stage_below
-from tinylm.server.settings import ServeSettings, named
+from tinylm.commands.find_model import find_model, one_of_each_stage
+from tinylm.server.settings import ServeSettings
 
 
 def main(argv: list[str]) -> int:
@@ -44,18 +44,17 @@ def main(argv: list[str]) -> int:
 
 def with_models(settings: ServeSettings) -> ServeSettings:
     """The settings with the models found: a folder with a folder for each stage means one of each."""
-    if [name for name, _ in named(settings.model_path)] not in ([], [""]):
+    if [name for name, _ in named_paths(settings.model_path)] not in ([], [""]):
         return settings
-    folder, found = Path(settings.model_path), dict[str, Path]()
+    folder = Path(settings.model_path)
     if not settings.runs_dir and settings.model_path and folder.is_dir():
         settings = dataclasses.replace(settings, runs_dir=str(folder.parent if is_model(folder) else folder))
-    if settings.model_path and folder.is_dir() and not (is_model(folder) or models_in(folder) or settings.adapter):
-        found = {stage: model for stage in STAGES if (model := last_stage_below(folder, stage))}
-    adapter = found.pop("lora", None)
-    if not found:
+    found = one_of_each_stage(folder) if settings.model_path and not settings.adapter else []
+    models, adapters = [each for each in found if not is_adapter(each)], [each for each in found if is_adapter(each)]
+    if not models:
         return dataclasses.replace(settings, model_path=str(find_model(settings.model_path, weight="")))
-    paths = ",".join(f"{model.name}={model}" for model in found.values())
-    return dataclasses.replace(settings, model_path=paths, adapter=f"{adapter.name}={adapter}" if adapter else "")
+    paths, adapter = (",".join(f"{each.name}={each}" for each in some) for some in (models, adapters))
+    return dataclasses.replace(settings, model_path=paths, adapter=adapter)
 
 
 def listening(settings: ServeSettings) -> socket.socket:

@@ -1,31 +1,43 @@
 "use strict";
 /* The chat: messages, an answer that streams in, and the ways to change one's mind. */
 
+/** Name, least, most, step, what it does, and its equation; the filters in the order in which they act. */
 const SETTINGS = {
-  temperature: ["temperature", 0, 5, 0.05, "divides the logits: 0 always takes the likeliest token"],
-  topK: ["top-k", 0, 1000, 1, "draw only from the k likeliest tokens; 0 is off"],
-  topP: ["top-p", 0, 1, 0.01, "draw only from the fewest tokens whose probabilities reach this sum; 1 is off"],
-  minP: ["min-p", 0, 1, 0.01, "draw only from tokens at least this fraction as likely as the likeliest; 0 is off"],
-  repetitionPenalty: ["repetition penalty", 0.01, 100, 0.05, "makes tokens that occurred less likely; 1 is off"],
-  maxTokens: ["most tokens", 1, 65536, 1, "of an answer"],
-  seed: ["seed", 0, 4294967295, 1, "the same seed, the same answer; empty: another one every time"],
+  repetitionPenalty: ["repetition penalty", 0.01, 100, 0.05, "Makes tokens that occurred less likely; 1 is off.",
+    "z → z / penalty if z > 0, else z · penalty"],
+  temperature: ["temperature", 0, 5, 0.05, "Below 1 is more careful, above 1 bolder; 0 always takes the likeliest token (greedy).",
+    "P = softmax(z / temperature)"],
+  topK: ["top-k", 0, 1000, 1, "Draw only from the k likeliest tokens; 0 is off.", "keep z ≥ the k-th largest z"],
+  topP: ["top-p", 0, 1, 0.01, "Draw only from the fewest tokens whose probabilities reach this sum; 1 is off.",
+    "keep while the sum of larger P < p"],
+  minP: ["min-p", 0, 1, 0.01, "Draw only from tokens at least this fraction as likely as the likeliest; 0 is off.",
+    "keep P ≥ fraction · largest P"],
+  maxTokens: ["most tokens", 1, 65536, 1, "Of an answer."],
+  seed: ["seed", 0, 4294967295, 1, "The same seed, the same answer; empty: another one every time."],
 };
 
-/** The fields of the sampling settings; `.values()` reads them, with what is out of range put back to its default. */
-function samplingFields(changed = () => {}) {
-  const fields = Object.entries(SETTINGS).map(([key, [name, min, max, step, hint]]) => {
-    const field = make("input", { type: "number", min, max, step, value: DEFAULTS[key], name: key, onchange: changed });
-    return [key, name, field, hint];
+/** The fields of these sampling settings; `.values()` reads them. A field that holds something else than it accepts says
+    so, and its default is used. */
+function samplingFields(changed = () => {}, keys = Object.keys(SETTINGS)) {
+  const fields = keys.map((key) => {
+    const [name, min, max, step, sentence, equation] = SETTINGS[key];
+    const read = () => {
+      const isEmpty = field.value === "" && !field.validity.badInput, number = +field.value;
+      const isUsable = isEmpty ? DEFAULTS[key] === ""
+        : field.value !== "" && number >= min && number <= max && (step !== 1 || Number.isInteger(number));
+      wrong.textContent = isUsable ? "" : ` Accepted is ${min} to ${max}; ${DEFAULTS[key] === "" ? "none" : DEFAULTS[key]} is used.`;
+      field.setAttribute("aria-invalid", `${!isUsable}`);
+      return isUsable && !isEmpty ? number : DEFAULTS[key];
+    };
+    const field = make("input", { type: "number", min, max, step, value: DEFAULTS[key], name: key,
+      oninput: () => { read(); changed(); } });
+    const wrong = make("strong", { class: "wrong" });
+    const hint = make("p", { class: "hint" }, sentence, equation ? make("code", {}, equation) : null, wrong);
+    describe(field, hint);
+    return { key, read, element: make("div", {}, labelled(name, field), hint) };
   });
-  const box = make("div", { class: "settings" }, ...fields.map(([, name, field, hint]) => labelled(name, field, hint)));
-  box.values = () =>
-    Object.fromEntries(
-      fields.map(([key, , field]) => {
-        const isUsable = field.value !== "" && +field.value >= +field.min && +field.value <= +field.max;
-        if (!isUsable) field.value = DEFAULTS[key];
-        return [key, isUsable ? +field.value : DEFAULTS[key]];
-      }),
-    );
+  const box = make("div", { class: "settings" }, ...fields.map(({ element }) => element));
+  box.values = () => Object.fromEntries(fields.map(({ key, read }) => [key, read()]));
   return box;
 }
 
@@ -36,6 +48,7 @@ class Chat {
     this.messages = []; // {role: "user", content} or {role: "assistant", answers: [{name, content}]}
     this.stopping = null;
     this.list = make("ol", { class: "messages", role: "log", "aria-label": "Conversation", tabindex: 0 });
+    this.examples = make("div", { class: "row", role: "group", "aria-label": "Questions to begin with" });
     this.notice = make("p", { class: "hint", role: "status", "aria-live": "polite" });
     this.system = make("textarea", { rows: 2, placeholder: "none" });
     this.sampling = samplingFields();
@@ -51,12 +64,15 @@ class Chat {
         : "",
       this.list,
       make("div", { class: "below" }, // stays where it is while an answer grows
+        this.examples,
         this.notice,
         this.input,
         make("div", { class: "row" }, this.send, this.stop, this.clear,
           make("span", { class: "hint" }, "Enter sends, Shift+Enter begins a line.")),
         make("details", {}, make("summary", {}, "Settings"), labelled("system prompt", this.system), this.sampling)),
     );
+    this.first.addEventListener("change", () => this.show());
+    this.show();
   }
 
   get chosen() {
@@ -71,8 +87,7 @@ class Chat {
     if (!this.stopping) this.ask();
   }
 
-  ask() {
-    const content = this.input.value;
+  ask(content = this.input.value) {
     if (!content.trim()) return;
     this.input.value = "";
     this.messages.push({ role: "user", content });
@@ -93,7 +108,7 @@ class Chat {
     this.notice.textContent = "";
     const models = this.chosen;
     const message = { role: "assistant", answers: models.map(({ about }) => ({ name: about.name, content: "" })) };
-    const histories = models.map((_, column) => this.history(column));
+    const histories = models.map(({ about }) => this.history(about.name));
     this.messages.push(message);
     const stopping = (this.stopping = new AbortController());
     this.show();
@@ -121,10 +136,11 @@ class Chat {
     this.show();
   }
 
-  /** The conversation as the model in this column has had it. */
-  history(column) {
+  /** The conversation as the model of this name has had it; what it has not answered, the first one did. */
+  history(name) {
     const system = this.system.value.trim() ? [{ role: "system", content: this.system.value }] : [];
-    const said = ({ role, content, answers }) => ({ role, content: content ?? (answers[column] || answers[0]).content });
+    const own = (answers) => answers.find((answer) => answer.name === name) || answers[0];
+    const said = ({ role, content, answers }) => ({ role, content: content ?? own(answers).content });
     return [...system, ...this.messages.map(said)];
   }
 
@@ -160,6 +176,8 @@ class Chat {
           ...answers.map(({ name, content }, column) => part(name, content, column ? null : again)));
       }),
     );
+    this.examples.replaceChildren(...(this.messages.length ? [] : this.chosen[0].prompts).map((prompt) =>
+      make("button", { class: "example", dir: "auto", onclick: () => this.ask(prompt) }, prompt)));
     this.list.setAttribute("aria-busy", `${isBusy}`); // a screen reader waits for the whole answer
     this.toEnd();
   }

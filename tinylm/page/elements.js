@@ -14,8 +14,16 @@ function make(kind, attributes = {}, ...children) {
 }
 
 /** A field with its name above it. */
-function labelled(name, field, hint = "") {
-  return make("label", { title: hint }, name, field);
+function labelled(name, field) {
+  return make("label", {}, name, field);
+}
+
+let hints = 0;
+
+/** A screen reader says the hint after the field. */
+function describe(field, hint) {
+  hint.id = `hint-${++hints}`;
+  field.setAttribute("aria-describedby", hint.id);
 }
 
 /** A field in which one of several names is chosen. */
@@ -30,9 +38,18 @@ function trouble(sentence) {
   place.hidden = !sentence;
 }
 
-/** What a part shows: a sentence, an equation, and the file that computes it. */
-function why(sentence, equation, file) {
-  return make("p", { class: "why" }, `${sentence} `, equation ? make("code", {}, equation) : null, ` (${file})`);
+/** What a part shows: a sentence, its equations, and the files that compute it. */
+function why(sentence, equations, files) {
+  return make("div", { class: "why" }, make("p", {}, sentence), ...equations.map((equation) => make("code", {}, equation)),
+    make("p", {}, `In ${files}`));
+}
+
+/** Scrolls the box, and not the page, until an element in it can be seen; so many pixels at the left are covered. */
+function intoSight(box, element, covered = 0) {
+  const [around, inside] = [box.getBoundingClientRect(), element.getBoundingClientRect()];
+  const beyond = (least, most, from, to) => (from < least ? from - least : Math.max(0, to - most));
+  box.scrollLeft += beyond(around.left + covered, around.right, inside.left, inside.right);
+  box.scrollTop += beyond(around.top, around.bottom, inside.top, inside.bottom);
 }
 
 /** Lets the browser draw and take clicks before the work goes on. */
@@ -41,6 +58,7 @@ function breathe() {
 }
 
 function percent(share) {
+  if (share > 0 && share < 0.0001) return "<0.01%";
   return `${(100 * share).toFixed(share >= 0.0995 ? 0 : share >= 0.00095 ? 1 : 2)}%`;
 }
 

@@ -1,7 +1,6 @@
 "use strict";
 /* The glass box: what the model computes when it reads a text. */
 
-const SHOWN_CANDIDATES = 20;
 const WRITTEN = 32; // tokens of the continuation
 const MOST_WATCHED = 256; // attention of this many tokens is kept: layers * heads * T^2 / 2 numbers
 
@@ -9,11 +8,10 @@ class Glass {
   constructor(place, models) {
     this.models = models;
     this.model = null; // the chosen one, once it is in this page
-    this.read = null; // {ids, logits: [T][V], watch: [T]}
+    this.read = null; // {ids, logits: [T][V], watch: [T], bits: [T], cache}
     this.at = 0;
     this.turn = 0; // of the choices that a person makes: what was begun before the last one is dropped
-    [this.layer, this.head] = [0, 0];
-    this.input = make("textarea", { rows: 3, "aria-label": "Text to read" });
+    this.input = make("textarea", { rows: 3, dir: "auto", "aria-label": "Text to read" });
     this.input.value = "Once upon a time there was a";
     this.chosen = choice(models.map(({ about }) => about.name), { "aria-label": "Model" });
     this.chosen.addEventListener("change", () => this.forget());
@@ -24,40 +22,50 @@ class Glass {
     this.kind = choice(["as a text", "as a question in a chat"], { "aria-label": "How the text is read" });
     this.look = make("button", { onclick: () => this.start() }, "Read it");
     this.status = make("p", { class: "hint", role: "status" });
-    this.sampling = samplingFields(() => this.read && this.showNext());
-    this.tokens = make("div", { class: "tokens", role: "group", "aria-label": "Tokens" });
-    this.next = make("div");
-    this.lens = make("div", { class: "scroll" });
-    this.attention = make("div");
+    this.strip = new TokenStrip(this);
+    this.next = new NextToken(this);
+    this.attention = new AttentionView(this);
+    this.lens = new LensView(this);
     this.size = make("p");
-    this.writes = make("p", { class: "text" });
-    this.result = make("div", { hidden: true },
-      make("h2", {}, "Tokens"),
-      why("The text as the model reads it: pieces and their numbers. Choose one to see what happens there.", "",
-        "tinylm/tokenizer/bpe.py"),
-      this.tokens,
-      make("h2", {}, "What comes next"),
-      why("How likely the model finds each token after this place; what the sampling filters rule out is crossed out.",
-        "P = softmax(z / temperature)", "tinylm/generation/sampling.py"),
-      this.next,
-      make("details", {}, make("summary", {}, "Sampling filters"), this.sampling),
-      make("h2", {}, "What it would write"),
-      why("The likeliest token, again and again.", "", "tinylm/generation/decoding.py"),
-      this.writes,
-      make("h2", {}, "Attention"),
-      why("How much each token looks at the tokens before it, for each layer and head; choose one to enlarge it.",
-        "softmax(q k / √D)", "tinylm/model/attention.py"),
-      this.attention,
-      make("h2", {}, "Logit lens"),
-      why("What the model would say if it ended after this layer.", "head(norm(x))", "tinylm/model/model_tinylm.py"),
-      this.lens,
-      make("h2", {}, "Cache"),
-      why("Keys and values of all tokens so far are kept, so that each is computed once.", "",
-        "tinylm/model/kv_cache.py"),
-      this.size);
+    this.writes = make("p", { class: "text", dir: "auto" });
+    this.result = make("div", { hidden: true }, ...this.parts());
     place.append(this.input, make("div", { class: "row" }, models.length > 1 ? this.chosen : null, this.kind, this.look),
       this.steps, this.status, this.result);
     this.showSteps();
+  }
+
+  parts() {
+    return [
+      make("h2", {}, "Tokens"),
+      why("The text as the model reads it: pieces and their numbers. Choose one to see what happens there. A token that " +
+        "the model found unlikely surprises it; a perplexity of 8 is as if it guessed among 8 tokens each time.",
+      ["surprise = −log₂ P(token | tokens before it)", "perplexity = 2^(bits per token)"],
+      "tinylm/tokenizer/bpe.py and tinylm/evaluation/bits_per_byte.py"),
+      this.strip.element,
+      make("h2", {}, "What comes next"),
+      why("How likely the model finds each token after this place; what the sampling filters rule out is crossed out.",
+        ["z = W_head · RMSNorm(x)", "P(i) = exp(z_i / temperature) / Σ_j exp(z_j / temperature)"],
+        "tinylm/generation/sampling.py"),
+      this.next.element,
+      make("h2", {}, "What it would write"),
+      why("The likeliest token, again and again.", ["token = argmax z"], "tinylm/generation/decoding.py"),
+      this.writes,
+      make("h2", {}, "Attention"),
+      why("How much each token looks at the tokens before it, for each layer and head; choose one to enlarge it. Query heads " +
+        "share the keys and values of a group.",
+      ["w(t,s) = softmax over s of ( q_t · k_s / √D + m(t,s) )", "m(t,s) = 0 where s ≤ t, −∞ where s > t: no token sees a later one",
+        "o_t = W_o [ Σ_s w(t,s) v_s ], the H heads side by side", "query head h uses key/value head ⌈h · K / H⌉"],
+      "tinylm/model/attention.py and tinylm/model/model_tinylm.py"),
+      this.attention.element,
+      make("h2", {}, "Logit lens"),
+      why("What the model would say if it ended after this layer: the stronger the colour, the more likely. Choose one to look at its token.",
+        ["P = softmax( W_head · RMSNorm(x) )", "RMSNorm(x) = x / √(mean(x²) + ε) · weight"], "tinylm/model/model_tinylm.py"),
+      this.lens.element,
+      make("h2", {}, "Cache"),
+      why("Keys and values of all tokens so far are kept, so that each is computed once.",
+        ["bytes of a token = 2 · layers · K · D · 4"], "tinylm/model/kv_cache.py"),
+      this.size,
+    ];
   }
 
   get source() {
@@ -133,7 +141,7 @@ class Glass {
       trouble(`the text has ${ids.length} tokens; the glass box takes 1 to ${most}: ${ids.length ? "shorten it" : "type some"}`);
       return false;
     }
-    const cache = transformer.newCache(), read = { ids, logits: [], watch: [] };
+    const cache = transformer.newCache(), read = { ids, logits: [], watch: [], cache };
     let drawn = performance.now();
     for (const [place, id] of ids.entries()) {
       const watch = {};
@@ -146,129 +154,51 @@ class Glass {
         drawn = performance.now();
       }
     }
+    if (!read.logits.every((logits) => logits.every(Number.isFinite))) {
+      trouble("the model computed something that is not a number; it cannot be shown");
+      return false;
+    }
     this.model = model;
     this.status.textContent = `${ids.length} tokens`;
-    this.read = read;
+    this.read = Object.assign(read, { bits: surprises(ids, read.logits) });
     this.at = ids.length - 1;
     this.size.textContent = `${ids.length} tokens × ${bytes(cache.bytesPerToken)} = ${bytes(ids.length * cache.bytesPerToken)}`;
     this.result.hidden = false;
-    this.showTokens();
-    this.choose(this.at);
-    this.write(read);
+    this.attention.draw();
+    this.strip.draw();
+    this.next.draw();
+    this.lens.draw();
+    this.write();
     return true;
   }
 
-  /** Continues what was read. */
-  async write(read) {
-    const { model, turn } = this, next = model.tokenizer.stream();
+  /** Continues what was read, with its cache. */
+  async write() {
+    const { model: { transformer, tokenizer }, read } = this, next = tokenizer.stream();
+    let logits = read.logits.at(-1);
     this.writes.textContent = "";
-    const settings = { ...DEFAULTS, temperature: 0, maxTokens: WRITTEN };
-    for await (const id of model.continued(read.ids, settings, new AbortController().signal)) {
-      if (turn !== this.turn) return;
+    for (let count = 0; count < WRITTEN && read.cache.length < transformer.config.context; count++) {
+      const [{ id }] = likeliestOf(logits, 1);
+      if (tokenizer.stops.includes(id)) break;
       this.writes.textContent += next(id);
+      logits = transformer.read(id, read.cache);
+      await breathe();
+      if (read !== this.read) return;
     }
     this.writes.textContent += next(null);
   }
 
   choose(place) {
     this.at = place;
-    this.colourTokens();
-    this.showNext();
-    this.showAttention();
-    this.showLens();
+    this.attention.mark();
+    this.strip.paint();
+    this.next.draw();
+    this.lens.mark();
   }
 
-  showTokens() {
-    const { tokenizer } = this.model;
-    this.tokens.replaceChildren(...this.read.ids.map((id, place) =>
-      make("button", { class: "token", onclick: () => this.choose(place) },
-        visible(tokenizer.shown(id)), make("small", {}, `${id}`))));
+  chooseHead(layer, head) {
+    Object.assign(this.attention, { layer, head });
+    this.attention.mark();
+    this.strip.paint();
   }
-
-  /** How much the chosen token looks at each, in the chosen head. */
-  colourTokens() {
-    const weights = this.read.watch[this.at].attention[this.layer][this.head];
-    for (const [place, button] of [...this.tokens.children].entries()) {
-      const share = place <= this.at ? weights[place] : 0;
-      button.style.setProperty("background-color", `rgb(var(--heat) / ${(0.6 * share).toFixed(3)})`);
-      button.setAttribute("aria-pressed", place === this.at);
-      button.title = place <= this.at ? `seen with ${percent(share)}` : "comes later";
-    }
-  }
-
-  showNext() {
-    const { tokenizer } = this.model;
-    const { ids, logits } = this.read;
-    const found = candidates(logits[this.at], this.sampling.values(), ids.slice(0, this.at + 1));
-    const actual = ids[this.at + 1];
-    const shown = found.slice(0, SHOWN_CANDIDATES);
-    if (actual !== undefined && !shown.some(({ id }) => id === actual)) shown.push(found.find(({ id }) => id === actual));
-    const largest = found[0].probability;
-    this.next.replaceChildren(
-      make("p", { class: "hint" }, `${found.filter(({ removedBy }) => !removedBy).length} of ${found.length} tokens are `,
-        "left to draw from. Choose one to read the text with it here."),
-      make("ol", { class: "bars" }, ...shown.map(({ id, probability, removedBy }) => {
-        const bar = make("span", { class: "bar" });
-        bar.style.width = `${(100 * probability) / largest}%`;
-        const classes = [removedBy ? "gone" : "", id === actual ? "chosen" : ""].join(" ").trim();
-        const label = `${visible(tokenizer.shown(id))}, ${percent(probability)}${removedBy ? `, removed by ${removedBy}` : ""}`;
-        return make("li", {}, make("button", { class: classes, title: removedBy ? `removed by ${removedBy}` : "",
-          "aria-label": label, onclick: () => this.readAll([...ids.slice(0, this.at + 1), id]) },
-          make("code", {}, visible(tokenizer.shown(id))), percent(probability), bar));
-      })));
-  }
-
-  showLens() {
-    const { transformer, tokenizer } = this.model;
-    const rows = this.read.watch[this.at].stream.map((x, layer) => {
-      const best = candidates(transformer.logits(x), { ...DEFAULTS, temperature: 1, topP: 1 }, []).slice(0, 3);
-      return make("tr", {}, make("th", { scope: "row" }, layer ? `after layer ${layer}` : "embedding"),
-        ...best.map(({ id, probability }) =>
-          make("td", {}, make("code", {}, visible(tokenizer.shown(id))), ` ${percent(probability)}`)));
-    });
-    this.lens.replaceChildren(make("table", {}, ...rows));
-  }
-
-  showAttention() {
-    const { config } = this.model;
-    const buttons = [];
-    for (let layer = 0; layer < config.layers; layer++) {
-      for (let head = 0; head < config.heads; head++) {
-        const isChosen = layer === this.layer && head === this.head;
-        const name = `layer ${layer + 1}, head ${head + 1}`;
-        buttons.push(make("button", { "aria-pressed": `${isChosen}`, "aria-label": name, title: name,
-          onclick: () => { [this.layer, this.head] = [layer, head]; this.choose(this.at); } }, this.heatmap(layer, head)));
-      }
-    }
-    const large = this.heatmap(this.layer, this.head);
-    large.style.width = "min(100%, 24rem)";
-    large.setAttribute("role", "img");
-    large.setAttribute("aria-label", `attention of layer ${this.layer + 1}, head ${this.head + 1}: a row for each token`);
-    const heads = make("div", { class: "heads" }, ...buttons);
-    heads.style.gridTemplateColumns = `repeat(${config.heads}, minmax(2rem, 4.5rem))`; // a row for each layer
-    this.attention.replaceChildren(heads,
-      make("p", { class: "hint" }, `Layer ${this.layer + 1}, head ${this.head + 1}: each row is a token, each column one `,
-        "that it may look at. The tokens above are coloured by the row of the chosen one."), large);
-  }
-
-  heatmap(layer, head) {
-    const size = this.read.ids.length;
-    const canvas = make("canvas", { width: size, height: size });
-    const context = canvas.getContext("2d");
-    const image = context.createImageData(size, size);
-    const [red, green, blue] = getComputedStyle(document.documentElement).getPropertyValue("--heat").trim().split(" ");
-    for (let row = 0; row < size; row++) {
-      const weights = this.read.watch[row].attention[layer][head];
-      for (let column = 0; column <= row; column++) {
-        image.data.set([+red, +green, +blue, Math.round(255 * weights[column])], 4 * (row * size + column));
-      }
-    }
-    context.putImageData(image, 0, 0);
-    return canvas;
-  }
-}
-
-/** Blanks that can be seen. */
-function visible(text) {
-  return text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 }

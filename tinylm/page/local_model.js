@@ -4,19 +4,13 @@
 const DEFAULTS = { temperature: 0.7, topK: 0, topP: 0.9, minP: 0, repetitionPenalty: 1, maxTokens: 256, seed: "" };
 
 class LocalModel {
-  constructor(packed) {
-    this.about = packed.about;
+  constructor(packed, canChat) {
     this.tokenizer = new Tokenizer(packed.tokenizer);
     this.transformer = new Transformer(packed.config, packed.tensors);
     this.config = packed.config;
-    this.snapshots = [];
-    this.canChat = this.tokenizer.canChat && !this.about.isBase; // else it continues text
+    this.canChat = this.tokenizer.canChat && canChat; // else it continues text
     this.cache = this.transformer.newCache();
     this.known = []; // the tokens whose keys and values the cache holds
-  }
-
-  async inPage() {
-    return this;
   }
 
   /** Reads tokens, beginning behind those that are known already; returns the logits after the last. */

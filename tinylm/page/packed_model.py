@@ -6,13 +6,17 @@ Layout: 8 digits, the header's length; the header, JSON, padded with blanks; the
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 
+from tinylm.checkpoint.loading import load_for_use
+from tinylm.checkpoint.snapshots import load_snapshot
 from tinylm.files.untrusted import shown
 from tinylm.generation.engine import Engine
+from tinylm.model.lora import merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.model.positions import rope_frequencies
 from tinylm.tokenizer.split_patterns import DIGIT_PATTERNS, steps_of
@@ -20,12 +24,26 @@ from tinylm.tokenizer.split_patterns import DIGIT_PATTERNS, steps_of
 PageDtype = Literal["int8", "f32"]
 
 
-def packed_model(engine: Engine, dtype: PageDtype, about: dict[str, Any] | None = None) -> bytes:
-    """The model of `engine`, its tokenizer, and facts about it.
+def packed_at(
+    model: Path, adapter: Path | None, snapshot: Path | None, dtype: PageDtype, tokenizer_path: str | None = None
+) -> bytes:
+    """A model of a folder, its adapter merged: as it is, or as it was at a snapshot of its run.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_for_use`, `load_snapshot` and `packed_model`.
+    """
+    loaded = load_for_use(model, adapter, tokenizer_path, merge=snapshot is None)
+    if snapshot is not None:
+        load_snapshot(loaded.model, snapshot)
+        merge_lora(loaded.model)
+    return packed_model(Engine(loaded.model, loaded.tokenizer, loaded.model.dtype, loaded.document_start), dtype)
+
+
+def packed_model(engine: Engine, dtype: PageDtype) -> bytes:
+    """The model of `engine`, and its tokenizer.
 
     Args:
         dtype: of the matrices; int8 has one scale for each row.
-        about: facts to show beside the model: any JSON.
 
     Raises:
         ValueError: the tokenizer splits text in a way that the page does not know, or weights are not finite.
@@ -59,7 +77,6 @@ def packed_model(engine: Engine, dtype: PageDtype, about: dict[str, Any] | None 
         "config": _config(model),
         "tokenizer": _tokenizer(engine),
         "tensors": tensors,
-        "about": about or {},
     }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 4)

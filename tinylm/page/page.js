@@ -27,41 +27,27 @@ function connectTabs() {
   });
 }
 
-/** The model inside this page; null where a server has them. */
-function modelInside() {
-  const text = document.getElementById("model").textContent.trim();
-  if (!text) return null;
-  let letters;
-  try {
-    letters = atob(text);
-  } catch {
-    throw new BadModel("the model in this page is cut short or damaged; make the page again");
-  }
-  const data = new Uint8Array(letters.length);
-  for (let i = 0; i < letters.length; i++) data[i] = letters.charCodeAt(i);
-  return new LocalModel(readModel(data.buffer));
-}
-
 function facts(model, isInside) {
-  const { parameters, isBase } = model.about;
-  const size = parameters.toLocaleString("en");
-  const base = isBase ? " It is a base model: here it continues text." : " Its chats are not in ChatML: here it continues text.";
-  return `${size} parameters, a context of ${isInside ? model.config.context : model.context} tokens` +
-    `${isInside ? "; everything is computed in this page, and nothing leaves it." : "."}${model.canChat ? "" : base}`;
+  const size = model.about.parameters.toLocaleString("en"), why = model.about.whyNoChats;
+  return `${size} parameters, a context of ${model.context} tokens` +
+    `${isInside ? "; everything is computed in this page, and nothing leaves it." : "."}` +
+    `${model.canChat ? "" : ` It continues text: ${why}.`}`;
 }
 
 async function start() {
   connectTabs();
   window.addEventListener("unhandledrejection", (event) => trouble(event.reason?.message || `${event.reason}`));
   window.addEventListener("error", (event) => trouble(event.message));
-  const inside = modelInside();
-  const models = inside ? [inside] : (await (await ask("v1/models")).json()).data.map((card) => new ServerModel(card));
+  const inside = enclosedModels();
+  const models = inside.length ? inside
+    : (await (await ask("v1/models")).json()).data.map((card) => new ServerModel(card));
+  const model = inside.length ? await inside[0].inPage() : null; // damage is found now
   const chat = new Chat(document.getElementById("chat"), models);
-  const show = () => (document.getElementById("facts").textContent = facts(chat.chosen[0], inside !== null));
+  const show = () => (document.getElementById("facts").textContent = facts(chat.chosen[0], inside.length > 0));
   chat.first.addEventListener("change", show);
   show();
-  window.parts = { model: inside, chat, glass: new Glass(document.getElementById("glass"), models) };
-  if (!inside) new Runs(document.getElementById("runs"), document.getElementById("tab-runs")).start();
+  window.parts = { models, model, chat, glass: new Glass(document.getElementById("glass"), models) };
+  if (!inside.length) new Runs(document.getElementById("runs"), document.getElementById("tab-runs")).start();
   chat.input.focus();
 }
 

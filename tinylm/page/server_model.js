@@ -1,24 +1,10 @@
 "use strict";
-/* A model that the server computes: the same face as LocalModel, but for what only a model in the page can show. */
+/* A model that a server computes: conversations go there, and for the glass box its weights come here. */
 
-class ServerModel {
-  constructor(card) {
-    this.about = { name: card.id, parameters: card.parameters, isBase: !card.chats };
-    this.canChat = card.chats;
-    this.context = card.max_model_len;
-    this.snapshots = card.snapshots; // steps of its training
-    this.local = new Map();
-  }
-
-  /** The same model in this page, for the glass box, as it was after a step of its training, or is now (null). It is
-      fetched once. */
-  async inPage(step = null) {
-    if (!this.local.has(step)) {
-      const when = step === null ? "" : `?step=${step}`;
-      const response = await ask(`page/models/${encodeURIComponent(this.about.name)}${when}`);
-      this.local.set(step, new LocalModel(readModel(await response.arrayBuffer())));
-    }
-    return this.local.get(step);
+class ServerModel extends PageModel {
+  async packed(step) {
+    const when = step === null ? "" : `?step=${step}`;
+    return (await ask(`page/models/${encodeURIComponent(this.about.name)}${when}`)).arrayBuffer();
   }
 
   async *answer(messages, settings, signal, notice) {

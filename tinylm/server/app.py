@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import tinylm
 from tinylm.files.untrusted import shown
+from tinylm.page.card import page_card
 from tinylm.page.page import page
 from tinylm.server import chat_completions, completions, responses
 from tinylm.server.docs_page import docs_page
@@ -147,15 +148,13 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
 
 
 def _card(model: ServedModel) -> dict[str, Any]:
+    why = "it is a base model" if model.is_base else model.why_no_chats
     return {
-        "id": model.name,
         "object": "model",
         "created": model.created,
         "owned_by": "tinylm",
         "root": model.parent or model.name,
         "parent": model.parent,
-        "max_model_len": model.scheduler.context_length,
-        "parameters": model.num_parameters,
         "snapshots": list(model.snapshots),
-        "chats": not (model.is_base or model.why_no_chats),
+        **page_card(model.name, model.num_parameters, model.scheduler.context_length, why, model.prompts),
     }

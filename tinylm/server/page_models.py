@@ -6,11 +6,7 @@ from functools import lru_cache
 
 import anyio.to_thread
 
-from tinylm.checkpoint.loading import load_for_use
-from tinylm.checkpoint.snapshots import load_snapshot
-from tinylm.generation.engine import Engine
-from tinylm.model.lora import merge_lora
-from tinylm.page.packed_model import packed_model
+from tinylm.page.packed_model import packed_at
 from tinylm.server.errors import ApiError, refused
 from tinylm.server.served_models import ServedModel
 
@@ -49,10 +45,4 @@ async def packed_for_page(model: ServedModel, step: int | None = None) -> bytes:
 
 @lru_cache(maxsize=4)
 def _packed(model: ServedModel, step: int | None) -> bytes:
-    loaded = load_for_use(model.path, model.adapter, merge=step is None)
-    if step is not None:
-        load_snapshot(loaded.model, model.snapshots[step])
-        merge_lora(loaded.model)
-    engine = Engine(loaded.model, loaded.tokenizer, loaded.model.dtype, loaded.document_start)
-    about = {"name": model.name, "parameters": model.num_parameters, "isBase": model.is_base}
-    return packed_model(engine, "int8", about)
+    return packed_at(model.path, model.adapter, None if step is None else model.snapshots[step], "int8")

@@ -14,7 +14,7 @@ import torch
 from tinylm.checkpoint.adapter_folder import load_adapter
 from tinylm.checkpoint.loading import LoadedModel, load_for_use
 from tinylm.checkpoint.model_folder import check_tokenizer, recorded_tokenizer
-from tinylm.checkpoint.model_path import resolve_adapter_path
+from tinylm.checkpoint.model_path import named_paths, resolve_adapter_path
 from tinylm.checkpoint.snapshots import snapshot_folder, snapshots_in
 from tinylm.files.untrusted import shown
 from tinylm.generation.engine import Engine
@@ -25,8 +25,9 @@ from tinylm.model.adapted_copy import adapted_copy
 from tinylm.model.inference_copy import inference_copy
 from tinylm.model.lora import unload_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
+from tinylm.page.card import prompts_for
 from tinylm.server.errors import ApiError
-from tinylm.server.settings import ServeSettings, named
+from tinylm.server.settings import ServeSettings
 from tinylm.system.allocator import give_back_freed_memory
 from tinylm.system.memory import memory_limit
 from tinylm.system.runtime import setup_runtime
@@ -52,6 +53,8 @@ class ServedModel:
     """Whether it was only pretrained, so that it continues text."""
     path: Path = Path()
     adapter: Path | None = None
+    prompts: tuple[str, ...] = ()
+    """Questions that the page offers."""
 
     @property
     def snapshots(self) -> dict[int, Path]:
@@ -80,7 +83,7 @@ class ServedModels:
         self._runtime = setup_runtime(settings.device, settings.dtype, only_uses=True)
         self._changed = threading.Condition()
         self._models: dict[str, ServedModel] = {}
-        paths, adapters = named(settings.model_path), named(settings.adapter)
+        paths, adapters = named_paths(settings.model_path), named_paths(settings.adapter)
         self._is_alone = len(paths) == 1
         if (memory := memory_limit(self._runtime.device)) is not None and settings.cache_bytes > memory:
             raise ValueError(f"cache_bytes is {settings.cache_bytes:,}; the device has {memory:,}; set less")
@@ -172,6 +175,7 @@ class ServedModels:
         scheduler = Scheduler(model, loaded.tokenizer, self._fitting(model), self._changed)
         _require_sound(scheduler, name)
         why = chat_fault(loaded.tokenizer)
+        is_base = loaded.lineage.get("stage") == "pretrain" and not parent
         served = ServedModel(
             name,
             engine,
@@ -180,9 +184,10 @@ class ServedModels:
             parent=parent,
             why_no_chats=why,
             num_parameters=loaded.model.num_parameters(),
-            is_base=loaded.lineage.get("stage") == "pretrain" and not parent,
+            is_base=is_base,
             path=loaded.path,
             adapter=adapter,
+            prompts=() if why or is_base else prompts_for(adapter or loaded.path),
         )
         self._models[name] = served
         kind = f"adapter of {parent}" if parent else f"{served.num_parameters:,} parameters"

@@ -7,12 +7,12 @@ import os
 import re
 from dataclasses import dataclass, fields
 
+from tinylm.checkpoint.model_path import named_paths
 from tinylm.generation.sampling import accept
 from tinylm.generation.scheduler import SchedulerSettings
 from tinylm.system.runtime import InferenceDtypeName
 
 API_KEY_VARIABLE = "TINYLM_API_KEY"
-_NAMED = re.compile(r"([\w.:-]+)=(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class ServeSettings(SchedulerSettings):
             accept(name, getattr(self, name), 0 < getattr(self, name) < float("inf"), "above 0 seconds")
         if self.key and not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
             raise ValueError("the API key has blanks or other than ASCII characters, which a header cannot carry")
-        named(self.model_path), named(self.adapter)
+        named_paths(self.model_path), named_paths(self.adapter)
         for origin in listed(self.cors_origins):
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise ValueError(f"cors_origins has {origin}; expected * or an origin such as http://localhost:3000")
@@ -92,23 +92,6 @@ class ServeSettings(SchedulerSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
-
-
-def named(text: str) -> list[tuple[str, str]]:
-    """(name, path) of each of `name=path,name2=path2`; a path alone has the name "".
-
-    Raises:
-        ValueError: several without names, or one name twice.
-    """
-    if not text or os.path.exists(os.path.expanduser(text)):
-        return [("", text)] if text else []
-    pairs = [(found[1], found[2]) if (found := _NAMED.fullmatch(part)) else ("", part) for part in text.split(",")]
-    names = [name for name, _ in pairs]
-    if len(pairs) > 1 and not all(names):
-        raise ValueError(f"{text} has a part without a name; expected name=path,name2=path2; name each")
-    if twice := next((name for name in names if names.count(name) > 1), ""):
-        raise ValueError(f"{text} has the name {twice} twice; expected each once; rename one")
-    return pairs
 
 
 def listed(text: str) -> list[str]:
