@@ -44,7 +44,7 @@ class Runs {
     this.figure = make("select", { "aria-label": "Figure", onchange: () => this.draw(this.figure.value) });
     this.log = make("input", { type: "checkbox", onchange: () => this.draw() });
     this.smooth = make("input", { type: "checkbox", onchange: () => this.draw() });
-    [this.tree, this.more] = [make("div", { class: "scroll" }), make("p", { class: "hint" })];
+    [this.tree, this.more] = [make("div", { class: "tree" }), make("p", { class: "hint" })];
     this.chart = new Chart();
     this.notes = make("ul", { class: "hint", role: "list", "aria-label": "Notes on the chart" });
     [this.samples, this.different] = [make("div"), make("div", { class: "scroll" })];
