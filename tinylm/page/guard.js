@@ -11,6 +11,7 @@ function missingFeature() {
     "Symbol.asyncIterator": window.Symbol && Symbol.asyncIterator,
     "Promise.allSettled": window.Promise && Promise.allSettled,
     "Object.fromEntries": Object.fromEntries,
+    "Object.hasOwn": Object.hasOwn,
     "Array.prototype.at": Array.prototype.at,
     "String.prototype.replaceAll": String.prototype.replaceAll,
     "Element.prototype.replaceChildren": Element.prototype.replaceChildren
@@ -30,7 +31,7 @@ document.addEventListener("DOMContentLoaded", function () {
   var said = "";
   if (missing || !begun) {
     said = "This browser is too old for this page" + (missing ? " (it has no " + missing + ")" : "") +
-      ": use Chrome or Edge 92, Firefox 90, Safari 15.4, or a newer one.";
+      ": use Chrome or Edge 93, Firefox 92, Safari 15.4, or a newer one.";
   }
   if (!document.getElementById("end")) said = "This file is cut short: fetch it again, or make it again with tinylm export.";
   if (!said) return;

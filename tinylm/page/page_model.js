@@ -57,9 +57,12 @@ class EnclosedModel extends PageModel {
 
 /** The models inside this page; none where a server has them. */
 function enclosedModels() {
+  const isCard = (card) => isRecord(card) && typeof card.id === "string" && isSize(card.parameters) &&
+    isSize(card.max_model_len) && Array.isArray(card.prompts) && Array.isArray(card.snapshots);
+  let cards = null;
   try {
-    return JSON.parse(document.getElementById("cards").textContent).map((card, place) => new EnclosedModel(card, place));
-  } catch {
-    throw new BadModel("this page is cut short or damaged; make the page again");
-  }
+    cards = JSON.parse(document.getElementById("cards").textContent);
+  } catch {} // said below
+  if (!Array.isArray(cards) || !cards.every(isCard)) throw new BadModel("this page is cut short or damaged; make it again");
+  return cards.map((card, place) => new EnclosedModel(card, place));
 }
