@@ -88,8 +88,8 @@ def test_import_is_light(repository: Path) -> None:
 
 def test_the_oldest_versions_are_the_lower_bounds(repository: Path) -> None:
     """`make test-oldest` installs what this prints. torch 2.10 was allowed, and lacked arguments that are passed."""
-    assert oldest("name[b,a]>=1.2,<3") == "name[a,b]==1.2"
-    assert oldest("name") == "name"
+    assert oldest("name[b,a]>=1.2,<3", {}) == "name[a,b]==1.2"
+    assert oldest("Name[a]", {"name": "7.1"}) == "Name[a]==7.1"
     done = subprocess.run(
         [sys.executable, "tests/oldest_versions.py"], cwd=repository, capture_output=True, text=True, check=True
     )

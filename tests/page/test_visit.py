@@ -141,10 +141,9 @@ def test_what_does_not_fit_is_said(exported, visit):
     wait_for_answer(tab)
     assert tab.locator("#trouble").is_hidden()
     tab.get_by_role("tab", name="Glass box").click()
-    for text, advice in (("x " * 50_000, "shorten it"),):
-        tab.get_by_role("textbox", name="Text to read").fill(text)
-        tab.get_by_role("button", name="Read it").click()
-        assert advice in tab.locator("#trouble").inner_text()
+    tab.get_by_role("textbox", name="Text to read").fill("x " * 300)
+    tab.get_by_role("button", name="Read it").click()
+    assert re.search(r"the text has \d+ tokens.*shorten it", tab.locator("#trouble").inner_text())
 
 
 def test_a_base_model_continues_text(models, visit, tmp_path):

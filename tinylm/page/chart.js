@@ -47,6 +47,7 @@ class Chart {
         svg("line", { x1: LEFT, x2: width - RIGHT, y1: this.y(value), y2: this.y(value) }),
         svg("text", { x: LEFT - 6, y: this.y(value) + 4, "text-anchor": "end" }, short(value)),
       ]),
+      svg("text", { x: LEFT - 6, y: height - 7, "text-anchor": "end" }, "step"),
       ...across.map((step) => svg("text", { x: this.x(step), y: height - 7, "text-anchor": "middle" }, whole(step))),
       ...this.lines.flatMap((line) => this.drawn(line)),
     );

@@ -50,10 +50,11 @@ class Chat {
     this.list = make("ol", { class: "messages", role: "log", "aria-label": "Conversation", tabindex: 0 });
     this.examples = make("div", { class: "row", role: "group", "aria-label": "Questions to begin with" });
     this.notice = make("p", { class: "hint", role: "status", "aria-live": "polite" });
-    this.system = make("textarea", { rows: 2, placeholder: "none" });
+    const most = () => this.mostLetters;
+    this.system = limited(make("textarea", { rows: 2, placeholder: "none" }), most);
     this.sampling = samplingFields();
-    this.input = make("textarea", { rows: 2, "aria-label": "Your message", placeholder: "Ask something…",
-      onkeydown: (event) => this.key(event) });
+    this.input = limited(make("textarea", { rows: 2, "aria-label": "Your message", placeholder: "Ask something…",
+      onkeydown: (event) => this.key(event) }), most);
     this.send = make("button", { onclick: () => this.ask() }, "Send");
     this.stop = make("button", { onclick: () => this.stopping?.abort(), disabled: true }, "Stop");
     this.clear = make("button", { onclick: () => this.restart() }, "Start over");
@@ -81,6 +82,10 @@ class Chat {
       .filter((model) => model !== undefined);
   }
 
+  get mostLetters() {
+    return Math.min(...this.chosen.map(({ mostLetters }) => mostLetters));
+  }
+
   key(event) {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
@@ -89,6 +94,10 @@ class Chat {
 
   ask(content = this.input.value) {
     if (!content.trim()) return;
+    if (content.length > this.mostLetters) {
+      trouble(tooLong(content.length, this.mostLetters));
+      return;
+    }
     this.input.value = "";
     this.messages.push({ role: "user", content });
     this.answer();
@@ -134,6 +143,8 @@ class Chat {
     }
     if (this.stopping === stopping) this.stopping = null;
     this.show();
+    const isTooLong = ends.some(({ reason }) => reason instanceof TooLong) && !this.messages.includes(message);
+    if (isTooLong && !this.input.value) this.edit(this.messages.length - 1); // back to the field, to be shortened
   }
 
   /** The conversation as the model of this name has had it; what it has not answered, the first one did. */

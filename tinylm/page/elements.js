@@ -31,10 +31,31 @@ function choice(names, attributes = {}) {
   return make("select", attributes, ...names.map((name) => make("option", {}, name)));
 }
 
-/** One sentence about what went wrong, at the top of the page; "" takes it away. */
+/** Letters of a text that the page takes: a browser lays them out in about a second, but needs a minute for a million
+    Hebrew ones. */
+const MOST_LETTERS = 200000;
+
+function tooLong(length, most) {
+  return `this text has ${length.toLocaleString("en")} characters; at most ${most.toLocaleString("en")} fit: shorten it`;
+}
+
+/** The field refuses what is pasted, dropped or typed when it would hold more letters than `most()`. */
+function limited(field, most) {
+  field.addEventListener("beforeinput", (event) => {
+    const { length } = event.data ?? event.dataTransfer?.getData("text") ?? "";
+    const all = field.textLength - (field.selectionEnd - field.selectionStart) + length;
+    if (!length || all <= most()) return;
+    event.preventDefault();
+    trouble(tooLong(all, most()));
+  });
+  return field;
+}
+
+/** One sentence about what went wrong, at the top of the page; "" takes it away. A character that turns the direction
+    of a line, in a name that is quoted, would turn the sentence. */
 function trouble(sentence) {
   const place = document.getElementById("trouble");
-  place.textContent = sentence;
+  place.textContent = sentence.replace(/[\u202a-\u202e\u2066-\u2069]/g, "\ufffd");
   place.hidden = !sentence;
 }
 

@@ -11,7 +11,7 @@ class Glass {
     this.read = null; // {ids, logits: [T][V], watch: [T], bits: [T], cache}
     this.at = 0;
     this.turn = 0; // of the choices that a person makes: what was begun before the last one is dropped
-    this.input = make("textarea", { rows: 3, dir: "auto", "aria-label": "Text to read" });
+    this.input = limited(make("textarea", { rows: 3, dir: "auto", "aria-label": "Text to read" }), () => this.source.mostLetters);
     this.input.value = "Once upon a time there was a";
     this.chosen = choice(models.map(({ about }) => about.name), { "aria-label": "Model" });
     this.chosen.addEventListener("change", () => this.forget());
@@ -122,6 +122,10 @@ class Glass {
     const model = await this.fetched();
     if (!model) return;
     const { tokenizer } = model, text = this.input.value;
+    if (text.length > model.mostLetters) {
+      trouble(tooLong(text.length, model.mostLetters));
+      return;
+    }
     const isChat = this.kind.selectedIndex === 1;
     if (isChat && !tokenizer.canChat) {
       trouble("this model's chats are not in ChatML; read it as a text");

@@ -3,6 +3,8 @@
 
 const DEFAULTS = { temperature: 0.7, topK: 0, topP: 0.9, minP: 0, repetitionPenalty: 1, maxTokens: 256, seed: "" };
 
+class TooLong extends Error {}
+
 class LocalModel {
   constructor(packed, canChat) {
     this.tokenizer = new Tokenizer(packed.tokenizer);
@@ -10,51 +12,61 @@ class LocalModel {
     this.config = packed.config;
     this.canChat = this.tokenizer.canChat && canChat; // else it continues text
     this.cache = this.transformer.newCache();
+    this.mostLetters = Math.min(MOST_LETTERS, this.tokenizer.mostLetters(this.config.context));
     this.known = []; // the tokens whose keys and values the cache holds
   }
 
-  /** Reads tokens, beginning behind those that are known already; returns the logits after the last. */
-  async read(ids, signal) {
+  /** Reads tokens, beginning behind those that are known already; returns the logits after the last. `notice` hears how
+      far it is. */
+  async read(ids, signal, notice = () => {}) {
     let common = 0;
     while (common < Math.min(this.known.length, ids.length - 1) && this.known[common] === ids[common]) common++;
     this.cache.length = common;
     this.known.length = common;
-    let logits = null, drawn = performance.now();
+    let logits = null, drawn = performance.now(), said = "";
     for (let place = common; place < ids.length; place++) {
       logits = this.transformer.read(ids[place], this.cache, { wantsLogits: place === ids.length - 1 });
       this.known.push(ids[place]);
       if (performance.now() - drawn > 30) {
+        if (place + 1 < ids.length) notice((said = `reading: ${place + 1} of ${ids.length} tokens`));
         await breathe();
         drawn = performance.now();
-        if (signal.aborted) return null;
+        if (signal.aborted) break;
       }
     }
-    return logits;
+    if (said) notice("");
+    return signal.aborted ? null : logits;
   }
 
   /** The ids that follow, one at a time, until the model ends its answer, the limit, or the signal. */
-  async *continued(prompt, settings, signal) {
+  async *continued(prompt, settings, signal, notice) {
     const ids = [...prompt];
     const random = randomNumbers(settings.seed === "" ? crypto.getRandomValues(new Uint32Array(1))[0] : +settings.seed);
     const end = Math.min(this.config.context, prompt.length + settings.maxTokens);
+    let drawn = performance.now();
     while (ids.length < end) {
-      const logits = await this.read(ids, signal);
+      const logits = await this.read(ids, signal, notice);
       if (signal.aborted) return;
-      if (!logits.every(Number.isFinite)) throw new Error("the model computed something that is not a number");
+      if (!isFiniteAll(logits)) throw new Error("the model computed something that is not a number");
       const id = draw(candidates(logits, settings, ids), random());
       if (this.tokenizer.stops.includes(id)) return;
       ids.push(id);
       yield id;
-      await breathe();
+      if (performance.now() - drawn > 20) { // not for every token: a browser takes 4 ms for it
+        await breathe();
+        drawn = performance.now();
+      }
     }
   }
 
   /** The answer to a conversation in pieces of text; `notice` hears what did not fit the context. */
   async *answer(messages, settings, signal, notice) {
     const count = (fitting) => this.prompt(fitting).length;
-    const fitting = await fitted(messages, this.config.context, settings.maxTokens, count, notice);
+    let left = "";
+    const fitting = await fitted(messages, this.config.context, settings.maxTokens, count, (line) => notice((left = line)));
     const next = this.tokenizer.stream();
-    for await (const id of this.continued(this.prompt(fitting), settings, signal)) yield next(id);
+    const reading = (line) => notice(line || left);
+    for await (const id of this.continued(this.prompt(fitting), settings, signal, reading)) yield next(id);
     yield next(null);
   }
 
@@ -84,7 +96,7 @@ async function fitted(messages, context, maxTokens, count, notice) {
       return fitting;
     }
     const next = turns.findIndex(({ role }, place) => place > 0 && role === "user");
-    if (next < 0) throw new Error(`this message is too long: the context leaves ${budget} tokens beside an answer; shorten the message`);
+    if (next < 0) throw new TooLong(`this message is too long: the context leaves ${budget} tokens beside an answer; shorten the message`);
     turns = turns.slice(next);
   }
 }

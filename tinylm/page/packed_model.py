@@ -1,16 +1,18 @@
 """A model as one piece of bytes that the page's own JavaScript reads (weights.js): header, weights, tokenizer.
 
-Layout: 8 digits, the header's length; the header, JSON, padded with blanks; the tensors, each at a multiple of 4 bytes.
+Layout: 8 digits, the header's length; 8 hexadecimal digits, the Adler-32 checksum of all that follows; the header,
+JSON, padded with blanks; the numbers of each tensor in the order of the header, those of int8 followed by the scales of
+the rows, all padded to multiples of 4 bytes.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from numpy.typing import NDArray
 
 from tinylm.checkpoint.loading import load_for_use
 from tinylm.checkpoint.snapshots import load_snapshot
@@ -19,7 +21,7 @@ from tinylm.generation.engine import Engine
 from tinylm.model.lora import merge_lora
 from tinylm.model.model_tinylm import TinyLMForCausalLM
 from tinylm.model.positions import rope_frequencies
-from tinylm.tokenizer.split_patterns import DIGIT_PATTERNS, steps_of
+from tinylm.tokenizer.split_patterns import DIGIT_PATTERNS, Digits, steps_of
 
 PageDtype = Literal["int8", "f32"]
 
@@ -49,38 +51,28 @@ def packed_model(engine: Engine, dtype: PageDtype) -> bytes:
         ValueError: the tokenizer splits text in a way that the page does not know, or weights are not finite.
     """
     model = engine.model
-    tensors: dict[str, dict[str, Any]] = {}
+    tensors: list[dict[str, Any]] = []
     parts: list[bytes] = []
-    size = 0
-
-    def put(numbers: NDArray[Any]) -> int:
-        nonlocal size
-        data = numbers.tobytes()
-        data += b"\0" * (-len(data) % 4)
-        parts.append(data)
-        size += len(data)
-        return size - len(data)
-
     for name, weight in _tensors(model).items():
-        numbers = weight.detach().float().cpu()
+        numbers = weight.detach().float().cpu().contiguous()
         if not bool(numbers.isfinite().all()):
             raise ValueError(f"the weights {name} hold something that is not a number; the model is damaged")
-        entry: dict[str, Any] = {"shape": list(numbers.shape), "dtype": "f32"}
-        if dtype == "int8" and numbers.dim() == 2:
+        is_int8 = dtype == "int8" and numbers.dim() == 2
+        tensors.append({"name": name, "dtype": "int8" if is_int8 else "f32", "shape": list(numbers.shape)})
+        if is_int8:
             scales = numbers.abs().amax(dim=1).clamp(min=1e-30) / 127
-            quantised = (numbers / scales[:, None]).round().to(torch.int8)
-            entry |= {"dtype": "int8", "at": put(quantised.numpy()), "scales": put(scales.numpy())}
+            parts += [(numbers / scales[:, None]).round().to(torch.int8).numpy().tobytes(), scales.numpy().tobytes()]
         else:
-            entry["at"] = put(numbers.contiguous().numpy())
-        tensors[name] = entry
+            parts.append(numbers.numpy().tobytes())
     header = {
         "config": _config(model),
         "tokenizer": _tokenizer(engine),
         "tensors": tensors,
     }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 4)
-    return b"".join([b"%08d" % len(text), text, *parts])
+    parts = [part + b"\0" * (-len(part) % 4) for part in parts]
+    data = b"".join([text + b" " * (-len(text) % 4), *parts])
+    return b"%08d%08x" % (len(data) - sum(map(len, parts)), zlib.adler32(data)) + data
 
 
 def _tensors(model: TinyLMForCausalLM) -> dict[str, torch.Tensor]:
@@ -102,11 +94,17 @@ def _config(model: TinyLMForCausalLM) -> dict[str, Any]:
         "keyHeads": config.num_key_value_heads,
         "headWidth": config.head_width,
         "width": config.hidden_size,
+        "inner": config.ffn_width,
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "eps": config.rms_norm_eps,
         "speeds": None,
         "rotationFactor": 1.0,
+        "isTied": config.tie_word_embeddings,
+        "hasHeadNorms": config.qk_norm,
+        "hasQkvBias": config.attention_bias or config.qkv_bias,
+        "hasOutputBias": config.attention_bias,
+        "hasMlpBias": config.mlp_bias,
     }
     if config.position_embedding_type == "rope":
         speeds, factor = rope_frequencies(config)
@@ -118,14 +116,15 @@ def _tokenizer(engine: Engine) -> dict[str, Any]:
     """What tokenizer.js needs."""
     tokenizer = engine.tokenizer
     definition = tokenizer.definition
+    vocabulary: dict[str, int] = definition["model"]["vocab"]
     names: list[str | None] = [None] * tokenizer.vocab_size
-    for name, token_id in {**definition["model"]["vocab"], **tokenizer.added_ids}.items():
+    for name, token_id in {**vocabulary, **tokenizer.added_ids}.items():
         names[token_id] = name
-    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in definition["model"]["merges"]]
+    pairs = [pair if isinstance(pair, list) else pair.split(" ") for pair in definition["model"]["merges"]]
     return {
         "tokens": names,
-        "merges": merges,
-        "pattern": _javascript_pattern(definition),
+        "merges": [[vocabulary[left], vocabulary[right], vocabulary[left + right]] for left, right in pairs],
+        "digits": _digits(definition),
         "isNormalized": [step["type"] for step in steps_of(definition.get("normalizer"), "normalizers")] == ["NFC"],
         "ignoresMerges": definition["model"].get("ignore_merges") is True,
         "controls": sorted({*tokenizer.added_ids.values(), *tokenizer.special_ids}),
@@ -137,8 +136,8 @@ def _tokenizer(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _javascript_pattern(definition: dict[str, Any]) -> str:
-    r"""The split pattern in JavaScript's syntax, which has no (?i:...) everywhere, and whose \s is not Unicode's.
+def _digits(definition: dict[str, Any]) -> Digits:
+    """Which of the split patterns that tokenizer.js knows it has.
 
     Raises:
         ValueError: the tokenizer has other steps than ours.
@@ -148,20 +147,10 @@ def _javascript_pattern(definition: dict[str, Any]) -> str:
         for step in steps_of(definition.get("pre_tokenizer"), "pretokenizers")
     ]
     normalizers = [step["type"] for step in steps_of(definition.get("normalizer"), "normalizers")]
-    known = [[pattern, "ByteLevel"] for pattern in DIGIT_PATTERNS.values()]
-    if steps not in known or normalizers not in ([], ["NFC"]):
+    known = [digits for digits, pattern in DIGIT_PATTERNS.items() if steps == [pattern, "ByteLevel"]]
+    if not known or normalizers not in ([], ["NFC"]):
         raise ValueError(
             f"this tokenizer splits text by {shown(steps)}; expected our own, or Qwen's: the page knows no others; "
             "use another format, such as gguf"
         )
-    pattern: str = steps[0]
-    contractions = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    assert contractions in pattern
-    # \u017f, the long s, is the one other character that these match without regard to case.
-    both = "'(?:[sS\u017ftTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
-    pattern = pattern.replace(contractions, both)
-    return (
-        pattern.replace(r"[^\s", r"[^\p{White_Space}")
-        .replace(r"\S", r"\P{White_Space}")
-        .replace(r"\s", r"\p{White_Space}")
-    )
+    return known[0]

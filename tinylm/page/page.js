@@ -35,10 +35,16 @@ function facts(model, isInside) {
 }
 
 async function start() {
+  begun = true;
   connectTabs();
   window.addEventListener("unhandledrejection", (event) => trouble(event.reason?.message || `${event.reason}`));
   window.addEventListener("error", (event) => trouble(event.message));
+  for (const part of document.querySelectorAll("[role=tabpanel]")) part.replaceChildren(); // of a page that was saved
+  trouble("");
   const inside = enclosedModels();
+  if (!inside.length && location.protocol === "file:") {
+    throw new Error("there is no model in this file: make one with tinylm export --output model.html");
+  }
   const models = inside.length ? inside
     : (await (await ask("v1/models")).json()).data.map((card) => new ServerModel(card));
   const model = inside.length ? await inside[0].inPage() : null; // damage is found now

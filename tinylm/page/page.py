@@ -41,13 +41,15 @@ def page(title: str, models: Sequence[Enclosed] = ()) -> str:
     """The HTML of the page; without models it asks the server that it comes from."""
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     script = "".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    allowed = f"script-src {_hash(script)}; style-src {_hash(style)}"
+    guard = (_HERE / "guard.js").read_text(encoding="utf-8")
+    allowed = f"script-src {_hash(guard)} {_hash(script)}; style-src {_hash(style)}"
     policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     cards = [{**model.card, "snapshots": list(model.snapshots)} for model in models]
     policy += "" if models else "; connect-src 'self'"
     parts = {
         "policy": policy,
         "title": escape(title),
+        "guard": guard,
         "style": style,
         "script": script,
         "models": "".join(_inside(place, model) for place, model in enumerate(models)),

@@ -14,6 +14,11 @@ class PageModel {
     this.unpacked = new Map();
   }
 
+  /** Letters of the longest text that is worth reading. */
+  get mostLetters() {
+    return this.unpacked.get(null)?.mostLetters ?? MOST_LETTERS;
+  }
+
   /** The model in this page, as it is (null), or as it was after a step of its training. */
   async inPage(step = null) {
     if (!this.unpacked.has(step)) {

@@ -14,6 +14,8 @@ const FIGURES = {
   matmul_share: "speed (share of the measured matrix-product speed)",
 };
 const HELD_OUT = /^validation_/;
+const SAMPLE = /^sample_(\d+)$/;
+const ARROW = " -> "; // in a sample, between a prompt and its answer
 const LOOK_AGAIN = 3000; // milliseconds
 const SILENT = 600; // seconds without a line, after which a run may have stopped
 const MOST_SAMPLES = 12; // of a prompt and a run, from the first to the last
@@ -42,13 +44,13 @@ class Runs {
     this.figure = make("select", { "aria-label": "Figure", onchange: () => this.draw(this.figure.value) });
     this.log = make("input", { type: "checkbox", onchange: () => this.draw() });
     this.smooth = make("input", { type: "checkbox", onchange: () => this.draw() });
-    [this.tree, this.more] = [make("div", { class: "scroll" }), make("p", { class: "hint" })];
+    [this.tree, this.more] = [make("div", { class: "tree" }), make("p", { class: "hint" })];
     this.chart = new Chart();
     this.notes = make("ul", { class: "hint", role: "list", "aria-label": "Notes on the chart" });
     [this.samples, this.different] = [make("div"), make("div", { class: "scroll" })];
     place.append(this.tree, this.more,
       make("div", { class: "row" }, labelled("figure", this.figure), labelled("log scale", this.log),
-        labelled("smooth", this.smooth, `the median of ${WINDOW} values`)),
+        labelled(`smooth (the median of ${WINDOW} values)`, this.smooth)),
       this.chart.element, this.notes, make("h2", {}, "What it wrote"), this.samples,
       make("h2", {}, "Settings that differ"), this.different);
   }
@@ -102,7 +104,7 @@ class Runs {
     this.shape = JSON.stringify(runs.map(({ name, parent }) => [name, parent]).sort());
     this.runs = runs;
     if (runs.length) this.tab.hidden = false;
-    for (const { name, changed } of runs.toReversed()) { // they come newest first
+    for (const { name, changed } of [...runs].reverse()) { // they come newest first
       if (!this.seen.includes(name)) this.seen.push(name);
       if (!this.items.has(name)) this.items.set(name, this.item(name, changed !== undefined));
     }
@@ -198,18 +200,17 @@ function factsOf({ changed, stage, step, num_steps, validation_loss, is_finished
 function samplesOf(runs) {
   const groups = new Map();
   for (const { name, rows } of runs) {
-    for (const key of new Set(rows.flatMap((row) => Object.keys(row).filter((each) => each.startsWith("sample_"))))) {
+    const keys = rows.flatMap((row) => Object.keys(row).filter((key) => SAMPLE.test(key) && typeof row[key] === "string"));
+    for (const key of new Set(keys)) {
       const written = rows.filter((row) => typeof row[key] === "string");
       const prompt = promptOf(written.map((row) => row[key])), start = prompt === null ? 0 : prompt.length + ARROW.length;
       const texts = spread(written, MOST_SAMPLES).map((row) => [row.step, row[key].slice(start)]);
-      const title = prompt ?? `Text ${+key.slice(7) + 1}`;
+      const title = prompt ?? `Text ${+SAMPLE.exec(key)[1] + 1}`;
       groups.set(title, [...(groups.get(title) || []), { name, texts, count: written.length }]);
     }
   }
   return [...groups];
 }
-
-const ARROW = " -> "; // between a prompt and its answer
 
 /** The prompt that all these texts answer; null if they are not answers. */
 function promptOf(texts) {

@@ -36,11 +36,12 @@ class ServerModel extends PageModel {
 
   async count(messages, signal) {
     const model = this.about.name;
+    if (asText(messages).length > MOST_LETTERS) return Infinity; // a server reads no body of some megabytes
     const body = this.canChat ? { model, messages } : { model, prompt: asText(messages) };
     try {
       return (await (await ask("tokenize", body, signal)).json()).count;
     } catch (error) {
-      if (error.code === "context_length_exceeded") return Infinity;
+      if (["context_length_exceeded", "body_too_large"].includes(error.code)) return Infinity;
       throw error;
     }
   }
@@ -65,7 +66,7 @@ async function ask(path, body = null, signal = undefined) {
 
 /** The events of a stream, as they come. */
 async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = response.body.getReader(), decoder = new TextDecoder();
   let rest = "", isWhole = false;
   for (;;) {
     let part;
@@ -75,7 +76,7 @@ async function* events(response) {
       part = { done: true };
     }
     if (part.done) break;
-    rest += part.value;
+    rest += decoder.decode(part.value, { stream: true });
     const lines = rest.split("\n");
     rest = lines.pop();
     for (const line of lines) {

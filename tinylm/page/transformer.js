@@ -16,20 +16,25 @@ class Matrix {
   times(x, bias = null) {
     const { numbers, rows, columns, scales } = this;
     const y = new Float32Array(rows);
-    for (let row = 0, start = 0; row < rows; row++, start += columns) {
-      let one = 0, two = 0, three = 0, four = 0; // four sums at a time: the processor need not wait for the last one
-      let i = 0;
-      for (; i + 3 < columns; i += 4) {
-        one += numbers[start + i] * x[i];
-        two += numbers[start + i + 1] * x[i + 1];
-        three += numbers[start + i + 2] * x[i + 2];
-        four += numbers[start + i + 3] * x[i + 3];
+    let row = 0;
+    for (; row + 3 < rows; row += 4) { // four rows at a time: x is loaded once for all, and no sum waits for another
+      const a = row * columns, b = a + columns, c = b + columns, d = c + columns;
+      let one = 0, two = 0, three = 0, four = 0;
+      for (let i = 0; i < columns; i++) {
+        const value = x[i];
+        one += numbers[a + i] * value;
+        two += numbers[b + i] * value;
+        three += numbers[c + i] * value;
+        four += numbers[d + i] * value;
       }
-      for (; i < columns; i++) one += numbers[start + i] * x[i];
-      const sum = one + two + three + four;
-      y[row] = (scales ? sum * scales[row] : sum) + (bias ? bias[row] : 0);
+      y[row] = one;
+      y[row + 1] = two;
+      y[row + 2] = three;
+      y[row + 3] = four;
     }
-    return y;
+    for (; row < rows; row++) for (let i = 0; i < columns; i++) y[row] += numbers[row * columns + i] * x[i];
+    if (scales) for (row = 0; row < rows; row++) y[row] *= scales[row];
+    return bias ? add(y, bias) : y;
   }
 
   /** One row as floats: the embedding of a token. */
@@ -77,16 +82,26 @@ function softmax(logits) {
   return result;
 }
 
-/** Keys and values of the tokens so far, for each layer: [T, K * D] in room for the whole context. */
+/** Keys and values of the tokens so far, for each layer: [T, K * D], in room that doubles when it is full. */
 class KVCache {
   constructor(config) {
-    const size = config.context * config.keyHeads * config.headWidth;
-    this.layers = Array.from({ length: config.layers }, () => ({
-      keys: new Float32Array(size),
-      values: new Float32Array(size),
-    }));
+    this.width = config.keyHeads * config.headWidth;
+    this.layers = Array.from({ length: config.layers }, () => ({ keys: new Float32Array(0), values: new Float32Array(0) }));
     this.length = 0;
-    this.bytesPerToken = 8 * config.layers * config.keyHeads * config.headWidth;
+    this.bytesPerToken = 8 * config.layers * this.width;
+  }
+
+  /** Makes room for one more token. */
+  grow() {
+    const wider = (old) => {
+      const room = new Float32Array(Math.max(64 * this.width, 2 * old.length));
+      room.set(old);
+      return room;
+    };
+    for (const layer of this.layers) {
+      if (layer.keys.length > this.length * this.width) continue;
+      [layer.keys, layer.values] = [wider(layer.keys), wider(layer.values)];
+    }
   }
 }
 
@@ -109,6 +124,7 @@ class Transformer {
   read(token, cache, { watch = null, wantsLogits = true } = {}) {
     const { config, tensors } = this;
     if (cache.length >= config.context) throw new RangeError(`the context of ${config.context} tokens is full`);
+    cache.grow();
     let x = tensors["model.embed_tokens.weight"].row(token);
     if (tensors.positions) x = add(x, tensors.positions.row(cache.length));
     if (watch) Object.assign(watch, { attention: [], stream: [x] });

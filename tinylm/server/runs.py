@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections import Counter
+from functools import lru_cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ DEPTH = 3
 """Levels of folders that are searched."""
 MOST_BYTES = 1 << 25
 """Of a run's metrics: 150,000 lines."""
-TAIL_BYTES = 1 << 16
+TAIL_BYTES = 1 << 14
 """Of a run's metrics, in which its last step and its last validation are looked for."""
 MOST_ROWS = 3000
 """That a chart gets; of more, every second or third is left out, and those with a validation or sample stay."""
@@ -42,15 +42,22 @@ def newest_first(folder: Path, pattern: str) -> list[Path]:
 
 def last_row(metrics: Path) -> dict[str, Any]:
     """The values of the last lines together, back to the last validation, and when the file "changed"."""
+    try:
+        status = metrics.stat()
+        return {**_last_row(metrics, status.st_size, status.st_mtime_ns), "changed": status.st_mtime}
+    except OSError:
+        return {}
+
+
+@lru_cache(maxsize=1024)  # each page that shows the runs asks every three seconds, and few of them change
+def _last_row(metrics: Path, size: int, mtime_ns: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError), metrics.open("rb") as file:
-        status = os.fstat(file.fileno())
-        file.seek(max(0, status.st_size - TAIL_BYTES))
+    with metrics.open("rb") as file:
+        file.seek(max(0, size - TAIL_BYTES))
         for row in map(_row, reversed(file.read().splitlines())):
             found = {**(row or {}), **found}
             if "validation_loss" in found:
                 break
-        found["changed"] = status.st_mtime
     return found
 
 
