@@ -362,6 +362,8 @@ def test_a_long_text_on_a_phone(computed, visit):
     count = tab.locator(".token").count()
     assert count > 60 and tab.evaluate("document.documentElement.scrollWidth") <= 360
     assert tab.locator(".row-name:visible").count() == tab.locator(".column-name:visible").count() == 1
+    box = tab.locator(".heads canvas").first.bounding_box()
+    assert box["width"] == pytest.approx(box["height"], abs=1), "square, also where it is smaller than its tokens"
     tab.locator(".large").focus()
     tab.keyboard.press("ArrowLeft")
     assert f"(place {count - 1})" in attention_said(tab)
@@ -379,3 +381,12 @@ def test_what_is_no_number_is_said(computed, visit, tmp_path):
     tab.get_by_role("tab", name="Glass box").click()
     tab.get_by_role("button", name="Read it").click()
     expect(tab.locator("#trouble")).to_have_text(re.compile("something that is not a number"))
+
+
+def test_a_chat_says_why_it_surprises(computed, visit):
+    tab = visit(computed.path)
+    tab.get_by_role("tab", name="Glass box").click()
+    tab.get_by_role("combobox", name="How the text is read").select_option("as a question in a chat")
+    read(tab)
+    assert "A chat model learns answers only" in tab.locator("#glass").inner_text()
+    assert tab.locator(".token bdi.control").all_inner_texts() == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]

@@ -219,7 +219,13 @@ def test_it_learns_from_a_disk(everything, models, chat_tokenizer, visit):
     slider = tab.get_by_role("slider", name="Step of the training")
     assert slider.is_hidden(), "an adapter without snapshots"
     tab.get_by_role("combobox", name="Model", exact=True).last.select_option("full_sft_64_epoch0")
-    tab.get_by_role("textbox", name="Text to read").fill("Größe? quiet")
+    kind, field = (
+        tab.get_by_role("combobox", name="How the text is read"),
+        tab.get_by_role("textbox", name="Text to read"),
+    )
+    assert (kind.input_value(), field.input_value()) == ("as a question in a chat", QUESTIONS[0]), "to begin with"
+    kind.select_option("as a text")
+    field.fill("Größe? quiet")
     tab.get_by_role("button", name="Read it").click()
     tab.locator(".bars").wait_for()
     ids = torch.tensor([[*chat_tokenizer.document_start, *chat_tokenizer.encode("Größe? quiet")]])

@@ -196,7 +196,8 @@ def test_health_while_models_are_loaded(model_folder, monkeypatch):
 
 def test_it_says_where_it_is(started):
     command = started("--host", "127.0.0.1")
-    assert re.search(rf"ready at http://127\.0\.0\.1:{command.port}/v1", command.said.replace("\n", ""))
+    root = rf"http://127\.0\.0\.1:{command.port}/"
+    assert re.search(rf"ready: open {root} in a browser; programs use {root}v1, ", command.said.replace("\n", " "))
     assert "warning" not in command.said
 
 

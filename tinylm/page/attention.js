@@ -102,7 +102,7 @@ class AttentionView {
         image.data.set([...colour, Math.round(255 * weight)], 4 * (row * size + column)));
     }
     context.putImageData(image, 0, 0);
-    canvas.classList.toggle("small", canvas.clientWidth < size); // else some rows would not be seen at all
+    canvas.classList.toggle("shrunk", canvas.clientWidth < size); // else some rows would not be seen at all
   }
 
   /** Makes the picture as large as there is room for, and names as many tokens as fit. */

@@ -12,7 +12,6 @@ class Glass {
     this.at = 0;
     this.turn = 0; // of the choices that a person makes: what was begun before the last one is dropped
     this.input = limited(make("textarea", { rows: 3, dir: "auto", "aria-label": "Text to read" }), () => this.source.mostLetters);
-    this.input.value = "Once upon a time there was a";
     this.chosen = choice(models.map(({ about }) => about.name), { "aria-label": "Model" });
     this.chosen.addEventListener("change", () => this.forget());
     this.step = make("input", { type: "range", min: 0, "aria-label": "Step of the training",
@@ -31,6 +30,9 @@ class Glass {
     this.result = make("div", { hidden: true }, ...this.parts());
     place.append(this.input, make("div", { class: "row" }, models.length > 1 ? this.chosen : null, this.kind, this.look),
       this.steps, this.status, this.result);
+    const question = models[0].prompts.at(-1);
+    this.input.value = question ?? "Once upon a time, ";
+    this.kind.selectedIndex = question === undefined ? 0 : 1;
     this.showSteps();
   }
 

@@ -48,7 +48,8 @@ async def serve(settings: ServeSettings, at: socket.socket, say: Callable[[str],
             if loading.done():
                 models = loading.result()
                 app.state.server.use(models)
-                say(f"ready at {_address(at)} (Ctrl-C ends it; /docs lists the routes)")
+                root = _address(at)
+                say(f"ready: open {root} in a browser; programs use {root}v1, {root}docs lists its routes; Ctrl-C ends")
             await asyncio.wait([serving])
         finally:
             server.should_exit = True
@@ -96,4 +97,4 @@ def _in_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
 
 def _address(at: socket.socket) -> str:
     host, port = at.getsockname()[:2]
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
