@@ -111,6 +111,7 @@ BAD = [
     ("tokenizer.merges.0", [1e15, 2, 3], "its merges are not of its tokens"),
     ("tokenizer.merges.0.2", 0.5, "its merges are not of its tokens"),
     ("tokenizer.merges.0", [5, 5], "its merges are not of its tokens"),
+    ("tokenizer.merges.0", None, "its merges are not of its tokens"),
     ("tokenizer.digits", "toString", "it splits text in a way that is unknown here: toString"),
     ("tokenizer.controls", [336], "its control tokens are none of its tokens"),
     ("tokenizer.imEnd", "1", "its control tokens are none of its tokens"),
