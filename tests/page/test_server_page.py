@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from tests.server.serving import running, settings_for
 from tinylm.checkpoint.model_folder import save_model
 from tinylm.checkpoint.snapshots import write_snapshot
 from tinylm.commands.serve import with_models
+from tinylm.server import served_models
 from tinylm.server.settings import ServeSettings
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -222,6 +224,23 @@ def test_a_server_that_goes_away(settings, browser):
     ask(tab, "Größe")
     tab.locator("#trouble:text('cannot be reached')").wait_for()
     tab.close()
+
+
+def test_a_page_that_is_opened_too_early(settings, browser, monkeypatch):
+    """It says what it waits for, and begins as soon as the models are there."""
+    go_on, load = threading.Event(), served_models.load_for_use
+    monkeypatch.setattr(served_models, "load_for_use", lambda *a, **k: go_on.wait(60) and load(*a, **k))
+    with running(settings, is_ready=False) as server:
+        tab = browser.new_page()
+        tab.set_default_timeout(20_000)
+        tab.goto(server.url)
+        tab.locator("#trouble:text('the server is loading its models')").wait_for()
+        go_on.set()
+        tab.locator("#facts:not(:empty)").wait_for()
+        assert tab.locator("#trouble").is_hidden()
+        ask(tab, QUESTIONS[0])
+        assert wait_for_answer(tab)
+        tab.close()
 
 
 def test_the_key_is_asked_by_the_browser(settings, browser):

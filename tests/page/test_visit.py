@@ -200,6 +200,37 @@ def test_models_beside_each_other_from_a_disk(everything, visit):
         assert tab.locator(".assistant .text").all_inner_texts() == [answer.strip() for answer in answers], place
 
 
+def test_one_model_in_both_columns(everything, chat_tokenizer, visit, tmp_path):
+    """Each column has its own answers as history; the two answers share a cache, so they come one after the other."""
+    tab = visit(everything)
+    for name in ("model", "model beside it"):
+        tab.get_by_role("combobox", name=name, exact=True).first.select_option("full_sft_64_epoch0")
+    set_greedy(tab)
+    ask(tab, QUESTIONS[1])
+    wait_for_answer(tab)
+    assert tab.locator(".assistant .text").all_inner_texts() == [ANSWERS[1].strip()] * 2
+    said = "() => [0, 1].map((column) => window.parts.chat.history('full_sft_64_epoch0', column).at(-1).content)"
+    tab.evaluate("() => { window.parts.chat.messages.at(-1).answers[1].content = 'anders'; }")
+    assert tab.evaluate(said) == [ANSWERS[1].strip(), "anders"]
+
+    model = trained_model(vocab_size=chat_tokenizer.vocab_size)
+    tab = visit(write_page(tmp_path / "page.html", model, chat_tokenizer))
+    tab.evaluate("() => { let now = 0; performance.now = () => (now += 40); }")  # each breathes after every token
+    texts = """async () => {
+      const { model } = window.parts, { signal } = new AbortController();
+      model.tokenizer.stream = () => (id) => `${id} `;
+      const ask = async (content) => {
+        const settings = { ...DEFAULTS, temperature: 1, topP: 1, seed: 5, maxTokens: 30 }, found = [];
+        for await (const id of model.answer([{ role: "user", content }], settings, signal, () => {})) found.push(id);
+        return found.join("");
+      };
+      const alone = [await ask("Größe"), await ask("quiet ant")];
+      return [alone, await Promise.all([ask("Größe"), ask("quiet ant")])];
+    }"""
+    alone, together = tab.evaluate(texts)
+    assert alone == together and alone[0] and alone[0] != alone[1]
+
+
 def test_a_question_to_begin_with(everything, visit):
     tab = visit(everything)
     set_greedy(tab)

@@ -47,7 +47,8 @@ class Chat {
     this.models = models;
     this.messages = []; // {role: "user", content} or {role: "assistant", answers: [{name, content}]}
     this.stopping = null;
-    this.list = make("ol", { class: "messages", role: "log", "aria-label": "Conversation", tabindex: 0 });
+    this.list = make("ol", { class: "messages" });
+    this.log = make("div", { class: "log", role: "log", "aria-label": "Conversation", tabindex: 0 }, this.list);
     this.examples = make("div", { class: "row", role: "group", "aria-label": "Questions to begin with" });
     this.notice = make("p", { class: "hint", role: "status", "aria-live": "polite" });
     const most = () => this.mostLetters;
@@ -63,7 +64,7 @@ class Chat {
     place.append(
       models.length > 1 ? make("div", { class: "row" }, labelled("model", this.first), labelled("beside it", this.second))
         : "",
-      this.list,
+      this.log,
       make("div", { class: "below" }, // stays where it is while an answer grows
         this.examples,
         this.notice,
@@ -117,7 +118,7 @@ class Chat {
     this.notice.textContent = "";
     const models = this.chosen;
     const message = { role: "assistant", answers: models.map(({ about }) => ({ name: about.name, content: "" })) };
-    const histories = models.map(({ about }) => this.history(about.name));
+    const histories = models.map(({ about }, column) => this.history(about.name, column));
     this.messages.push(message);
     const stopping = (this.stopping = new AbortController());
     this.show();
@@ -148,9 +149,9 @@ class Chat {
   }
 
   /** The conversation as the model of this name has had it; what it has not answered, the first one did. */
-  history(name) {
+  history(name, column) {
     const system = this.system.value.trim() ? [{ role: "system", content: this.system.value }] : [];
-    const own = (answers) => answers.find((answer) => answer.name === name) || answers[0];
+    const own = (answers) => [answers[column], ...answers].find((answer) => answer?.name === name) || answers[0];
     const said = ({ role, content, answers }) => ({ role, content: content ?? own(answers).content });
     return [...system, ...this.messages.map(said)];
   }
@@ -189,11 +190,11 @@ class Chat {
     );
     this.examples.replaceChildren(...(this.messages.length ? [] : this.chosen[0].prompts).map((prompt) =>
       make("button", { class: "example", dir: "auto", onclick: () => this.ask(prompt) }, prompt)));
-    this.list.setAttribute("aria-busy", `${isBusy}`); // a screen reader waits for the whole answer
+    this.log.setAttribute("aria-busy", `${isBusy}`); // a screen reader waits for the whole answer
     this.toEnd();
   }
 
   toEnd() {
-    this.list.scrollTop = this.list.scrollHeight;
+    this.log.scrollTop = this.log.scrollHeight;
   }
 }

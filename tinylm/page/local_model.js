@@ -14,6 +14,7 @@ class LocalModel {
     this.cache = this.transformer.newCache();
     this.mostLetters = Math.min(MOST_LETTERS, this.tokenizer.mostLetters(this.config.context));
     this.known = []; // the tokens whose keys and values the cache holds
+    this.free = Promise.resolve(); // once the last answer is complete: they share the cache
   }
 
   /** Reads tokens, beginning behind those that are known already; returns the logits after the last. `notice` hears how
@@ -59,8 +60,21 @@ class LocalModel {
     }
   }
 
-  /** The answer to a conversation in pieces of text; `notice` hears what did not fit the context. */
+  /** The answer to a conversation in pieces of text, once those before it are complete; `notice` hears what did not fit
+      the context. */
   async *answer(messages, settings, signal, notice) {
+    const before = this.free;
+    let leave;
+    this.free = new Promise((resolve) => (leave = resolve));
+    try {
+      await before;
+      yield* this.answerNow(messages, settings, signal, notice);
+    } finally {
+      leave();
+    }
+  }
+
+  async *answerNow(messages, settings, signal, notice) {
     const count = (fitting) => this.prompt(fitting).length;
     let left = "";
     const fitting = await fitted(messages, this.config.context, settings.maxTokens, count, (line) => notice((left = line)));

@@ -45,8 +45,7 @@ async function start() {
   if (!inside.length && location.protocol === "file:") {
     throw new Error("there is no model in this file: make one with tinylm export --output model.html");
   }
-  const models = inside.length ? inside
-    : (await (await ask("v1/models")).json()).data.map((card) => new ServerModel(card));
+  const models = inside.length ? inside : await serverModels();
   const model = inside.length ? await inside[0].inPage() : null; // damage is found now
   const chat = new Chat(document.getElementById("chat"), models);
   const show = () => (document.getElementById("facts").textContent = facts(chat.chosen[0], inside.length > 0));

@@ -47,6 +47,21 @@ class ServerModel extends PageModel {
   }
 }
 
+/** The models of the server; of one that has just been started, as soon as it has loaded them. */
+async function serverModels() {
+  for (;;) {
+    try {
+      const { data } = await (await ask("v1/models")).json();
+      trouble("");
+      return data.map((card) => new ServerModel(card));
+    } catch (error) {
+      if (error.code !== "loading") throw error;
+      trouble("the server is loading its models…");
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
+  }
+}
+
 /** Asks the server; what it refuses, and that it cannot be reached, becomes an error with one sentence. */
 async function ask(path, body = null, signal = undefined) {
   const options = body === null ? { signal } : { method: "POST", signal, body: JSON.stringify(body),
