@@ -137,7 +137,7 @@ def test_each_cell_of_attention_is_said(computed, visit):
 
 def test_attention_by_pointer(computed, visit):
     tab = read(visit(computed.path))
-    weights, count = computed.attention[0][0], len(computed.ids)
+    weights, count = computed.attention[1][0], len(computed.ids)
     box = tab.locator(".large canvas").bounding_box()
     for row, column in ((count - 2, 1), (4, 3)):
         cell = {"x": (column + 0.5) * box["width"] / count, "y": (row + 0.5) * box["height"] / count}
@@ -155,10 +155,23 @@ def test_attention_by_pointer(computed, visit):
             assert share_of(token) == pytest.approx(weights[4, place].item(), abs=6e-4)
 
 
+def test_the_first_picture_is_sharp_and_a_window_may_change(computed, visit):
+    """The large picture was measured before it had its place, and a browser's complaint about sizes was shown."""
+    tab = read(visit(computed.path))
+    assert tab.locator(".large canvas.shrunk").count() == 0
+    wide = tab.locator(".large canvas").bounding_box()["width"]
+    for width in (400, 1000, 360):
+        tab.set_viewport_size({"width": width, "height": 700})
+        tab.wait_for_timeout(150)
+    assert tab.locator("#trouble").is_hidden() and tab.locator(".large canvas").bounding_box()["width"] < wide
+    tab.get_by_role("textbox", name="Text to read").type("船")
+    tab.locator("#glass [role=status]", has_text="The text is another one now").wait_for()
+
+
 def test_attention_without_the_first_token(computed, visit):
     """The rest is shown as shares of what the first token leaves, and both numbers are said."""
     tab = read(visit(computed.path))
-    weights, last = computed.attention[0][0], len(computed.ids) - 1
+    weights, last = computed.attention[1][0], len(computed.ids) - 1
     first = weights[1:, 0].mean().item()
     assert percents(tab.locator(".side .hint").inner_text()) == [close(first)]
     tab.get_by_role("checkbox", name="without the first token").check()

@@ -18,6 +18,7 @@ from tests.page.test_visit import ask, chat_tokenizer, set_greedy, wait_for_answ
 from tests.server.serving import running, settings_for
 from tinylm.checkpoint.model_folder import save_model
 from tinylm.checkpoint.snapshots import write_snapshot
+from tinylm.commands.find_model import one_of_each_stage
 from tinylm.commands.serve import with_models
 from tinylm.server import served_models
 from tinylm.server.settings import ServeSettings
@@ -78,6 +79,7 @@ def test_a_folder_of_stages_is_all_of_them(settings, folder):
         "pretrain_64_epoch0",
     ]
     assert settings.adapter == f"lora_64_epoch0={folder / 'lora' / 'lora_64_epoch0'}"
+    assert one_of_each_stage(folder.parent) == [], "those of several families would stand beside each other"
     one = with_models(settings_for(folder / "full_sft"))
     assert (one.model_path, one.adapter) == (str(folder / "full_sft" / "full_sft_64_epoch0"), "")
 

@@ -200,6 +200,31 @@ def test_models_beside_each_other_from_a_disk(everything, visit):
         assert tab.locator(".assistant .text").all_inner_texts() == [answer.strip() for answer in answers], place
 
 
+def test_the_keyboard_is_not_lost(everything, visit):
+    """What had the focus may be gone when an answer begins or ends: then the message field has it."""
+    tab = visit(everything)
+    set_greedy(tab)
+    tab.get_by_role("group", name="Questions to begin with").get_by_role("button").first.press("Enter")
+    wait_for_answer(tab)
+    focused = "() => document.activeElement.getAttribute('aria-label')"
+    assert tab.evaluate(focused) == "Your message"
+    tab.get_by_role("button", name="Again").press("Enter")
+    wait_for_answer(tab)
+    assert tab.evaluate(focused) == "Your message"
+    tab.get_by_role("tab", name="Chat").press("End")
+    assert tab.get_by_role("tab", name="Glass box").get_attribute("aria-selected") == "true"
+    tab.get_by_role("tab", name="Glass box").press("Home")
+    assert tab.get_by_role("tab", name="Chat").get_attribute("aria-selected") == "true"
+
+
+def test_a_model_that_ends_at_once_is_named(everything, visit):
+    tab = visit(everything)
+    tab.evaluate("() => { LocalModel.prototype.continued = async function* () {}; }")
+    ask(tab, "Größe?")
+    tab.locator("#chat [role=status]:text('lora_64_epoch0 ended the answer at once')").wait_for()
+    assert tab.locator(".messages li").count() == 1 and tab.get_by_role("button", name="Again").count() == 1
+
+
 def test_one_model_in_both_columns(everything, chat_tokenizer, visit, tmp_path):
     """Each column has its own answers as history; the two answers share a cache, so they come one after the other."""
     tab = visit(everything)
@@ -263,6 +288,7 @@ def test_it_learns_from_a_disk(everything, models, chat_tokenizer, visit):
     for place, name, step in ((0, "after step 0", 0), (1, "after step 1,200", 1200), (2, "the finished model", None)):
         slider.fill(str(place))
         tab.locator(f"output:text-is('{name}')").wait_for()
+        assert slider.get_attribute("aria-valuetext") == name
         torch.manual_seed(step or 0)
         model = (
             trained_model(vocab_size=chat_tokenizer.vocab_size) if step is not None else load_for_use(models[0]).model

@@ -83,7 +83,9 @@ def named_paths(text: str) -> list[tuple[str, str]]:
     pairs = [(found[1], found[2]) if (found := _NAMED.fullmatch(part)) else ("", part) for part in text.split(",")]
     names = [name for name, _ in pairs]
     if len(pairs) > 1 and not all(names):
-        raise ValueError(f"{text} has a part without a name; expected name=path,name2=path2; name each")
+        raise ValueError(
+            f"{text} has a part without a name of letters, digits and ._:-; expected name=path,name2=path2"
+        )
     if twice := next((name for name in names if names.count(name) > 1), ""):
         raise ValueError(f"{text} has the name {twice} twice; expected each once; rename one")
     return pairs

@@ -214,7 +214,8 @@ def _to_html(settings: ExportSettings, output: Path, console: Console) -> None:
         raise ValueError("no run has left snapshots; leave out --snapshots, or train with --snapshots 8")
     title = models[0].card["id"] if len(models) == 1 else output.stem
     for model in models:
-        kept = f", {len(model.snapshots) or 'no'} snapshots" if settings.snapshots else ""
+        count = len(model.snapshots)
+        kept = f", {count or 'no'} snapshot{'s' * (count != 1)}" if settings.snapshots else ""
         console.print(f"{model.card['id']}: {model.card['parameters']:,} parameters{kept}")
     size = export_html(title, models, output)
     console.print(f"written to {output}: {size / 1e6:,.1f} MB in {dtype}")

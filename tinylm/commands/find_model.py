@@ -52,7 +52,6 @@ def last_stage_below(folder: Path, weight: str) -> Path | None:
 
 
 def one_of_each_stage(folder: Path) -> list[Path]:
-    """The newest model of each stage that has a folder in this one, the last stage first; none in a stage's folder."""
-    if not folder.is_dir() or is_model(folder) or models_in(folder):
-        return []
-    return [model for stage in STAGES if (model := last_stage_below(folder, stage))]
+    """The newest model of each stage's own folder in this one (`dpo`, `lora` and so on), the last stage first."""
+    found = {stage: last_models(folder / stage, stage) for stage in STAGES}
+    return [newest_model(models) for models in found.values() if models]

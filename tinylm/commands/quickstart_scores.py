@@ -133,7 +133,7 @@ def _stoppable(console: Console) -> Iterator[StopRequest]:
 
 def working_prompts(engine: Engine) -> tuple[str, ...]:
     """Up to three prompts that the model answers rightly when it is greedy, and in each of three tries at the default
-    temperature.
+    temperature; of a skill the shortest.
 
     They are the free story and held-out questions, of one line and without an earlier turn.
     """
@@ -146,11 +146,11 @@ def working_prompts(engine: Engine) -> tuple[str, ...]:
     questions = [item.messages[:-1] for item in items]
     ways = [replace(AS_IN_CHAT, temperature=0.0), *(replace(AS_IN_CHAT, seed=seed) for seed in range(NUM_TRIES))]
     tries = [engine.reply_batch(questions, settings) for settings in ways]
-    prompts: dict[str, str] = {}
+    right: dict[str, list[str]] = {}
     for item, *replies in zip(items, *tries, strict=True):
         if all(tinyworld.check(item, reply) for reply in replies):
-            prompts.setdefault(item.skill, item.messages[0]["content"])
-    return tuple(prompts.values())[:NUM_PROMPTS]
+            right.setdefault(item.skill, []).append(item.messages[0]["content"])
+    return tuple(min(prompts, key=len) for prompts in right.values())[:NUM_PROMPTS]
 
 
 def goals(scores: Scores) -> list[dict[str, Any]]:

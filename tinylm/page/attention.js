@@ -21,14 +21,14 @@ class AttentionView {
     this.element = make("div", {}, this.facts,
       make("div", { class: "row" }, make("label", {}, this.withoutFirst, "without the first token")),
       make("div", { class: "beside" }, make("div", { class: "scroll" }, this.heads), this.side));
-    new ResizeObserver(() => glass.read && this.fit()).observe(this.side);
+    new ResizeObserver(() => requestAnimationFrame(() => glass.read && this.fit())).observe(this.side);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => glass.read && this.paint());
   }
 
   /** Shows another text or model. */
   draw() {
     const { layers, heads, keyHeads, headWidth, speeds } = this.glass.model.config;
-    [this.layer, this.head] = [Math.min(this.layer ?? 0, layers - 1), Math.min(this.head ?? 0, heads - 1)];
+    [this.layer, this.head] = [Math.min(this.layer ?? Math.floor(layers / 2), layers - 1), Math.min(this.head ?? 0, heads - 1)];
     this.facts.textContent = `This model: H = ${heads} query heads, K = ${keyHeads} key/value heads (KV), ` +
       `D = ${headWidth}. ${speeds ? "Queries and keys are turned by their positions (RoPE)." : "Positions are added to the embedding."}`;
     const corner = make("span"), each = heads / keyHeads;
@@ -102,7 +102,12 @@ class AttentionView {
         image.data.set([...colour, Math.round(255 * weight)], 4 * (row * size + column)));
     }
     context.putImageData(image, 0, 0);
-    canvas.classList.toggle("shrunk", canvas.clientWidth < size); // else some rows would not be seen at all
+    this.smooth(canvas);
+  }
+
+  /** A picture with less than a pixel for each row is smoothed, else some rows would not be seen at all. */
+  smooth(canvas) {
+    canvas.classList.toggle("shrunk", canvas.clientWidth < canvas.width);
   }
 
   /** Makes the picture as large as there is room for, and names as many tokens as fit. */
@@ -121,6 +126,7 @@ class AttentionView {
       return { row, column };
     });
     this.large.replaceChildren(this.canvas, this.frame, ...this.named.flatMap(({ row, column }) => [row, column]));
+    this.smooth(this.canvas);
     this.tell(this.cell);
   }
 

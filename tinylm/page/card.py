@@ -29,8 +29,8 @@ def page_card(name: str, parameters: int, context: int, why_no_chats: str, promp
 
 
 def prompts_for(model: Path) -> tuple[str, ...]:
-    """Questions that models of this folder answer rightly, from the scoreboard that a quickstart leaves beside its
-    stages; empty where there is none."""
+    """Questions that the last model of a quickstart answered rightly in each try, from the scoreboard that it leaves
+    beside its stages; empty where there is none."""
     try:
         prompts = read_own_json(model.absolute().parent.parent / "scoreboard.json").get("prompts")
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
 "use strict";
 /* Lines over steps in one chart, and their values at a step that a pointer or the keyboard chooses. */
 
-const STROKES = ["#1d70d6", "#c2410c", "#15803d", "#a21caf", "#b45309", "#0e7490"]; // seen on light and on dark
+const STROKES = ["#1d70d6", "#c2410c", "#15803d", "#c026d3", "#b45309", "#0e7490"]; // seen on light and on dark
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"]; // so that nobody needs the colours to tell lines apart
 const [LEFT, RIGHT, TOP, BOTTOM] = [56, 12, 14, 26]; // pixels around the lines
 const FEW = 30; // values of a line that is drawn with dots
@@ -116,8 +116,7 @@ function svg(kind, attributes, ...children) {
 }
 
 function stroke(place) {
-  const dashes = DASHES[Math.floor(place / STROKES.length) % DASHES.length];
-  return { stroke: STROKES[place % STROKES.length], "stroke-dasharray": dashes };
+  return { stroke: STROKES[place % STROKES.length], "stroke-dasharray": DASHES[place % DASHES.length] };
 }
 
 /** A piece of the line that a run has. */

@@ -137,6 +137,10 @@ class Chat {
     };
     const ends = await Promise.allSettled(models.map(write));
     for (const { reason } of ends) if (reason) trouble(reason.message);
+    const silent = message.answers.filter(({ content }, column) => !content && ends[column].status === "fulfilled");
+    if (silent.length && !stopping.signal.aborted) {
+      this.notice.textContent = `${silent.map(({ name }) => name).join(" and ")} ended the answer at once`;
+    }
     if (!message.answers.some(({ content }) => content)) this.messages = this.messages.filter((each) => each !== message);
     const speed = (1000 * pieces) / (performance.now() - started);
     if (!this.notice.textContent && pieces) {
@@ -144,6 +148,7 @@ class Chat {
     }
     if (this.stopping === stopping) this.stopping = null;
     this.show();
+    if (document.activeElement === document.body) this.input.focus(); // the button that had it is gone
     const isTooLong = ends.some(({ reason }) => reason instanceof TooLong) && !this.messages.includes(message);
     if (isTooLong && !this.input.value) this.edit(this.messages.length - 1); // back to the field, to be shortened
   }

@@ -20,6 +20,7 @@ class Glass {
     this.steps = make("div", { class: "row" }, labelled("watch it learn: ", this.step), this.stepName);
     this.kind = choice(["as a text", "as a question in a chat"], { "aria-label": "How the text is read" });
     this.look = make("button", { onclick: () => this.start() }, "Read it");
+    for (const field of [this.input, this.kind]) field.addEventListener("input", () => this.isOther());
     this.status = make("p", { class: "hint", role: "status" });
     this.strip = new TokenStrip(this);
     this.next = new NextToken(this);
@@ -39,13 +40,15 @@ class Glass {
   parts() {
     return [
       make("h2", {}, "Tokens"),
-      why("The text as the model reads it: pieces and their numbers. Choose one to see what happens there. A token that " +
+      why("The text as the model reads it: pieces and their numbers. ␣ is a blank, ⏎ a new line. Choose one to see what " +
+        "happens there. A token that " +
         "the model found unlikely surprises it; a perplexity of 8 is as if it guessed among 8 tokens each time.",
       ["surprise = −log₂ P(token | tokens before it)", "perplexity = 2^(bits per token)"],
       "tinylm/tokenizer/bpe.py and tinylm/evaluation/bits_per_byte.py"),
       this.strip.element,
       make("h2", {}, "What comes next"),
-      why("How likely the model finds each token after this place; what the sampling filters rule out is crossed out.",
+      why("How likely each token is drawn after this place, at the temperature that is set; what the sampling filters rule out is " +
+        "crossed out.",
         ["z = W_head · RMSNorm(x)", "P(i) = exp(z_i / temperature) / Σ_j exp(z_j / temperature)"],
         "tinylm/generation/sampling.py"),
       this.next.element,
@@ -60,7 +63,7 @@ class Glass {
       "tinylm/model/attention.py and tinylm/model/model_tinylm.py"),
       this.attention.element,
       make("h2", {}, "Logit lens"),
-      why("What the model would say if it ended after this layer: the stronger the colour, the more likely. Choose one to look at its token.",
+      why("What the model would say if it ended after this layer, at temperature 1: the stronger the colour, the more likely. Choose one to look at its token.",
         ["P = softmax( W_head · RMSNorm(x) )", "RMSNorm(x) = x / √(mean(x²) + ε) · weight"], "tinylm/model/model_tinylm.py"),
       this.lens.element,
       make("h2", {}, "Cache"),
@@ -83,6 +86,11 @@ class Glass {
     this.showSteps();
   }
 
+  /** What is shown is of another text than the one in the field. */
+  isOther() {
+    if (this.read) this.status.textContent = "The text is another one now: “Read it” shows it.";
+  }
+
   /** The slider has a place for each snapshot of the model, and the last one for the model itself. */
   showSteps() {
     const count = this.source.snapshots.length;
@@ -95,6 +103,7 @@ class Glass {
   nameStep() {
     const step = this.source.snapshots[+this.step.value];
     this.stepName.textContent = step === undefined ? "the finished model" : `after step ${step.toLocaleString("en")}`;
+    this.step.setAttribute("aria-valuetext", this.stepName.textContent);
   }
 
   /** The model that the choice and the slider mean; null if that fails, which the page says, or if another choice was

@@ -21,8 +21,10 @@ function connectTabs() {
   tabs.forEach((tab, place) => {
     tab.addEventListener("click", () => choose(tab));
     tab.addEventListener("keydown", (event) => {
-      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (step) choose(near(place, step));
+      const next = { ArrowRight: [place, 1], ArrowLeft: [place, -1], Home: [-1, 1], End: [0, -1] }[event.key];
+      if (!next) return;
+      event.preventDefault();
+      choose(near(...next));
     });
   });
 }

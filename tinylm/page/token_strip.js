@@ -70,7 +70,7 @@ class TokenStrip {
     const bits = this.glass.read.bits.slice(1), sum = bits.reduce((total, each) => total + each, 0);
     const mean = sum / bits.length, isChat = this.glass.read.ids.includes(this.glass.model.tokenizer.imStart);
     this.whole.textContent = bits.length ? `All ${bits.length} tokens after the first: ${sum.toFixed(1)} bits, ` +
-      `${mean.toFixed(2)} bits per token, perplexity ${+(2 ** mean).toPrecision(4)}.` +
+      `${mean.toFixed(2)} bits per token, perplexity ${short(2 ** mean)}.` +
       `${isChat ? " A chat model learns answers only, so questions and the marks around them surprise it." : ""}` : "";
   }
 }
