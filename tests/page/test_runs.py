@@ -133,6 +133,7 @@ def test_values_under_the_pointer(tab):
 
 def test_values_by_the_keyboard(tab):
     choose(tab, "pretrain_32")
+    chart_says(tab, "last values; pretrain_32: 1.125 at step 90")
     chart = tab.get_by_role("slider", name="loss (nats) by step")
     tab.get_by_role("checkbox", name="smooth").focus()
     tab.keyboard.press("Tab")

@@ -269,8 +269,10 @@ def test_a_question_to_begin_with(everything, visit):
 
 
 def test_it_learns_from_a_disk(everything, models, chat_tokenizer, visit):
-    """The slider goes through the snapshots inside the file; the last place is the finished model."""
-    tab = visit(everything)
+    """The slider goes through the snapshots inside the file; the last place is the finished model. Also on a slow
+    machine."""
+    tab = visit(everything, viewport={"width": 360, "height": 700})
+    tab.context.new_cdp_session(tab).send("Emulation.setCPUThrottlingRate", {"rate": 6})
     tab.get_by_role("tab", name="Glass box").click()
     slider = tab.get_by_role("slider", name="Step of the training")
     assert slider.is_hidden(), "an adapter without snapshots"
@@ -289,6 +291,10 @@ def test_it_learns_from_a_disk(everything, models, chat_tokenizer, visit):
         slider.fill(str(place))
         tab.locator(f"output:text-is('{name}')").wait_for()
         assert slider.get_attribute("aria-valuetext") == name
+        one, other = slider.bounding_box(), tab.locator("output").bounding_box()
+        assert one["x"] + one["width"] <= other["x"] or one["y"] + one["height"] <= other["y"], (
+            "beside or above its name"
+        )
         torch.manual_seed(step or 0)
         model = (
             trained_model(vocab_size=chat_tokenizer.vocab_size) if step is not None else load_for_use(models[0]).model
