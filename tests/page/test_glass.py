@@ -304,7 +304,7 @@ def test_what_cannot_be_seen_has_a_sign(computed, visit):
 
 
 def test_one_tab_stop_for_each_row_of_buttons(computed, visit):
-    """The arrow keys go on; a list that was chosen from keeps the keyboard, so that a person walks along."""
+    """After a token is chosen with the keyboard, the list keeps the focus, and the arrow keys still work."""
     tab = read(visit(computed.path))
     for box in (".tokens", ".heads", ".lens", ".bars"):
         assert tab.locator(f"{box} button").count() > 3

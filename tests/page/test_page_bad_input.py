@@ -274,7 +274,9 @@ def test_a_page_that_was_saved(path, opened, visit, tmp_path):
     ask(tab, "Größe?")
     assert wait_for_answer(tab)
     (tmp_path / "server.html").write_text(page("größe"), encoding="utf-8")
-    assert "there is no model in this file: make one with tinylm export" in trouble_of(visit(tmp_path / "server.html"))
+    assert "this file holds no model; make one that does with tinylm export" in trouble_of(
+        visit(tmp_path / "server.html")
+    )
 
 
 # Text that is HTML, code, turned around, or very long

@@ -24,7 +24,7 @@ def find_model(model_path: str, weight: str) -> Path:
     Of several runs in a folder it is the newest; of the folders below, that of the last stage of training.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such model.
+        FileNotFoundError, ValueError: no such model was found.
     """
     if model_path:
         path = Path(model_path)

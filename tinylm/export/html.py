@@ -10,7 +10,7 @@ from tinylm.checkpoint.snapshots import snapshot_folder, snapshots_in
 from tinylm.export.modelfile import is_base_model
 from tinylm.files.atomic import atomic_write, require_room
 from tinylm.page.card import page_card, prompts_for
-from tinylm.page.packed_model import PageDtype, packed_at
+from tinylm.page.packed_model import PageDtype, packed, packed_at
 from tinylm.page.page import Enclosed, page
 
 
@@ -36,7 +36,7 @@ def enclosed(
     name = name or loaded.path.stem
     return Enclosed(
         page_card(name, loaded.model.num_parameters(), config.max_position_embeddings, why, () if why else prompts),
-        packed_at(loaded.path, None, None, dtype, tokenizer_path),
+        packed(loaded, dtype),
         {step: packed_at(loaded.path, None, file, dtype, tokenizer_path) for step, file in snapshots},
     )
 

@@ -20,7 +20,7 @@ class Glass {
     this.steps = make("div", { class: "row" }, labelled("watch it learn: ", this.step), this.stepName);
     this.kind = choice(["as a text", "as a question in a chat"], { "aria-label": "How the text is read" });
     this.look = make("button", { onclick: () => this.start() }, "Read it");
-    for (const field of [this.input, this.kind]) field.addEventListener("input", () => this.isOther());
+    for (const field of [this.input, this.kind]) field.addEventListener("input", () => this.markStale());
     this.status = make("p", { class: "hint", role: "status" });
     this.strip = new TokenStrip(this);
     this.next = new NextToken(this);
@@ -86,8 +86,8 @@ class Glass {
     this.showSteps();
   }
 
-  /** What is shown is of another text than the one in the field. */
-  isOther() {
+  /** Says that the results below belong to an earlier text. */
+  markStale() {
     if (this.read) this.status.textContent = "The text is another one now: “Read it” shows it.";
   }
 

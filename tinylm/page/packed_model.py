@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from tinylm.checkpoint.loading import load_for_use
+from tinylm.checkpoint.loading import LoadedModel, load_for_use
 from tinylm.checkpoint.snapshots import load_snapshot
 from tinylm.files.untrusted import shown
 from tinylm.generation.engine import Engine
@@ -38,6 +38,11 @@ def packed_at(
     if snapshot is not None:
         load_snapshot(loaded.model, snapshot)
         merge_lora(loaded.model)
+    return packed(loaded, dtype)
+
+
+def packed(loaded: LoadedModel, dtype: PageDtype) -> bytes:
+    """A model that is loaded, its adapter merged."""
     return packed_model(Engine(loaded.model, loaded.tokenizer, loaded.model.dtype, loaded.document_start), dtype)
 
 

@@ -45,7 +45,7 @@ async function start() {
   trouble("");
   const inside = enclosedModels();
   if (!inside.length && location.protocol === "file:") {
-    throw new Error("there is no model in this file: make one with tinylm export --output model.html");
+    throw new Error("this file holds no model; make one that does with tinylm export --output model.html");
   }
   const models = inside.length ? inside : await serverModels();
   const model = inside.length ? await inside[0].inPage() : null; // damage is found now

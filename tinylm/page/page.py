@@ -30,7 +30,7 @@ class Enclosed:
     """A model inside a page."""
 
     card: dict[str, Any]
-    """From `model_card`."""
+    """From `page_card`."""
     finished: bytes
     """From `packed_model`."""
     snapshots: dict[int, bytes]

@@ -46,8 +46,8 @@ function spoken(text) {
   return text.split(UNSEEN).map((part, place) => (place % 2 ? ` ${signOf(part)[1]} ` : part)).join("").trim();
 }
 
-/** A token as people know it: its text, words for a screen reader, and what it is where it is no text: "control",
-    "bytes" (a part of a character), or "none" (a row of the model that no token has). */
+/** A token as people know it: its text, words for a screen reader, and its kind: null for plain text, else "control",
+    "bytes" (a part of a character), or "none" (the model has such a row, and the tokenizer no such token). */
 function tokenNames(tokenizer, id) {
   const text = tokenizer.shown(id);
   if (tokenizer.controls.has(id)) return { text, words: spoken(text), kind: "control" };
